@@ -1,0 +1,423 @@
+"""Measures of collapse and of class geometry, as pure functions of jax alone.
+
+`embeddings` are `[..., dim]`; the leading axes are examples (and views).
+Labels have the leading shape and are -1 where unlabelled; those rows are left
+out of every measure that asks for a class. Measures that speak of directions
+say so and normalize; all others take the embeddings as they are. Results are
+float32. A measure of classes is NaN for a class that has no example.
+"""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+_PRECISION = lax.Precision.HIGHEST
+
+
+def normalize(embeddings: jax.Array) -> jax.Array:
+  """Unit vectors along the last axis, `[..., dim]`; the zero vector stays 0."""
+  embeddings = embeddings.astype(jnp.float32)
+  norm = jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
+  return embeddings / jnp.where(norm == 0.0, 1.0, norm)
+
+
+def singular_values(
+  embeddings: jax.Array, *, center: bool = False
+) -> jax.Array:
+  r"""Singular values of the embedding matrix, largest first.
+
+  .. math:: Z = U\, \mathrm{diag}(\sigma)\, V^\top, \quad Z \in R^{n \times d}
+
+  Args:
+    embeddings: `[..., dim]`, flattened to `n` rows.
+    center: subtract the mean embedding first.
+
+  Returns:
+    `[min(n, dim)]`.
+
+  Reference:
+    Jing et al., "Understanding dimensional collapse in contrastive
+    self-supervised learning", arXiv 2110.09348, section 3.
+  """
+  rows = _rows(embeddings)
+  if center:
+    rows = rows - jnp.mean(rows, axis=0)
+  return jnp.linalg.svd(rows, compute_uv=False)
+
+
+def effective_rank(
+  embeddings: jax.Array, *, center: bool = False
+) -> jax.Array:
+  r"""Effective rank: how many directions the embeddings really use.
+
+  .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad
+    p_i = \sigma_i / \sum_j \sigma_j
+
+  1 when all embeddings lie on one line, `dim` when they fill all directions
+  alike; 0 for all zeros.
+
+  Args:
+    embeddings: `[..., dim]`.
+    center: subtract the mean embedding first. Without it, embeddings that are
+      all equal have effective rank 1.
+
+  Returns:
+    A scalar in [0, min(n, dim)].
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> print(collapse.effective_rank(jnp.eye(5)).round(3))
+    5.0
+
+  Reference:
+    Roy and Vetterli, "The effective rank: a measure of effective
+    dimensionality", EUSIPCO 2007, section 2.
+  """
+  return effective_rank_of_spectrum(singular_values(embeddings, center=center))
+
+
+def effective_rank_of_spectrum(spectrum: jax.Array) -> jax.Array:
+  """Effective rank from singular values `[n]`; see `effective_rank`."""
+  total = jnp.sum(spectrum)
+  p = spectrum / jnp.where(total == 0.0, 1.0, total)
+  entropy = -jnp.sum(p * jnp.log(jnp.where(p == 0.0, 1.0, p)))
+  return jnp.where(total == 0.0, 0.0, jnp.exp(entropy))
+
+
+def embedding_variance(embeddings: jax.Array) -> jax.Array:
+  r"""Variance of the embeddings over the examples, summed over dimensions.
+
+  .. math:: \frac{1}{n} \sum_i \|z_i - \bar z\|^2
+
+  For unit embeddings it is `1 - ||mean||^2`: 0 if all are equal, 1 if they
+  cancel.
+
+  Args:
+    embeddings: `[..., dim]`.
+
+  Returns:
+    A scalar.
+
+  Reference:
+    CLOP, arXiv 2403.18699: the measure of collapse of its learning-rate sweep.
+  """
+  return jnp.sum(jnp.var(_rows(embeddings), axis=0))
+
+
+def embedding_std(embeddings: jax.Array) -> jax.Array:
+  r"""Standard deviation of the normalized embeddings, mean over dimensions.
+
+  .. math:: \frac{1}{d} \sum_j \mathrm{std}_i(z_{ij} / \|z_i\|)
+
+  About `1 / sqrt(dim)` when they are spread over the sphere, 0 when they are
+  all equal.
+
+  Args:
+    embeddings: `[..., dim]`.
+
+  Returns:
+    A scalar.
+
+  Reference:
+    Chen and He, "Exploring simple siamese representation learning", arXiv
+    2011.10566, section 4.1.
+  """
+  return jnp.mean(jnp.std(normalize(_rows(embeddings)), axis=0))
+
+
+def class_means(
+  embeddings: jax.Array, labels: jax.Array, num_classes: int
+) -> jax.Array:
+  r"""Mean embedding of each class.
+
+  .. math:: m_k = \frac{1}{n_k} \sum_{i:\, y_i = k} z_i
+
+  Args:
+    embeddings: `[..., dim]`.
+    labels: integers of the leading shape; -1 is left out.
+    num_classes: number of classes.
+
+  Returns:
+    `[num_classes, dim]`; a row of zeros for a class without an example.
+  """
+  rows, one_hot = _rows_and_classes(embeddings, labels, num_classes)
+  counts = jnp.sum(one_hot, axis=0)
+  sums = jnp.matmul(one_hot.T, rows, precision=_PRECISION)
+  return sums / jnp.maximum(counts, 1.0)[:, None]
+
+
+def class_mean_cosines(
+  embeddings: jax.Array,
+  labels: jax.Array,
+  num_classes: int,
+  *,
+  center: bool = False,
+) -> jax.Array:
+  r"""Cosines between the class means.
+
+  .. math:: \cos(m_a, m_b), \qquad m_k \to m_k - \bar z
+    \text{ first, if centred}
+
+  CLOP wants 0 between classes (not centred); a simplex ETF has `-1/(k-1)`.
+
+  Args:
+    embeddings: `[..., dim]`.
+    labels: integers of the leading shape; -1 is left out.
+    num_classes: number of classes.
+    center: subtract the mean over the classes' means first, as neural collapse
+      (NC2) does.
+
+  Returns:
+    `[num_classes, num_classes]`.
+
+  Reference:
+    Papyan et al., arXiv 2008.08186, (NC2).
+  """
+  means = class_means(embeddings, labels, num_classes)
+  present = _present(labels, num_classes)
+  if center:
+    share = present / jnp.maximum(jnp.sum(present), 1.0)
+    means = means - jnp.sum(means * share[:, None], axis=0)
+  unit = normalize(means)
+  cosines = jnp.matmul(unit, unit.T, precision=_PRECISION)
+  both = (present[:, None] * present[None, :]) > 0
+  return jnp.where(both, cosines, jnp.nan)
+
+
+def within_between_ratio(
+  embeddings: jax.Array, labels: jax.Array, num_classes: int
+) -> jax.Array:
+  r"""Within-class over between-class variability (NC1).
+
+  .. math:: \frac{1}{k} \mathrm{Tr}(\Sigma_W \Sigma_B^{\dagger}), \quad
+    \Sigma_W = \tfrac{1}{n} \sum_i (z_i - m_{y_i})(z_i - m_{y_i})^\top, \quad
+    \Sigma_B = \tfrac{1}{k} \sum_k (m_k - \bar m)(m_k - \bar m)^\top
+
+  0 when every class has fallen onto its mean; large when classes overlap.
+  NaN with fewer than two classes.
+
+  Args:
+    embeddings: `[..., dim]`.
+    labels: integers of the leading shape; -1 is left out.
+    num_classes: number of classes.
+
+  Returns:
+    A scalar.
+
+  Reference:
+    Papyan et al., arXiv 2008.08186, (NC1) and figure 6.
+  """
+  rows, one_hot = _rows_and_classes(embeddings, labels, num_classes)
+  means = class_means(embeddings, labels, num_classes)
+  present = _present(labels, num_classes)
+  k = jnp.sum(present)
+  own = jnp.matmul(one_hot, means, precision=_PRECISION)
+  labelled = jnp.sum(one_hot, axis=1, keepdims=True)
+  within = (rows - own) * labelled
+  grand_mean = jnp.sum(means, axis=0) / jnp.maximum(k, 1.0)
+  between = (means - grand_mean) * present[:, None]
+  # Sigma_B has rank k - 1 at most, so its pseudo-inverse goes through the
+  # singular vectors of the k centred means; no dim x dim matrix is inverted.
+  _, sigma, vt = jnp.linalg.svd(between, full_matrices=False)
+  tolerance = sigma[0] * max(between.shape) * jnp.finfo(jnp.float32).eps
+  in_range = sigma > tolerance
+  inverse = jnp.where(in_range, k / jnp.where(in_range, sigma, 1.0) ** 2, 0.0)
+  projected = jnp.matmul(within, vt.T, precision=_PRECISION)
+  variances = jnp.sum(projected**2, axis=0) / jnp.maximum(jnp.sum(labelled), 1)
+  return jnp.where(k >= 2, jnp.sum(variances * inverse) / k, jnp.nan)
+
+
+def alignment(views: jax.Array, *, alpha: float = 2.0) -> jax.Array:
+  r"""Mean distance between views of one example, on the unit sphere.
+
+  .. math:: E_{i,\, a < b}\; \|z^a_i - z^b_i\|_2^\alpha
+
+  Args:
+    views: `[views, batch, dim]`, at least two views; normalized inside.
+    alpha: the power.
+
+  Returns:
+    A scalar in [0, 2^alpha]; 0 is perfect alignment (and full collapse).
+
+  Raises:
+    ValueError: if there are fewer than two views.
+
+  Reference:
+    Wang and Isola, "Understanding contrastive representation learning through
+    alignment and uniformity on the hypersphere", arXiv 2005.10242, section 4.1.
+  """
+  if views.ndim != 3 or views.shape[0] < 2:
+    raise ValueError(
+      'views must have shape [views, batch, dim] with at least two views, got '
+      f'{views.shape}'
+    )
+  unit = normalize(views)
+  first, second = jnp.triu_indices(views.shape[0], k=1)
+  squared = jnp.sum((unit[first] - unit[second]) ** 2, axis=-1)
+  return jnp.mean(squared ** (alpha / 2))
+
+
+def uniformity(embeddings: jax.Array, *, t: float = 2.0) -> jax.Array:
+  r"""How evenly the embeddings cover the unit sphere.
+
+  .. math:: \log \frac{2}{n (n-1)} \sum_{i < j} \exp(-t \|z_i - z_j\|^2)
+
+  Args:
+    embeddings: `[..., dim]`, at least two rows; normalized inside. Takes an
+      `n x n` matrix.
+    t: the width of the kernel.
+
+  Returns:
+    A scalar: 0 when all are equal, about -2 t when they are spread out.
+
+  Raises:
+    ValueError: if there are fewer than two rows.
+
+  Reference:
+    Wang and Isola, arXiv 2005.10242, section 4.1.
+  """
+  unit = normalize(_rows(embeddings))
+  n = unit.shape[0]
+  if n < 2:
+    raise ValueError(f'embeddings must have at least two rows, got {n}')
+  cosines = jnp.matmul(unit, unit.T, precision=_PRECISION)
+  exponents = jnp.where(jnp.eye(n, dtype=bool), -jnp.inf, 2 * t * (cosines - 1))
+  return jax.nn.logsumexp(exponents) - jnp.log(n * (n - 1.0))
+
+
+def prototype_cosine(
+  embeddings: jax.Array, labels: jax.Array, prototypes: jax.Array
+) -> jax.Array:
+  r"""Mean cosine of the embeddings to the prototype of their own class.
+
+  .. math:: \frac{1}{n} \sum_{i:\, y_i \ge 0} \cos(z_i, c_{y_i})
+
+  Args:
+    embeddings: `[..., dim]`.
+    labels: integers of the leading shape; -1 is left out.
+    prototypes: `[num_classes, dim]`.
+
+  Returns:
+    A scalar in [-1, 1]; 0 without a labelled example.
+
+  Reference:
+    One minus the CLOP loss, arXiv 2403.18699.
+  """
+  rows, one_hot = _rows_and_classes(embeddings, labels, prototypes.shape[0])
+  cosines = jnp.matmul(
+    normalize(rows), normalize(prototypes).T, precision=_PRECISION
+  )
+  return jnp.sum(cosines * one_hot) / jnp.maximum(jnp.sum(one_hot), 1.0)
+
+
+def prototype_energy_share(
+  embeddings: jax.Array, labels: jax.Array, prototypes: jax.Array
+) -> jax.Array:
+  r"""Share of the embeddings' energy that lies on their own prototype.
+
+  .. math:: \frac{\sum_i (z_i \cdot \hat c_{y_i})^2}{\sum_i \|z_i\|^2},
+    \qquad \hat c = c / \|c\|
+
+  Unlike the mean cosine it does not care about the sign.
+
+  Args:
+    embeddings: `[..., dim]`.
+    labels: integers of the leading shape; -1 is left out.
+    prototypes: `[num_classes, dim]`.
+
+  Returns:
+    A scalar in [0, 1]; 0 without a labelled example.
+
+  Reference:
+    The claim of CLOP (arXiv 2403.18699) that classes lie in orthogonal
+    subspaces, as a ratio of energies.
+  """
+  rows, one_hot = _rows_and_classes(embeddings, labels, prototypes.shape[0])
+  projections = jnp.matmul(rows, normalize(prototypes).T, precision=_PRECISION)
+  labelled = jnp.sum(one_hot, axis=1, keepdims=True)
+  energy = jnp.sum((rows * labelled) ** 2)
+  on_own = jnp.sum((projections * one_hot) ** 2)
+  return on_own / jnp.where(energy == 0.0, 1.0, energy)
+
+
+def principal_angles(
+  embeddings: jax.Array,
+  labels: jax.Array,
+  num_classes: int,
+  *,
+  subspace_dim: int = 1,
+) -> jax.Array:
+  r"""Principal angles between the subspaces of the classes.
+
+  .. math:: \cos \theta_r(a, b) = \sigma_r(V_a^\top V_b)
+
+  where the columns of `V_a` are the first `subspace_dim` right singular vectors
+  of class `a`'s (not centred) embeddings. All angles are pi/2 when classes lie
+  in orthogonal subspaces.
+
+  Args:
+    embeddings: `[..., dim]`.
+    labels: integers of the leading shape; -1 is left out.
+    num_classes: number of classes.
+    subspace_dim: dimension of each class's subspace, at most `dim`.
+
+  Returns:
+    `[num_classes, num_classes, subspace_dim]` radians in [0, pi/2], smallest
+    angle first.
+
+  Raises:
+    ValueError: if `subspace_dim` is not in [1, dim].
+
+  Reference:
+    Bjorck and Golub, "Numerical methods for computing angles between linear
+    subspaces", Math. Comp. 27 (1973), theorem 1.
+  """
+  rows, one_hot = _rows_and_classes(embeddings, labels, num_classes)
+  dim = rows.shape[1]
+  if not 1 <= subspace_dim <= dim:
+    raise ValueError(f'subspace_dim must be in [1, {dim}], got {subspace_dim}')
+
+  def basis(mask):
+    # The eigenvectors of the dim x dim second moment: its size does not depend
+    # on how many examples a class has, so this maps over classes.
+    members = rows * mask[:, None]
+    moment = jnp.matmul(members.T, members, precision=_PRECISION)
+    _, vectors = jnp.linalg.eigh(moment)
+    return vectors[:, -subspace_dim:]
+
+  bases = lax.map(basis, one_hot.T)
+  overlaps = jnp.einsum('adr,bds->abrs', bases, bases, precision=_PRECISION)
+  cosines = jnp.linalg.svd(overlaps, compute_uv=False)
+  present = _present(labels, num_classes)
+  both = (present[:, None] * present[None, :]) > 0
+  angles = jnp.arccos(jnp.clip(cosines, 0.0, 1.0))
+  return jnp.where(both[..., None], angles, jnp.nan)
+
+
+def _rows(embeddings):
+  embeddings = jnp.asarray(embeddings)
+  if embeddings.ndim < 2:
+    raise ValueError(
+      f'embeddings must have shape [..., dim], got {embeddings.shape}'
+    )
+  return embeddings.reshape(-1, embeddings.shape[-1]).astype(jnp.float32)
+
+
+def _rows_and_classes(embeddings, labels, num_classes):
+  """Rows `[n, dim]` and the one-hot labels `[n, num_classes]`, 0 for -1."""
+  embeddings = jnp.asarray(embeddings)
+  labels = jnp.asarray(labels)
+  if labels.shape != embeddings.shape[:-1]:
+    raise ValueError(
+      f"labels must have the embeddings' leading shape "
+      f'{embeddings.shape[:-1]}, got {labels.shape}'
+    )
+  one_hot = jax.nn.one_hot(labels.reshape(-1), num_classes, dtype=jnp.float32)
+  return _rows(embeddings), one_hot
+
+
+def _present(labels, num_classes):
+  """1.0 for a class with an example, else 0.0: `[num_classes]`."""
+  one_hot = jax.nn.one_hot(jnp.ravel(labels), num_classes, dtype=jnp.float32)
+  return jnp.max(one_hot, axis=0)

@@ -1,0 +1,258 @@
+"""Evaluates the last checkpoint of one or more workdirs.
+
+python -m clop_jax.evaluate --workdir=runs/digits
+python -m clop_jax.evaluate --workdir=runs/a --workdir=runs/b --figure=ab.png
+
+Writes `eval.json` and `figures/embeddings.png` into each workdir and prints a
+table. Nothing but the workdir is needed: the config is in it.
+"""
+
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import sys
+
+from absl import flags
+import jax
+import numpy as np
+
+from clop_jax import augment
+from clop_jax import checkpoint
+from clop_jax import collapse
+from clop_jax import command
+from clop_jax import experiment
+from clop_jax import parallel
+from clop_jax import probe
+from clop_jax import report
+from clop_jax import train_state
+from clop_jax.data import labels as label_policy
+from clop_jax.data import loader
+from clop_jax.data import sources
+
+_WORKDIRS = flags.DEFINE_multi_string(
+  'workdir', None, 'Workdir of a run; repeat it to compare runs.'
+)
+_FIGURE = flags.DEFINE_string(
+  'figure', None, 'PNG that compares the runs (several workdirs).'
+)
+
+_LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+def evaluate(workdir: str, *, devices=None) -> tuple[dict, dict]:
+  """Restores a run and measures it by the protocol of `probe`.
+
+  Features are the backbone's output without augmentation, batch normalization
+  in evaluation mode; measures of embeddings take the test split's, normalized.
+
+  Args:
+    workdir: of a run.
+    devices: default: all.
+
+  Returns:
+    `(result, arrays)`: what `eval.json` gets, and `embeddings`, `labels` and
+    `spectrum` for figures.
+
+  Raises:
+    ValueError: if the workdir is missing or holds no run or no checkpoint.
+    checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
+  """
+  config = experiment.load_config(workdir)
+  mesh = parallel.make_mesh(devices)
+  parallel.check_batch_size(config.eval.batch_size, mesh)
+  images, labels = {}, {}
+  for split in sources.SPLITS:
+    source = sources.load(config.data.name, split, config.data.data_dir)
+    images[split], labels[split] = loader.to_arrays(source)
+    label_policy.check_range(labels[split], config.data.num_classes)
+  # The schedule's length is no part of the state: any will do here.
+  run = experiment.build(
+    config,
+    channels=images['train'].shape[-1],
+    total_steps=config.train.num_epochs,
+    steps_per_epoch=0,
+  )
+  state = _restore(workdir, run, mesh)
+
+  before = probe.fingerprint((state.params, state.batch_stats))
+  apply = _frozen(run, state, config.augment)
+  extract = functools.partial(
+    probe.extract, apply, batch_size=config.eval.batch_size, mesh=mesh
+  )
+  features, embeddings = {}, {}
+  for split in sources.SPLITS:
+    features[split], embeddings[split] = extract(images[split])
+  linear = probe.linear_probe(
+    features['train'],
+    labels['train'],
+    features['test'],
+    labels['test'],
+    num_classes=config.data.num_classes,
+    l2_strengths=config.eval.probe_l2,
+    max_iterations=config.eval.probe_iterations,
+    seed=config.seed,
+  )
+  neighbours = probe.knn(
+    features['train'],
+    labels['train'],
+    features['test'],
+    labels['test'],
+    num_classes=config.data.num_classes,
+    neighbours=config.eval.knn_neighbours,
+    temperature=config.eval.knn_temperature,
+  )
+  after = probe.fingerprint((state.params, state.batch_stats))
+  if before != after:
+    raise RuntimeError('the frozen parameters changed during the evaluation')
+
+  unit = collapse.normalize(embeddings['test'])
+  spectrum = np.asarray(collapse.singular_values(unit))
+  result = {
+    'protocol_version': probe.PROTOCOL_VERSION,
+    'step': int(state.step),
+    'linear_top1': linear['top1'],
+    'linear_top5': linear['top5'],
+    'linear_l2': linear['l2'],
+    'linear_held_out_top1': linear['held_out_top1'],
+    'knn_top1': neighbours[config.eval.knn_neighbours[0]],
+    **{f'knn{k}_top1': value for k, value in neighbours.items()},
+    **_collapse_measures(unit, labels['test'], state.prototypes),
+    'features_effective_rank': float(
+      collapse.effective_rank(features['test'])
+    ),
+    'features_within_between_ratio': float(
+      collapse.within_between_ratio(
+        features['test'], labels['test'], config.data.num_classes
+      )
+    ),
+    'parameters_sha256': before,
+    'num_train': len(labels['train']),
+    'num_test': len(labels['test']),
+    'seed': config.seed,
+    'config': experiment.to_json(config),
+    'commit': experiment.commit(),
+    'versions': {x: importlib.metadata.version(x) for x in _LIBRARIES},
+    'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
+    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+  }
+  arrays = {
+    'embeddings': np.asarray(unit),
+    'labels': labels['test'],
+    'spectrum': spectrum,
+  }
+  return result, arrays
+
+
+def _restore(workdir, run, mesh):
+  directory = os.path.join(workdir, 'checkpoints')
+  state = None
+  if os.path.isdir(directory):
+    with checkpoint.Checkpoints(directory, read_only=True) as checkpoints:
+      state = checkpoints.restore_latest(
+        experiment.abstract_state(run, mesh), warn=_warn
+      )
+  if state is None:
+    raise ValueError(
+      f'--workdir={workdir} holds no checkpoint yet; train first: python -m '
+      f'clop_jax.train --config=... --workdir={workdir}'
+    )
+  return state
+
+
+def _frozen(run, state, recipe):
+  """Jitted: uint8 images to (features, embeddings), in evaluation mode."""
+
+  @jax.jit
+  def apply(params, batch_stats, images):
+    x = augment.resize(augment.unit_range(images), recipe.size)
+    x = augment.normalize(x, mean=recipe.mean, std=recipe.std)
+    features, embeddings, _ = train_state.apply_networks(
+      run.backbone, run.projection_head, params, batch_stats, x, train=False
+    )
+    return features, embeddings
+
+  return functools.partial(apply, state.params, state.batch_stats)
+
+
+def _collapse_measures(unit, labels, prototypes):
+  """Measures of the normalized test embeddings, as plain numbers."""
+  num_classes = len(prototypes)
+  cosines = collapse.class_mean_cosines(unit, labels, num_classes)
+  angles = collapse.principal_angles(unit, labels, num_classes)
+  between = ~np.eye(num_classes, dtype=bool)
+  measures = {
+    'effective_rank': collapse.effective_rank(unit),
+    'effective_rank_centered': collapse.effective_rank(unit, center=True),
+    'embedding_variance': collapse.embedding_variance(unit),
+    'embedding_std': collapse.embedding_std(unit),
+    'prototype_cosine': collapse.prototype_cosine(unit, labels, prototypes),
+    'prototype_energy_share': collapse.prototype_energy_share(
+      unit, labels, prototypes
+    ),
+    'class_mean_cosine': np.nanmean(np.asarray(cosines)[between]),
+    'principal_angle_degrees': np.degrees(
+      np.nanmean(np.asarray(angles)[between])
+    ),
+    'within_between_ratio': collapse.within_between_ratio(
+      unit, labels, num_classes
+    ),
+    'uniformity': collapse.uniformity(unit),
+  }
+  return {name: float(value) for name, value in measures.items()}
+
+
+def _write(workdir, result):
+  path = os.path.join(workdir, 'eval.json')
+  partial = f'{path}.partial'
+  with open(partial, 'w') as file:
+    json.dump(result, file, indent=2)
+    file.write('\n')
+  os.replace(partial, path)
+
+
+def _draw(path, workdirs, results, arrays):
+  report.embedding_figure(
+    path,
+    [_name(workdir) for workdir in workdirs],
+    [a['embeddings'] for a in arrays],
+    arrays[0]['labels'],
+    [a['spectrum'] for a in arrays],
+    [result['effective_rank'] for result in results],
+  )
+  print(f'figure: {path}')
+
+
+def _name(workdir):
+  return os.path.basename(os.path.abspath(workdir))
+
+
+def _warn(message):
+  print(f'warning: {message}', file=sys.stderr, flush=True)
+
+
+def main() -> None:
+  """The command."""
+  workdirs = _WORKDIRS.value or []
+  if not workdirs:
+    raise ValueError('--workdir must name the folder of a run, got none')
+  for workdir in workdirs:
+    experiment.load_config(workdir)  # complain before the first long work
+  results, arrays = [], []
+  for workdir in workdirs:
+    result, run_arrays = evaluate(workdir)
+    _write(workdir, result)
+    results.append(result)
+    arrays.append(run_arrays)
+    path = os.path.join(workdir, 'figures', 'embeddings.png')
+    _draw(path, [workdir], [result], [run_arrays])
+  print(report.table([_name(workdir) for workdir in workdirs], results))
+  if _FIGURE.value:
+    if any(len(a['labels']) != len(arrays[0]['labels']) for a in arrays):
+      raise ValueError('--figure compares runs on one data set only')
+    _draw(_FIGURE.value, workdirs, results, arrays)
+
+
+if __name__ == '__main__':
+  command.run(main)

@@ -1,0 +1,340 @@
+"""From a config to the objects it names, and the config of a workdir.
+
+`train`, `evaluate` and the other commands share this file and, with it, one
+meaning of every field. Nothing below it reads a config.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+from collections.abc import Callable
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from clop_jax import loss
+from clop_jax import optimizer
+from clop_jax import parallel
+from clop_jax import prototypes
+from clop_jax import train_state
+from clop_jax import train_step
+from clop_jax.models import heads
+from clop_jax.models import resnet
+
+_BACKBONES = {
+  8: resnet.ResNet8,
+  18: resnet.ResNet18,
+  34: resnet.ResNet34,
+  50: resnet.ResNet50,
+}
+
+_PROTOTYPES = {
+  'orthonormal': prototypes.orthonormal_prototypes,
+  'simplex_etf': prototypes.simplex_etf_prototypes,
+}
+
+_DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+def _nt_xent(config, embeddings, labels, axis_name):
+  del labels
+  return loss.nt_xent_loss(
+    embeddings,
+    temperature=config.temperature,
+    block_size=config.block_size,
+    axis_name=axis_name,
+  )
+
+
+def _supcon(config, embeddings, labels, axis_name):
+  return loss.supcon_loss(
+    embeddings,
+    labels,
+    temperature=config.temperature,
+    variant=config.supcon_variant,
+    block_size=config.block_size,
+    axis_name=axis_name,
+  )
+
+
+def _dcl(config, embeddings, labels, axis_name):
+  del labels
+  return loss.dcl_loss(
+    embeddings, temperature=config.temperature, axis_name=axis_name
+  )
+
+
+def _vicreg(config, embeddings, labels, axis_name):
+  del labels
+  invariance, variance, covariance = config.vicreg_weights
+  return loss.vicreg_loss(
+    embeddings,
+    invariance_weight=invariance,
+    variance_weight=variance,
+    covariance_weight=covariance,
+    axis_name=axis_name,
+  )
+
+
+def _barlow_twins(config, embeddings, labels, axis_name):
+  del labels
+  return loss.barlow_twins_loss(
+    embeddings, redundancy_weight=config.barlow_weight, axis_name=axis_name
+  )
+
+
+def _no_contrastive_loss(config, embeddings, labels, axis_name):
+  del config, embeddings, labels, axis_name
+  return jnp.zeros((), jnp.float32)
+
+
+_CONTRASTIVE = {
+  'nt_xent': _nt_xent,
+  'supcon': _supcon,
+  'dcl': _dcl,
+  'vicreg': _vicreg,
+  'barlow_twins': _barlow_twins,
+  'none': _no_contrastive_loss,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What a config names, built; see `build`.
+
+  Attributes:
+    backbone: images to features.
+    projection_head: features to embeddings.
+    tx: the Optax chain.
+    create_state: the state before the first step, a pure function of nothing.
+    step: `train_step.train_step` with everything but its arguments bound.
+  """
+
+  backbone: nn.Module
+  projection_head: nn.Module
+  tx: optax.GradientTransformation
+  create_state: Callable[[], train_state.TrainState]
+  step: Callable
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  *,
+  channels: int,
+  total_steps: int,
+  steps_per_epoch: int,
+) -> Experiment:
+  """Builds what the config names.
+
+  Args:
+    config: see `configs/`.
+    channels: of the images.
+    total_steps: of the whole run.
+    steps_per_epoch: updates in an epoch.
+
+  Returns:
+    The experiment.
+
+  Raises:
+    ValueError: if a field's value is wrong, naming the valid ones.
+  """
+  model, augment = config.model, config.augment
+  shared = {
+    'bn_scope': model.bn_scope,
+    'axis_name': parallel.DATA_AXIS,
+    'dtype': _dtype(model.dtype),
+  }
+  backbone = _choose(_BACKBONES, 'model.depth', model.depth)(
+    stem=model.stem,
+    width_multiplier=model.width_multiplier,
+    zero_init_last_bn=model.zero_init_last_bn,
+    **shared,
+  )
+  projection_head = heads.ProjectionHead(
+    dim=model.embedding_dim,
+    hidden_dim=model.head_hidden_dim,
+    num_layers=model.head_layers,
+    use_bn=model.head_bn,
+    **shared,
+  )
+  schedule = optimizer.warmup_cosine(
+    optimizer.scaled_learning_rate(
+      config.optimizer.learning_rate,
+      config.train.batch_size,
+      config.optimizer.scaling,
+    ),
+    total_steps=total_steps,
+    warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
+  )
+  tx = optimizer.create(
+    config.optimizer.name,
+    schedule,
+    momentum=config.optimizer.momentum,
+    weight_decay=config.optimizer.weight_decay,
+    trust_coefficient=config.optimizer.trust_coefficient,
+    clip_norm=config.optimizer.clip_norm,
+  )
+  contrastive = _choose(_CONTRASTIVE, 'loss.contrastive', config.loss.contrastive)
+  if config.loss.contrastive == 'none' and not config.loss.clop_weight:
+    raise ValueError(
+      "config.loss.contrastive is 'none' and config.loss.clop_weight is 0: "
+      'nothing is left to train on'
+    )
+  make_prototypes = _choose(
+    _PROTOTYPES, 'prototypes.kind', config.prototypes.kind
+  )
+  image_shape = (augment.size, augment.size, channels)
+
+  def create_state():
+    init_key, prototype_key = jax.random.split(jax.random.key(config.seed))
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    dim = model.embedding_dim
+    if model.head_layers == 0:
+      # No head: the features are the embeddings.
+      features, _ = jax.eval_shape(
+        functools.partial(backbone.init_with_output, train=False),
+        init_key,
+        images,
+      )
+      dim = features.shape[-1]
+    return train_state.create(
+      init_key,
+      backbone=backbone,
+      projection_head=projection_head,
+      tx=tx,
+      image_shape=image_shape,
+      prototypes=make_prototypes(prototype_key, config.data.num_classes, dim),
+    )
+
+  step = functools.partial(
+    train_step.train_step,
+    backbone=backbone,
+    projection_head=projection_head,
+    tx=tx,
+    schedule=schedule,
+    recipe=augment.to_dict(),
+    contrastive=functools.partial(contrastive, config.loss),
+    clop_weight=config.loss.clop_weight,
+    clop_distance=config.loss.clop_distance,
+    log_every=config.train.log_every_steps,
+    bn_scope=model.bn_scope,
+    axis_name=parallel.DATA_AXIS,
+  )
+  return Experiment(backbone, projection_head, tx, create_state, step)
+
+
+def _dtype(name):
+  if name == 'auto':
+    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  return _choose(_DTYPES, 'model.dtype', name, also=['auto'])
+
+
+def _choose(table, field, name, also=()):
+  if name not in table:
+    valid = [*also, *table]
+    raise ValueError(f'config.{field} must be one of {valid}, got {name!r}')
+  return table[name]
+
+
+def abstract_state(experiment: Experiment, mesh) -> train_state.TrainState:
+  """Shapes, dtypes and shardings of the state, for restoring."""
+  sharding = parallel.replicated(mesh)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    jax.eval_shape(experiment.create_state),
+  )
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict:
+  """The config as JSON has it: tuples are lists."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def save_config(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Writes `config.json`, or checks that the workdir's is the same.
+
+  Raises:
+    ValueError: if the workdir was made with another config, naming the fields.
+  """
+  path = os.path.join(workdir, 'config.json')
+  if os.path.exists(path):
+    differences = _differences(to_json(load_config(workdir)), to_json(config))
+    if differences:
+      raise ValueError(
+        f'--workdir={workdir} was made with another config: '
+        f'{"; ".join(differences)}. Use another --workdir, or the same config'
+      )
+    return
+  os.makedirs(workdir, exist_ok=True)
+  partial = f'{path}.partial'
+  with open(partial, 'w') as file:
+    json.dump(to_json(config), file, indent=2)
+    file.write('\n')
+  os.replace(partial, path)
+
+
+def load_config(workdir: str) -> ml_collections.ConfigDict:
+  """The config of a workdir.
+
+  Raises:
+    ValueError: if the folder is missing, or is not a workdir, or its config
+      cannot be read.
+  """
+  if not os.path.isdir(workdir):
+    raise ValueError(
+      f'--workdir={workdir} does not exist; train first: python -m '
+      f'clop_jax.train --config=configs/digits.py --workdir={workdir}'
+    )
+  path = os.path.join(workdir, 'config.json')
+  if not os.path.exists(path):
+    raise ValueError(
+      f'--workdir={workdir} holds no config.json, so it is not the workdir of a '
+      'run; it has: ' + (', '.join(sorted(os.listdir(workdir))) or 'nothing')
+    )
+  try:
+    with open(path) as file:
+      # Dictionaries become groups by themselves; lists stay lists.
+      return ml_collections.ConfigDict(json.load(file)).lock()
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path} is not JSON ({error})') from error
+
+
+def _differences(old, new, prefix=''):
+  lines = []
+  for name in sorted({*old, *new}):
+    field = f'{prefix}{name}'
+    before, after = old.get(name, 'missing'), new.get(name, 'missing')
+    if isinstance(before, dict) and isinstance(after, dict):
+      lines += _differences(before, after, f'{field}.')
+    elif before != after:
+      lines.append(f'{field} is {before!r} there and {after!r} here')
+  return lines
+
+
+def commit() -> str | None:
+  """The git commit of this code, '-dirty' if changed; None outside git."""
+  folder = os.path.dirname(os.path.abspath(__file__))
+  try:
+    # Only a checkout of this project: an installed package may lie in another
+    # project's.
+    result = subprocess.run(
+      ['git', '-C', folder, 'ls-files', '--error-unmatch', __file__],
+      capture_output=True,
+      text=True,
+    )
+    if result.returncode:
+      return None
+    result = subprocess.run(
+      ['git', '-C', folder, 'describe', '--always', '--dirty', '--abbrev=40',
+       '--exclude=*'],
+      capture_output=True,
+      text=True,
+    )
+  except OSError:
+    return None
+  return result.stdout.strip() or None

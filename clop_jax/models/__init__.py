@@ -1,0 +1,1 @@
+"""Backbones (`resnet`) and the heads on top of them (`heads`)."""

@@ -1,0 +1,184 @@
+"""ResNet backbones in Flax: images to features, no classifier.
+
+Strides, explicit padding and parameter names follow PyTorch's well-known
+models, so that weights and features can be carried over; the stride of a
+bottleneck sits in its 3x3 convolution (ResNet v1.5).
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+STEMS = ('cifar', 'imagenet')
+BN_SCOPES = ('global', 'device')
+
+# He initialization over the fan-out keeps the gradient's scale through depth.
+_KERNEL_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+
+
+def _conv(features, kernel_size, strides, dtype, name):
+  return nn.Conv(
+    features,
+    (kernel_size, kernel_size),
+    strides=strides,
+    # 'SAME' pads unevenly at stride 2; PyTorch pads both sides alike.
+    padding=(kernel_size - 1) // 2,
+    use_bias=False,
+    kernel_init=_KERNEL_INIT,
+    dtype=dtype,
+    name=name,
+  )
+
+
+class BasicBlock(nn.Module):
+  """Two 3x3 convolutions and a shortcut."""
+
+  filters: int
+  strides: int
+  norm: Callable[..., nn.Module]
+  zero_init_last_bn: bool
+  dtype: Any
+
+  expansion = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = _conv(self.filters, 3, self.strides, self.dtype, 'conv1')(x)
+    y = nn.relu(self.norm(name='bn1')(y))
+    y = _conv(self.filters, 3, 1, self.dtype, 'conv2')(y)
+    y = self.norm(name='bn2', scale_init=_last_scale(self.zero_init_last_bn))(y)
+    return nn.relu(_shortcut(self, x, y.shape) + y)
+
+
+class BottleneckBlock(nn.Module):
+  """1x1, 3x3 and 1x1 convolutions and a shortcut."""
+
+  filters: int
+  strides: int
+  norm: Callable[..., nn.Module]
+  zero_init_last_bn: bool
+  dtype: Any
+
+  expansion = 4
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = _conv(self.filters, 1, 1, self.dtype, 'conv1')(x)
+    y = nn.relu(self.norm(name='bn1')(y))
+    y = _conv(self.filters, 3, self.strides, self.dtype, 'conv2')(y)
+    y = nn.relu(self.norm(name='bn2')(y))
+    y = _conv(self.filters * self.expansion, 1, 1, self.dtype, 'conv3')(y)
+    y = self.norm(name='bn3', scale_init=_last_scale(self.zero_init_last_bn))(y)
+    return nn.relu(_shortcut(self, x, y.shape) + y)
+
+
+def _last_scale(zero_init):
+  return nn.initializers.zeros if zero_init else nn.initializers.ones
+
+
+def _shortcut(block, x, shape):
+  if x.shape == shape:
+    return x
+  x = _conv(shape[-1], 1, block.strides, block.dtype, 'downsample_conv')(x)
+  return block.norm(name='downsample_bn')(x)
+
+
+class ResNet(nn.Module):
+  """A ResNet without its classifier.
+
+  `__call__(images, train)`: float images `[batch, height, width, channels]` to
+  float32 features `[batch, feature_dim]`, the global average pool of the last
+  stage.
+
+  Attributes:
+    stage_sizes: blocks per stage; each stage after the first halves the image.
+    block: `BasicBlock` or `BottleneckBlock`.
+    width: filters of the first stage before the multiplier.
+    width_multiplier: scales every stage's filters.
+    stem: 'cifar' (3x3, stride 1, no pooling: images up to 64 px) or 'imagenet'
+      (7x7, stride 2, then max pooling).
+    zero_init_last_bn: start each block as the identity (the scale of its last
+      batch normalization is 0).
+    bn_scope: batch statistics over the 'global' batch or over each 'device'.
+    axis_name: the mapped axis that a global batch is split over; None outside
+      a mapped function.
+    dtype: precision of the computation; parameters and batch statistics are
+      float32.
+
+  Raises:
+    ValueError: for an unknown `stem` or `bn_scope`.
+
+  Reference:
+    He et al., "Deep residual learning for image recognition", arXiv 1512.03385,
+    table 1 and section 4.2 (the small ones).
+  """
+
+  stage_sizes: Sequence[int]
+  block: type[nn.Module]
+  width: int = 64
+  width_multiplier: float = 1.0
+  stem: str = 'cifar'
+  zero_init_last_bn: bool = False
+  bn_scope: str = 'global'
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    for name, value, allowed in (
+      ('stem', self.stem, STEMS),
+      ('bn_scope', self.bn_scope, BN_SCOPES),
+    ):
+      if value not in allowed:
+        raise ValueError(f'{name} must be one of {list(allowed)}, got {value!r}')
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+    norm = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      epsilon=1e-5,
+      dtype=self.dtype,
+      axis_name=self.axis_name if self.bn_scope == 'global' else None,
+    )
+    width = round(self.width * self.width_multiplier)
+    x = images.astype(self.dtype)
+    if self.stem == 'imagenet':
+      x = _conv(width, 7, 2, self.dtype, 'conv1')(x)
+      x = nn.relu(norm(name='bn1')(x))
+      x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    else:
+      x = _conv(width, 3, 1, self.dtype, 'conv1')(x)
+      x = nn.relu(norm(name='bn1')(x))
+    for stage, num_blocks in enumerate(self.stage_sizes):
+      for index in range(num_blocks):
+        x = self.block(
+          filters=width * 2**stage,
+          strides=2 if stage > 0 and index == 0 else 1,
+          norm=norm,
+          zero_init_last_bn=self.zero_init_last_bn,
+          dtype=self.dtype,
+          name=f'layer{stage + 1}_{index}',
+        )(x)
+    return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+
+
+# Three stages of one block and 16 filters: the smallest of the paper's CIFAR
+# family, for tests and for CPUs.
+ResNet8 = functools.partial(
+  ResNet, stage_sizes=(1, 1, 1), block=BasicBlock, width=16
+)
+ResNet18 = functools.partial(
+  ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock
+)
+ResNet34 = functools.partial(
+  ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock
+)
+ResNet50 = functools.partial(
+  ResNet, stage_sizes=(3, 4, 6, 3), block=BottleneckBlock
+)

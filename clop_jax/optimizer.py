@@ -1,0 +1,160 @@
+"""Learning-rate schedule, masks, and the Optax chain that a config names."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+
+def scaled_learning_rate(
+  base: float, batch_size: int, scaling: str
+) -> float:
+  """The peak learning rate for a batch size.
+
+  Args:
+    base: base learning rate.
+    batch_size: global batch size.
+    scaling: 'linear' (`base * batch_size / 256`), 'sqrt' (`base *
+      sqrt(batch_size)`) or 'none'.
+
+  Returns:
+    The peak learning rate.
+
+  Raises:
+    ValueError: for an unknown scaling.
+
+  Example:
+    >>> from clop_jax import optimizer
+    >>> optimizer.scaled_learning_rate(0.3, 512, 'linear')
+    0.6
+
+  Reference:
+    Chen et al., arXiv 2002.05709, appendix B.1 (linear and square root).
+  """
+  if scaling not in _SCALINGS:
+    raise ValueError(
+      f'scaling must be one of {sorted(_SCALINGS)}, got {scaling!r}'
+    )
+  return base * _SCALINGS[scaling](batch_size)
+
+
+_SCALINGS = {
+  'linear': lambda batch_size: batch_size / 256,
+  'sqrt': lambda batch_size: batch_size**0.5,
+  'none': lambda batch_size: 1.0,
+}
+
+
+def warmup_cosine(
+  peak: float, *, total_steps: int, warmup_steps: int
+) -> optax.Schedule:
+  """Linear warm-up from 0 to `peak`, then a cosine to 0, in steps.
+
+  Args:
+    peak: learning rate after the warm-up.
+    total_steps: steps of the whole run; the cosine ends there.
+    warmup_steps: steps of the warm-up, fewer than `total_steps`.
+
+  Returns:
+    A function of the step.
+
+  Raises:
+    ValueError: if the warm-up does not end within the run.
+  """
+  if not 0 <= warmup_steps < total_steps:
+    raise ValueError(
+      f'warmup_steps must be in [0, total_steps={total_steps}), got '
+      f'{warmup_steps}; shorten the warm-up or train for longer'
+    )
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0 if warmup_steps else peak,
+    peak_value=peak,
+    warmup_steps=warmup_steps,
+    decay_steps=total_steps,
+  )
+
+
+def kernel_mask(params) -> dict:
+  """True for kernels; False for biases and batch-normalization parameters.
+
+  Weight decay and the trust ratio are for kernels: decaying a scale or scaling
+  a bias by its own norm would only disturb it.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path[-1].key == 'kernel', params
+  )
+
+
+def create(
+  name: str,
+  schedule: optax.Schedule,
+  *,
+  momentum: float = 0.9,
+  weight_decay: float = 0.0,
+  trust_coefficient: float = 0.001,
+  clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+  """The optimizer of that name, as an Optax chain.
+
+  Args:
+    name: 'lars', 'sgd' or 'adamw'.
+    schedule: learning rate as a function of the step.
+    momentum: of 'lars' and 'sgd' (for 'adamw' it is b1).
+    weight_decay: on kernels only; decoupled for 'adamw', added to the gradient
+      for the others.
+    trust_coefficient: of 'lars', on kernels only.
+    clip_norm: clip the gradient to this global norm first; None does not.
+
+  Returns:
+    An Optax gradient transformation.
+
+  Raises:
+    ValueError: for an unknown name or a clip norm that is not above 0.
+
+  Reference:
+    You et al., "Large batch training of convolutional networks", arXiv
+    1708.03888 (LARS); Loshchilov and Hutter, arXiv 1711.05101 (AdamW).
+  """
+  if name not in _OPTIMIZERS:
+    raise ValueError(
+      f'name of the optimizer must be one of {sorted(_OPTIMIZERS)}, got {name!r}'
+    )
+  if clip_norm is not None and not clip_norm > 0:
+    raise ValueError(f'clip_norm must be None or above 0, got {clip_norm}')
+  tx = _OPTIMIZERS[name](schedule, momentum, weight_decay, trust_coefficient)
+  if clip_norm is None:
+    return tx
+  return optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+
+
+def _lars(schedule, momentum, weight_decay, trust_coefficient):
+  return optax.lars(
+    schedule,
+    weight_decay=weight_decay,
+    weight_decay_mask=kernel_mask,
+    trust_coefficient=trust_coefficient,
+    trust_ratio_mask=kernel_mask,
+    momentum=momentum,
+  )
+
+
+def _sgd(schedule, momentum, weight_decay, trust_coefficient):
+  del trust_coefficient
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask=kernel_mask),
+    optax.sgd(schedule, momentum=momentum),
+  )
+
+
+def _adamw(schedule, momentum, weight_decay, trust_coefficient):
+  del trust_coefficient
+  return optax.adamw(
+    schedule, b1=momentum, weight_decay=weight_decay, mask=kernel_mask
+  )
+
+
+_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+  'lars': _lars,
+  'sgd': _sgd,
+  'adamw': _adamw,
+}

@@ -1,0 +1,261 @@
+"""Trains what a config describes, in a workdir that it can go on in.
+
+python -m clop_jax.train --config=configs/digits.py --workdir=runs/digits
+
+The same command again goes on from the last checkpoint; the result is bit for
+bit that of a run that was never stopped.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+
+from absl import flags
+import jax
+import ml_collections
+from ml_collections import config_flags
+import numpy as np
+import tqdm
+
+from clop_jax import checkpoint
+from clop_jax import command
+from clop_jax import experiment
+from clop_jax import parallel
+from clop_jax.data import labels as label_policy
+from clop_jax.data import loader
+from clop_jax.data import sources
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run: config, checkpoints, metrics.'
+)
+
+
+def train(
+  config: ml_collections.ConfigDict, workdir: str, *, devices=None
+) -> None:
+  """Runs, or goes on with, the training in `workdir`.
+
+  Args:
+    config: see `configs/`.
+    workdir: made if missing. Gets `config.json`, `labels.npz`,
+      `checkpoints/<step>/` and `metrics.jsonl`.
+    devices: default: all.
+
+  Raises:
+    ValueError: for a wrong config, a batch that the devices cannot share, or a
+      workdir of another config; nothing has been written then.
+    FloatingPointError: if the loss is not finite; names the step and the last
+      checkpoint.
+    checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
+    OSError: if something cannot be written.
+  """
+  mesh = parallel.make_mesh(devices)
+  parallel.check_batch_size(config.train.batch_size, mesh)
+  source = sources.load(config.data.name, 'train', config.data.data_dir)
+  images, labels = loader.to_arrays(source)
+  label_policy.check_range(labels, config.data.num_classes)
+  labels = label_policy.keep_fraction(
+    labels, config.data.label_fraction, seed=config.seed
+  )
+  data = loader.ResidentLoader(
+    images,
+    labels,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    mesh=mesh,
+  )
+  total_steps = _total_steps(config, data.steps_per_epoch)
+  run = experiment.build(
+    config,
+    channels=images.shape[-1],
+    total_steps=total_steps,
+    steps_per_epoch=data.steps_per_epoch,
+  )
+  # Traced before anything is written: what a wrong value breaks, breaks here.
+  target = experiment.abstract_state(run, mesh)
+
+  def resident_step(state, resident, batch, key):
+    return run.step(state, loader.unpack(resident, batch), key)
+
+  step_fn = parallel.map_step(
+    resident_step, mesh, sharded=(False, False, True, False)
+  )
+  key = parallel.replicate(
+    mesh, jax.random.fold_in(jax.random.key(config.seed), 1)
+  )
+  lowered = step_fn.lower(target, data.resident, data.batch(0), key)
+
+  experiment.save_config(config, workdir)
+  label_policy.save(os.path.join(workdir, 'labels.npz'), labels)
+  with checkpoint.Checkpoints(
+    os.path.join(workdir, 'checkpoints'), keep=config.train.keep_checkpoints
+  ) as checkpoints:
+    state = checkpoints.restore_latest(target, warn=_warn)
+    if state is None:
+      shardings = jax.tree.map(lambda x: x.sharding, target)
+      state = jax.jit(run.create_state, out_shardings=shardings)()
+    start = int(state.step)
+    compiled = lowered.compile()
+    _print_summary(config, state, compiled, labels, mesh, total_steps)
+    if start >= total_steps:
+      print(f'step {start} of {total_steps}: already trained')
+      return
+    if start:
+      print(f'going on from step {start} of {total_steps}')
+    logger = _MetricsLog(
+      os.path.join(workdir, 'metrics.jsonl'),
+      start=start,
+      total_steps=total_steps,
+      batch_size=config.train.batch_size,
+    )
+    save_every = config.train.checkpoint_every_epochs * data.steps_per_epoch
+    log_every = config.train.log_every_steps
+    with logger:
+      losses = []
+      for step in range(start, total_steps):
+        state, metrics = compiled(state, data.resident, data.batch(step), key)
+        losses.append(metrics['loss'])
+        done = step + 1
+        saves = done % save_every == 0 or done == total_steps
+        if done % log_every == 0 or saves:
+          # Only here does the host wait for the devices.
+          _check_finite(losses, done, checkpoints)
+          losses.clear()
+        if done % log_every == 0:
+          logger.write(done, metrics)
+        if saves:
+          checkpoints.save(state, done)
+    checkpoints.wait()
+
+
+def _total_steps(config, steps_per_epoch):
+  """The one place where epochs become steps."""
+  for name in ('log_every_steps', 'checkpoint_every_epochs', 'num_epochs'):
+    value = config.train[name]
+    if value < 1:
+      raise ValueError(f'config.train.{name} must be at least 1, got {value}')
+  return config.train.num_epochs * steps_per_epoch
+
+
+def _check_finite(losses, step, checkpoints):
+  values = np.asarray(jax.device_get(losses))
+  broken = np.flatnonzero(~np.isfinite(values))
+  if not broken.size:
+    return
+  first = step - len(values) + 1 + int(broken[0])
+  checkpoints.wait()
+  saved = checkpoints.steps()
+  last = f'the one of step {saved[-1]}' if saved else 'none yet'
+  raise FloatingPointError(
+    f'the loss is {values[broken[0]]} at step {first}; the last good checkpoint '
+    f'is {last}. Lower config.optimizer.learning_rate or set '
+    'config.optimizer.clip_norm, with a new --workdir'
+  )
+
+
+class _MetricsLog:
+  """`metrics.jsonl`, and the progress for a person to see."""
+
+  def __init__(self, path, *, start, total_steps, batch_size):
+    _drop_after(path, start)
+    self._file = open(path, 'a')
+    self._batch_size = batch_size
+    self._total_steps = total_steps
+    self._is_terminal = sys.stderr.isatty()
+    self._bar = tqdm.tqdm(
+      total=total_steps,
+      initial=start,
+      unit='step',
+      disable=not self._is_terminal,
+    )
+    self._start, self._began = start, time.monotonic()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    self._bar.close()
+    self._file.close()
+
+  def write(self, step, metrics):
+    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    # NaN is not JSON; a diagnostic may be NaN where the loss is not.
+    line = {'step': step} | {
+      k: v if math.isfinite(v) else None for k, v in sorted(values.items())
+    }
+    self._file.write(json.dumps(line) + '\n')
+    self._file.flush()
+    seconds = time.monotonic() - self._began
+    steps_per_second = (step - self._start) / seconds
+    images_per_second = steps_per_second * self._batch_size
+    shown = {
+      'loss': f'{values["loss"]:.4f}',
+      'clop': f'{values["clop_loss"]:.4f}',
+      'effective rank': f'{values["effective_rank"]:.1f}',
+      'images/s': f'{images_per_second:,.0f}',
+    }
+    if self._is_terminal:
+      self._bar.set_postfix(shown, refresh=False)
+      self._bar.update(step - self._bar.n)
+      return
+    left = (self._total_steps - step) / steps_per_second
+    parts = ', '.join(f'{name} {value}' for name, value in shown.items())
+    print(
+      f'step {step}/{self._total_steps}: {parts}, {left:.0f} s left', flush=True
+    )
+
+
+def _drop_after(path, step):
+  """Cuts the log back to `step`: what was logged later is trained again."""
+  if not os.path.exists(path):
+    return
+  kept = []
+  with open(path) as file:
+    for line in file:
+      try:
+        entry = json.loads(line)
+      except json.JSONDecodeError:
+        break  # a line that a kill cut short is the last one
+      if entry['step'] <= step:
+        kept.append(line)
+  partial = f'{path}.partial'
+  with open(partial, 'w') as file:
+    file.writelines(kept)
+  os.replace(partial, path)
+
+
+def _print_summary(config, state, compiled, labels, mesh, total_steps):
+  parameters = sum(x.size for x in jax.tree.leaves(state.params))
+  analysis = compiled.cost_analysis() or {}
+  # The compiler counts one device's program.
+  flops = analysis.get('flops', math.nan) * mesh.size
+  counts = label_policy.counts(labels, config.data.num_classes)
+  device = mesh.devices.flat[0]
+  print(
+    f'{config.data.name}: {labels.size:,} examples, {counts.sum():,} labelled '
+    f'(per class: {" ".join(str(c) for c in counts)})\n'
+    f'{parameters:,} parameters, {flops / 1e9:.2f} GFLOP a step of '
+    f'{config.train.batch_size} images (two views each), {total_steps:,} steps\n'
+    f'{mesh.size} device(s): {device.device_kind}; jax {jax.__version__}',
+    flush=True,
+  )
+
+
+def _warn(message):
+  print(f'warning: {message}', file=sys.stderr, flush=True)
+
+
+def main() -> None:
+  """The command."""
+  if not _WORKDIR.value:
+    raise ValueError('--workdir must name a folder for the run, got none')
+  if _CONFIG.value is None:
+    raise ValueError('--config must name a file of configs/, got none')
+  train(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == '__main__':
+  command.run(main)

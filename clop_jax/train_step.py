@@ -1,0 +1,146 @@
+"""One training step, a pure function of (state, batch, key)."""
+
+from collections.abc import Callable
+
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from clop_jax import augment
+from clop_jax import collapse
+from clop_jax import loss
+from clop_jax import train_state
+
+
+def train_step(
+  state: train_state.TrainState,
+  batch: dict[str, jax.Array],
+  key: jax.Array,
+  *,
+  backbone: nn.Module,
+  projection_head: nn.Module,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  recipe: dict,
+  contrastive: Callable[..., jax.Array],
+  clop_weight: float,
+  clop_distance: str = 'cosine',
+  class_weights: jax.Array | None = None,
+  log_every: int = 1,
+  bn_scope: str = 'global',
+  axis_name: str | None = 'data',
+  pmean_gradients: bool = False,
+) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
+  r"""Two views, one forward pass, the sum of the losses, one update.
+
+  .. math:: L = L_{contrastive}(Z) + \lambda\, L_{CLOP}(Z, y, C)
+
+  Written for one shard of the batch; `parallel.map_step` maps it. It also runs
+  under `jax.pmap` (with `pmean_gradients=True`) and, with `axis_name=None`, on
+  one device under `jax.jit`.
+
+  Args:
+    state: the state, the same on every device.
+    batch: this shard's `image` `[batch, height, width, channels]` uint8,
+      `label` `[batch]` (-1: unlabelled) and `index` `[batch]`, the examples'
+      numbers in the data set.
+    key: the run's PRNG key, the same at every step and on every device.
+    backbone: images to features; its `axis_name` is this one.
+    projection_head: features to embeddings; likewise.
+    tx: the Optax chain.
+    schedule: learning rate as a function of the step, as `tx` has it; reported.
+    recipe: keyword arguments of `augment.view`.
+    contrastive: `(embeddings, labels, axis_name=...) -> loss`.
+    clop_weight: lambda, the weight of the CLOP loss; 0 trains without it (it
+      is still reported).
+    clop_distance: see `loss.clop_loss`.
+    class_weights: see `loss.clop_loss`.
+    log_every: the diagnostics (norms, effective rank, ...) are made on steps
+      that are a multiple of this; on others they are 0.
+    bn_scope: as in the networks. With 'device' the running statistics are the
+      mean of the devices' own.
+    axis_name: the mapped axis, or None.
+    pmean_gradients: average the gradients over the axis; for `jax.pmap` only,
+      see `clop_jax.loss`.
+
+  Returns:
+    The next state, and metrics: float32 scalars, the same on every device.
+  """
+  keys = augment.example_keys(key, state.step, batch['index'])
+  views = augment.two_views(keys, batch['image'], **recipe)
+  num_views, batch_size = views.shape[:2]
+
+  def loss_of(params):
+    # Both views in one pass: half the launches, and batch statistics over all.
+    images = views.reshape(num_views * batch_size, *views.shape[2:])
+    _, embeddings, batch_stats = train_state.apply_networks(
+      backbone, projection_head, params, state.batch_stats, images, train=True
+    )
+    embeddings = embeddings.reshape(num_views, batch_size, -1)
+    contrastive_loss = contrastive(
+      embeddings, batch['label'], axis_name=axis_name
+    )
+    clop_loss = loss.clop_loss(
+      embeddings,
+      batch['label'],
+      state.prototypes,
+      distance=clop_distance,
+      class_weights=class_weights,
+      axis_name=axis_name,
+    )
+    total = contrastive_loss + clop_weight * clop_loss
+    return total, (contrastive_loss, clop_loss, embeddings, batch_stats)
+
+  (total, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+    state.params
+  )
+  contrastive_loss, clop_loss, embeddings, batch_stats = aux
+  if pmean_gradients:
+    gradients = lax.pmean(gradients, axis_name)
+  if bn_scope == 'device' and axis_name is not None:
+    batch_stats = lax.pmean(batch_stats, axis_name)
+  updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  step = state.step + 1
+
+  def diagnostics():
+    z, labels = embeddings, batch['label']
+    if axis_name is not None:
+      z = lax.all_gather(z, axis_name, axis=1, tiled=True)
+      labels = lax.all_gather(labels, axis_name, axis=0, tiled=True)
+    z = collapse.normalize(z)
+    labels = jnp.broadcast_to(labels, z.shape[:-1])
+    of_embeddings = {
+      'effective_rank': collapse.effective_rank(z),
+      'embedding_std': collapse.embedding_std(z),
+      'prototype_cosine': collapse.prototype_cosine(
+        z, labels, state.prototypes
+      ),
+    }
+    if axis_name is not None:
+      # All devices hold the same number; the mean tells the compiler so.
+      of_embeddings = lax.pmean(of_embeddings, axis_name)
+    return of_embeddings | {
+      'gradient_norm': optax.global_norm(gradients),
+      'update_norm': optax.global_norm(updates),
+      'parameter_norm': optax.global_norm(params),
+    }
+
+  shapes = jax.eval_shape(diagnostics)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  # The singular values of a large batch cost more than a small network's step.
+  metrics = lax.cond(step % log_every == 0, diagnostics, lambda: zeros)
+  metrics |= {
+    'loss': total,
+    'contrastive_loss': contrastive_loss,
+    'clop_loss': clop_loss,
+    'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+  }
+  return (
+    state.replace(
+      step=step, params=params, batch_stats=batch_stats, opt_state=opt_state
+    ),
+    metrics,
+  )
