@@ -7,6 +7,7 @@ how many devices there are. Images are float32 in [0, 1] until `normalize`.
 
 from collections.abc import Sequence
 import functools
+import itertools
 import math
 
 import dm_pix as pix
@@ -103,8 +104,7 @@ def view(
   """
   if image.ndim != 3 or image.shape[-1] not in (1, 3):
     raise ValueError(
-      'image must have shape [height, width, 1 or 3], got '
-      f'{image.shape}'
+      f'image must have shape [height, width, 1 or 3], got {image.shape}'
     )
   probabilities = {
     'crop_probability': crop_probability,
@@ -117,25 +117,27 @@ def view(
     if not 0 <= probability <= 1:
       raise ValueError(f'{name} must be in [0, 1], got {probability}')
   coloured = image.shape[-1] == 3
-  crop_key, flip_key, jitter_key, grey_key, blur_key = jax.random.split(key, 5)
-
-  x = unit_range(image)
+  draws = _draw(key)
   x = _random_crop(
-    crop_key, x, size, crop_probability, crop_area, crop_aspect
+    draws, unit_range(image), size, crop_probability, crop_area, crop_aspect
   )
-  x = _sometimes(flip_key, flip_probability, lambda _, x: x[:, ::-1], x)
-  jitter = functools.partial(
-    _colour_jitter,
-    brightness=brightness,
-    contrast=contrast,
-    saturation=saturation if coloured else 0.0,
-    hue=hue if coloured else 0.0,
-  )
-  x = _sometimes(jitter_key, jitter_probability, jitter, x)
-  if coloured:
-    x = _sometimes(grey_key, grey_probability, lambda _, x: _grey(x), x)
-  blur = functools.partial(_gaussian_blur, size=size, sigma_range=blur_sigma)
-  x = _sometimes(blur_key, blur_probability, blur, x)
+  if flip_probability:
+    x = jnp.where(draws['flip'] < flip_probability, x[:, ::-1], x)
+  if jitter_probability:
+    jittered = _colour_jitter(
+      draws,
+      x,
+      brightness=brightness,
+      contrast=contrast,
+      saturation=saturation if coloured else 0.0,
+      hue=hue if coloured else 0.0,
+    )
+    x = jnp.where(draws['jitter'] < jitter_probability, jittered, x)
+  if grey_probability and coloured:
+    x = jnp.where(draws['grey'] < grey_probability, _grey(x), x)
+  if blur_probability:
+    sigma = _between(draws['blur_sigma'], *blur_sigma)
+    x = jnp.where(draws['blur'] < blur_probability, _gaussian_blur(x, sigma), x)
   return normalize(x, mean=mean, std=std)
 
 
@@ -176,26 +178,48 @@ def resize(images: jax.Array, size: int) -> jax.Array:
   return jax.image.resize(images, shape, method='linear', antialias=True)
 
 
-def _sometimes(key, probability, operation, x):
-  """`operation(key, x)` with that probability, else `x`."""
-  if probability == 0:
-    return x
-  choice_key, operation_key = jax.random.split(key)
-  changed = operation(operation_key, x)
-  if probability == 1:
-    return changed
-  return jnp.where(jax.random.bernoulli(choice_key, probability), changed, x)
+# Everything random in a view, as numbers uniform in [0, 1). They come from one
+# call of the generator: a key for each operation would be derived again inside
+# every kernel that XLA fuses it into, which took ten times as long to compile.
+# And an operation that is switched off leaves the others' draws as they were.
+_DRAWS = {
+  'crop': (),
+  'area': (10,),
+  'aspect': (10,),
+  'place': (2,),
+  'flip': (),
+  'jitter': (),
+  'jitter_amounts': (4,),
+  'jitter_order': (4,),
+  'grey': (),
+  'blur': (),
+  'blur_sigma': (),
+}
 
 
-def _random_crop(key, image, size, probability, area_range, aspect_range):
+def _draw(key):
+  """The numbers of `_DRAWS`, by name."""
+  sizes = [math.prod(shape) for shape in _DRAWS.values()]
+  ends = list(itertools.accumulate(sizes))
+  uniform = jax.random.uniform(key, (ends[-1],))
+  parts = jnp.split(uniform, ends[:-1])
+  return {
+    name: part.reshape(shape)
+    for (name, shape), part in zip(_DRAWS.items(), parts, strict=True)
+  }
+
+
+def _between(uniform, low, high):
+  return low + uniform * (high - low)
+
+
+def _random_crop(draws, image, size, probability, area_range, aspect_range):
   """A random box of the image, resampled to `[size, size]`."""
   height, width, channels = image.shape
   box = jnp.array([0.0, 0.0, height, width])
   if probability > 0:
-    choice_key, box_key = jax.random.split(key)
-    random_box = _random_box(box_key, height, width, area_range, aspect_range)
-    choose = jax.random.bernoulli(choice_key, probability)
-    box = jnp.where(choose, random_box, box)
+    random_box = _random_box(draws, height, width, area_range, aspect_range)
+    box = jnp.where(draws['crop'] < probability, random_box, box)
   elif (height, width) == (size, size):
     return image
   top, left, box_height, box_width = box
@@ -213,21 +237,16 @@ def _random_crop(key, image, size, probability, area_range, aspect_range):
   )
 
 
-def _random_box(key, height, width, area_range, aspect_range):
+def _random_box(draws, height, width, area_range, aspect_range):
   """Top, left, height, width of a box inside the image, in pixels (float).
 
   Ten boxes are drawn and the first that fits is taken; if none does, the
   largest centred one within the aspect range. The sides are not rounded to
   pixels, which would distort area and aspect of a small image.
   """
-  area_key, aspect_key, place_key = jax.random.split(key, 3)
-  low, high = area_range
-  area = jax.random.uniform(area_key, (10,), minval=low, maxval=high)
-  log_low, log_high = (math.log(aspect) for aspect in aspect_range)
-  log_aspect = jax.random.uniform(
-    aspect_key, (10,), minval=log_low, maxval=log_high
-  )
-  aspect = jnp.exp(log_aspect)
+  area = _between(draws['area'], *area_range)
+  log_aspect_range = (math.log(aspect) for aspect in aspect_range)
+  aspect = jnp.exp(_between(draws['aspect'], *log_aspect_range))
   heights = jnp.sqrt(area * height * width / aspect)
   widths = heights * aspect
   fits = (heights <= height) & (widths <= width)
@@ -240,33 +259,28 @@ def _random_box(key, height, width, area_range, aspect_range):
     any_fits, jnp.stack([heights[first], widths[first]]), fallback
   )
   free = jnp.array([height, width]) - sides
-  place = jnp.where(any_fits, jax.random.uniform(place_key, (2,)), 0.5)
+  place = jnp.where(any_fits, draws['place'], 0.5)
   return jnp.concatenate([place * free, sides])
 
 
-def _colour_jitter(key, image, *, brightness, contrast, saturation, hue):
+def _colour_jitter(draws, image, *, brightness, contrast, saturation, hue):
   """Brightness, contrast, saturation and hue in a random order."""
-  operations = []
   # Factors as Pillow's ImageEnhance defines them: a blend with black, with the
   # mean grey, with the grey image. (dm-pix adds a constant for brightness and
   # takes the contrast of each channel.)
-  if brightness:
-    operations.append((_brightness, brightness))
-  if contrast:
-    operations.append((_contrast, contrast))
-  if saturation:
-    operations.append((_saturation, saturation))
-  if hue:
-    operations.append((_hue, hue))
-  if not operations:
+  operations = [
+    (_brightness, brightness),
+    (_contrast, contrast),
+    (_saturation, saturation),
+    (_hue, hue),
+  ]
+  used = [i for i, (_, amount) in enumerate(operations) if amount]
+  if not used:
     return image
-  order_key, *keys = jax.random.split(key, 1 + len(operations))
-  amounts = jnp.stack([
-    jax.random.uniform(k, minval=-amount, maxval=amount)
-    for k, (_, amount) in zip(keys, operations, strict=True)
-  ])
-  branches = [operation for operation, _ in operations]
-  for which in jax.random.permutation(order_key, len(operations)):
+  limits = jnp.array([operations[i][1] for i in used])
+  amounts = _between(draws['jitter_amounts'][jnp.array(used)], -limits, limits)
+  branches = [operations[i][0] for i in used]
+  for which in jnp.argsort(draws['jitter_order'][: len(used)]):
     image = lax.switch(which, branches, image, amounts[which])
   return image
 
@@ -277,9 +291,7 @@ def _brightness(image, amount):
 
 def _contrast(image, amount):
   grey = _grey(image) if image.shape[-1] == 3 else image
-  return jnp.clip(
-    image + amount * (image - jnp.mean(grey)), 0.0, 1.0
-  )
+  return jnp.clip(image + amount * (image - jnp.mean(grey)), 0.0, 1.0)
 
 
 def _saturation(image, amount):
@@ -294,11 +306,9 @@ def _grey(image):
   return pix.rgb_to_grayscale(image, keep_dims=True)
 
 
-def _gaussian_blur(key, image, *, size, sigma_range):
-  low, high = sigma_range
-  sigma = jax.random.uniform(key, minval=low, maxval=high)
+def _gaussian_blur(image, sigma):
   # SimCLR's kernel: a tenth of the image, at least 3 pixels. Blurring pads with
   # zeros, which would darken the border, so the edge is repeated first.
-  radius = max(1, size // 20)
+  radius = max(1, image.shape[0] // 20)
   padded = jnp.pad(image, ((radius, radius), (radius, radius), (0, 0)), 'edge')
   return pix.gaussian_blur(padded, sigma, 2 * radius, padding='VALID')

@@ -8,6 +8,7 @@ devices.
 
 from collections.abc import Callable
 import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -130,16 +131,20 @@ class Checkpoints:
       'state': target,
       'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=scalar),
     }
-    try:
-      with _quiet():
+    fault = None
+    with _quiet():
+      try:
         restored = self._manager.restore(
           step, args=ocp.args.StandardRestore(wanted)
         )
-    except Exception as error:  # noqa: BLE001
-      # Damage surfaces as whatever the broken layer raises, a bare Exception
-      # from Orbax's array reader included.
-      lines = str(error).strip().splitlines()
-      return None, (lines[0] if lines else type(error).__name__)[:200]
+      except Exception as error:
+        # Damage surfaces as whatever the broken layer raises, a bare Exception
+        # from Orbax's array reader included.
+        lines = str(error).strip().splitlines()
+        fault = (lines[0] if lines else type(error).__name__)[:200]
+      if fault:
+        gc.collect()  # so that what it left behind complains here, unheard
+        return None, fault
     if int(_checksum(restored['state'])) != int(restored['checksum']):
       return None, 'its arrays do not have the checksum they were saved with'
     return restored['state'], None
@@ -183,9 +188,14 @@ def _checksum(tree) -> jax.Array:
   total = jnp.zeros((), jnp.uint32)
   for leaf in jax.tree.leaves(tree):
     bits = _bits(leaf).ravel()
-    # Odd weights have an inverse modulo 2^32: no change can vanish in them.
-    weights = 2 * lax.iota(jnp.uint32, bits.size) + 1
-    total = total * jnp.uint32(1000003) + jnp.sum(bits * weights)
+    # Each entry goes through a permutation of the 32-bit numbers that depends
+    # on its place, so no single change can vanish, and several cancel only by
+    # chance (a plain weighted sum would miss an even number of sign flips).
+    x = bits + lax.iota(jnp.uint32, bits.size) * jnp.uint32(0x9E3779B9)
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    x = x ^ (x >> 16)
+    total = total * jnp.uint32(1000003) + jnp.sum(x)
   return total
 
 

@@ -45,9 +45,7 @@ def singular_values(
   return jnp.linalg.svd(rows, compute_uv=False)
 
 
-def effective_rank(
-  embeddings: jax.Array, *, center: bool = False
-) -> jax.Array:
+def effective_rank(embeddings: jax.Array, *, center: bool = False) -> jax.Array:
   r"""Effective rank: how many directions the embeddings really use.
 
   .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad

@@ -11,10 +11,6 @@ from absl import logging
 
 from clop_jax import checkpoint
 
-_TRACEBACK = flags.DEFINE_bool(
-  'traceback', False, 'Print the whole traceback of an error.'
-)
-
 # What a user can cause: wrong values, files and folders, a diverged run, a
 # damaged checkpoint. Anything else is our own fault and keeps its traceback.
 _USER_ERRORS = (
@@ -25,23 +21,26 @@ _USER_ERRORS = (
 )
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
   """Parses the flags and calls `main`; a user's error is one line and exit 1.
 
   Args:
-    main: takes nothing; it reads the flags that its module defines.
+    main: takes nothing; it reads the flags.
+    define_flags: defines the command's own flags.
   """
+  define_flags()
+  flags.DEFINE_bool('traceback', False, 'Print the traceback of an error.')
   app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
 def _guarded(main):
   if not flags.FLAGS['verbosity'].present:
-    # Orbax tells of every file it writes; --verbosity=0 shows it.
-    logging.set_verbosity(logging.WARNING)
+    # Orbax and TFDS tell of every file they touch; --verbosity=0 shows it.
+    logging.set_verbosity(logging.ERROR)
   try:
     main()
   except _USER_ERRORS as error:
-    if _TRACEBACK.value:
+    if flags.FLAGS.traceback:
       traceback.print_exc()
     message = str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -62,7 +61,9 @@ def _parse(argv):
 def _unknown_field(argv):
   """The first override of a field that the config file does not have."""
   overrides = [a for a in argv if a.lstrip('-').startswith('config.')]
-  flags.FLAGS([a for a in argv if a not in overrides])
+  # ml_collections looks for overrides in sys.argv, whatever it is passed.
+  sys.argv = [a for a in argv if a not in overrides]
+  flags.FLAGS(sys.argv)
   for override in overrides:
     path = override.lstrip('-').split('=')[0].split('.')[1:]
     group = flags.FLAGS['config'].value

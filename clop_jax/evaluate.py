@@ -31,13 +31,6 @@ from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
 from clop_jax.data import sources
 
-_WORKDIRS = flags.DEFINE_multi_string(
-  'workdir', None, 'Workdir of a run; repeat it to compare runs.'
-)
-_FIGURE = flags.DEFINE_string(
-  'figure', None, 'PNG that compares the runs (several workdirs).'
-)
-
 _LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -119,9 +112,7 @@ def evaluate(workdir: str, *, devices=None) -> tuple[dict, dict]:
     'knn_top1': neighbours[config.eval.knn_neighbours[0]],
     **{f'knn{k}_top1': value for k, value in neighbours.items()},
     **_collapse_measures(unit, labels['test'], state.prototypes),
-    'features_effective_rank': float(
-      collapse.effective_rank(features['test'])
-    ),
+    'features_effective_rank': float(collapse.effective_rank(features['test'])),
     'features_within_between_ratio': float(
       collapse.within_between_ratio(
         features['test'], labels['test'], config.data.num_classes
@@ -232,9 +223,19 @@ def _warn(message):
   print(f'warning: {message}', file=sys.stderr, flush=True)
 
 
+def define_flags() -> None:
+  """Defines the command's flags; importing this module defines none."""
+  flags.DEFINE_multi_string(
+    'workdir', None, 'Workdir of a run; repeat it to compare runs.'
+  )
+  flags.DEFINE_string(
+    'figure', None, 'PNG that compares the runs (several workdirs).'
+  )
+
+
 def main() -> None:
   """The command."""
-  workdirs = _WORKDIRS.value or []
+  workdirs, figure = flags.FLAGS.workdir or [], flags.FLAGS.figure
   if not workdirs:
     raise ValueError('--workdir must name the folder of a run, got none')
   for workdir in workdirs:
@@ -248,11 +249,11 @@ def main() -> None:
     path = os.path.join(workdir, 'figures', 'embeddings.png')
     _draw(path, [workdir], [result], [run_arrays])
   print(report.table([_name(workdir) for workdir in workdirs], results))
-  if _FIGURE.value:
+  if figure:
     if any(len(a['labels']) != len(arrays[0]['labels']) for a in arrays):
       raise ValueError('--figure compares runs on one data set only')
-    _draw(_FIGURE.value, workdirs, results, arrays)
+    _draw(figure, workdirs, results, arrays)
 
 
 if __name__ == '__main__':
-  command.run(main)
+  command.run(main, define_flags)

@@ -179,7 +179,9 @@ def build(
     trust_coefficient=config.optimizer.trust_coefficient,
     clip_norm=config.optimizer.clip_norm,
   )
-  contrastive = _choose(_CONTRASTIVE, 'loss.contrastive', config.loss.contrastive)
+  contrastive = _choose(
+    _CONTRASTIVE, 'loss.contrastive', config.loss.contrastive
+  )
   if config.loss.contrastive == 'none' and not config.loss.clop_weight:
     raise ValueError(
       "config.loss.contrastive is 'none' and config.loss.clop_weight is 0: "
@@ -330,8 +332,16 @@ def commit() -> str | None:
     if result.returncode:
       return None
     result = subprocess.run(
-      ['git', '-C', folder, 'describe', '--always', '--dirty', '--abbrev=40',
-       '--exclude=*'],
+      [
+        'git',
+        '-C',
+        folder,
+        'describe',
+        '--always',
+        '--dirty',
+        '--abbrev=40',
+        '--exclude=*',
+      ],
       capture_output=True,
       text=True,
     )

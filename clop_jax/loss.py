@@ -275,9 +275,7 @@ def dcl_loss(
   same_example = _same_example(row_ids, column_ids)
   positive = same_example & (row_ids[:, None] != column_ids[None, :])
   attraction = jnp.sum(logits * positive, axis=1) / (views - 1)
-  repulsion = jax.nn.logsumexp(
-    jnp.where(same_example, _MASKED, logits), axis=1
-  )
+  repulsion = jax.nn.logsumexp(jnp.where(same_example, _MASKED, logits), axis=1)
   per_anchor = repulsion - attraction
   return _masked_mean(per_anchor, jnp.ones_like(per_anchor), axis_name)
 

@@ -6,9 +6,7 @@ import jax
 import optax
 
 
-def scaled_learning_rate(
-  base: float, batch_size: int, scaling: str
-) -> float:
+def scaled_learning_rate(base: float, batch_size: int, scaling: str) -> float:
   """The peak learning rate for a batch size.
 
   Args:

@@ -78,7 +78,9 @@ def map_step(step: Callable, mesh: Mesh, *, sharded: Sequence[bool]):
     The jitted global function. It donates its first argument: the old state's
     memory becomes the new one's.
   """
-  specs = tuple(PartitionSpec(DATA_AXIS) if s else PartitionSpec() for s in sharded)
+  specs = tuple(
+    PartitionSpec(DATA_AXIS) if s else PartitionSpec() for s in sharded
+  )
   mapped = jax.shard_map(
     step, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=True
   )

@@ -167,7 +167,7 @@ def _fit(x, y, weights, strength, *, num_classes, steps):
       value_fn=objective,
     )
     params = optax.apply_updates(params, updates)
-    return params, opt_state, step + 1, optax.global_norm(gradient)
+    return params, opt_state, step + 1, optax.tree.norm(gradient)
 
   start = (params, optimizer.init(params), 0, jnp.float32(jnp.inf))
   return lax.while_loop(proceed, iterate, start)[0]

@@ -145,8 +145,7 @@ def orthonormalize(prototypes: jax.Array) -> jax.Array:
   prototypes = jnp.asarray(prototypes)
   if prototypes.ndim != 2:
     raise ValueError(
-      'prototypes must have shape [num_classes, dim], got '
-      f'{prototypes.shape}'
+      f'prototypes must have shape [num_classes, dim], got {prototypes.shape}'
     )
   if not jnp.issubdtype(prototypes.dtype, jnp.floating):
     raise ValueError(f'prototypes must be floating, got {prototypes.dtype}')

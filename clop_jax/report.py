@@ -7,8 +7,8 @@ import matplotlib
 
 matplotlib.use('agg')
 
-from matplotlib import pyplot as plt  # noqa: E402  (after the backend is set)
-import numpy as np  # noqa: E402
+from matplotlib import pyplot as plt
+import numpy as np
 
 _COLUMNS = (
   ('linear top-1', 'linear_top1', '{:.3f}'),
@@ -34,7 +34,9 @@ def table(names: Sequence[str], results: Sequence[dict]) -> str:
     rows.append([name, *(f.format(result[key]) for _, key, f in _COLUMNS)])
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [
-    '| ' + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + ' |'
+    '| '
+    + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))
+    + ' |'
     for row in rows
   ]
   lines.insert(1, '|' + '|'.join('-' * (width + 2) for width in widths) + '|')

@@ -27,11 +27,6 @@ from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
 from clop_jax.data import sources
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run: config, checkpoints, metrics.'
-)
-
 
 def train(
   config: ml_collections.ConfigDict, workdir: str, *, devices=None
@@ -248,14 +243,22 @@ def _warn(message):
   print(f'warning: {message}', file=sys.stderr, flush=True)
 
 
+def define_flags() -> None:
+  """Defines the command's flags; importing this module defines none."""
+  config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
+  flags.DEFINE_string(
+    'workdir', None, 'Folder of the run: config, checkpoints, metrics.'
+  )
+
+
 def main() -> None:
   """The command."""
-  if not _WORKDIR.value:
+  if not flags.FLAGS.workdir:
     raise ValueError('--workdir must name a folder for the run, got none')
-  if _CONFIG.value is None:
+  if flags.FLAGS.config is None:
     raise ValueError('--config must name a file of configs/, got none')
-  train(_CONFIG.value, _WORKDIR.value)
+  train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == '__main__':
-  command.run(main)
+  command.run(main, define_flags)

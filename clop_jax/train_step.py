@@ -123,9 +123,9 @@ def train_step(
       # All devices hold the same number; the mean tells the compiler so.
       of_embeddings = lax.pmean(of_embeddings, axis_name)
     return of_embeddings | {
-      'gradient_norm': optax.global_norm(gradients),
-      'update_norm': optax.global_norm(updates),
-      'parameter_norm': optax.global_norm(params),
+      'gradient_norm': optax.tree.norm(gradients),
+      'update_norm': optax.tree.norm(updates),
+      'parameter_norm': optax.tree.norm(params),
     }
 
   shapes = jax.eval_shape(diagnostics)

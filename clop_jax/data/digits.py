@@ -29,10 +29,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       builder=self,
       description=_DESCRIPTION,
       citation=_CITATION,
-      features=tfds.features.FeaturesDict({
-        'image': tfds.features.Image(shape=(8, 8, 1), encoding_format='png'),
-        'label': tfds.features.ClassLabel(num_classes=10),
-      }),
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(shape=(8, 8, 1), encoding_format='png'),
+          'label': tfds.features.ClassLabel(num_classes=10),
+        }
+      ),
       supervised_keys=('image', 'label'),
     )
 

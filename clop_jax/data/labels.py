@@ -65,9 +65,7 @@ def save(path: str, labels: np.ndarray) -> None:
   """
   partial = f'{path}.partial'
   with open(partial, 'wb') as file:
-    np.savez_compressed(
-      file, labels=labels, labelled=labels != UNLABELLED
-    )
+    np.savez_compressed(file, labels=labels, labelled=labels != UNLABELLED)
   os.replace(partial, path)
 
 

@@ -59,7 +59,9 @@ def load(name: str, split: str, data_dir: str | None = None) -> Source:
     ValueError: for an unknown name or split.
   """
   if name not in _SOURCES:
-    raise ValueError(f'data.name must be one of {sorted(_SOURCES)}, got {name!r}')
+    raise ValueError(
+      f'data.name must be one of {sorted(_SOURCES)}, got {name!r}'
+    )
   if split not in SPLITS:
     raise ValueError(f'split must be one of {list(SPLITS)}, got {split!r}')
   return _SOURCES[name](split, data_dir)

@@ -133,7 +133,9 @@ class ResNet(nn.Module):
       ('bn_scope', self.bn_scope, BN_SCOPES),
     ):
       if value not in allowed:
-        raise ValueError(f'{name} must be one of {list(allowed)}, got {value!r}')
+        raise ValueError(
+          f'{name} must be one of {list(allowed)}, got {value!r}'
+        )
     super().__post_init__()
 
   @nn.compact
@@ -173,12 +175,8 @@ class ResNet(nn.Module):
 ResNet8 = functools.partial(
   ResNet, stage_sizes=(1, 1, 1), block=BasicBlock, width=16
 )
-ResNet18 = functools.partial(
-  ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock
-)
-ResNet34 = functools.partial(
-  ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock
-)
+ResNet18 = functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock)
+ResNet34 = functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock)
 ResNet50 = functools.partial(
   ResNet, stage_sizes=(3, 4, 6, 3), block=BottleneckBlock
 )

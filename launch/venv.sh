@@ -1,0 +1,45 @@
+# Sourced by the other scripts: makes `.venv` in the checkout and installs what
+# changed. Sets ROOT (the checkout) and PYTHON (the environment's interpreter).
+#
+#   source launch/venv.sh   then   ensure_venv [extra]
+#
+# PYTHON3 names another python3 to make the environment with.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+PYTHON="$ROOT/.venv/bin/python"
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+ensure_venv() {
+  local extra="${1:-}" python3="${PYTHON3:-python3}" target="$ROOT" stamp wanted
+  if [ ! -x "$PYTHON" ]; then
+    command -v "$python3" >/dev/null ||
+      fail "$python3 was not found; install Python 3.11 or newer"
+    "$python3" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+      fail "Python 3.11 or newer is needed, $python3 is" \
+        "$("$python3" -c 'import platform; print(platform.python_version())');" \
+        "set PYTHON3 to a newer one"
+    "$python3" -c 'import ensurepip, venv' 2>/dev/null ||
+      fail "$python3 has no venv module; install it (on Debian: apt-get" \
+        "install python3-venv)"
+    echo "making $ROOT/.venv"
+    "$python3" -m venv "$ROOT/.venv" ||
+      fail "$python3 -m venv failed; remove $ROOT/.venv and try again"
+  fi
+  # Installed again only when what is asked for, or where, has changed.
+  wanted="$ROOT $(cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" | cksum)"
+  # Without an extra any installation will do.
+  stamp="$ROOT/.venv/installed-${extra:-base}"
+  local stamps=("$stamp")
+  [ -n "$extra" ] || stamps=("$ROOT"/.venv/installed-*)
+  if ! cat "${stamps[@]}" 2>/dev/null | grep -qxF -- "$wanted"; then
+    [ -z "$extra" ] || target="${ROOT}[$extra]"
+    echo "installing clop_jax${extra:+ with the extra '$extra'}"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+      --editable "$target" || fail "pip could not install $target"
+    echo "$wanted" >"$stamp"
+  fi
+}

@@ -1,0 +1,35 @@
+"""A small config on real digits: seconds, not minutes."""
+
+import importlib.util
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def digits_config(digits_dir, **changes):
+  """configs/digits.py made small; changes as `group__field=value`."""
+  path = ROOT / 'configs' / 'digits.py'
+  spec = importlib.util.spec_from_file_location('digits_config', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  defaults = {
+    'data__data_dir': digits_dir,
+    'model__width_multiplier': 0.25,
+    'model__embedding_dim': 16,
+    'model__head_hidden_dim': 16,
+    'optimizer__learning_rate': 0.2,
+    'train__batch_size': 256,  # 5 steps an epoch
+    'train__num_epochs': 2,
+    'train__log_every_steps': 2,
+    'train__checkpoint_every_epochs': 1,
+    'eval__probe_l2': [1e-3, 1e-1],
+    'eval__probe_iterations': 30,
+  }
+  for name, value in (defaults | changes).items():
+    group = config
+    *path, field = name.split('__')
+    for part in path:
+      group = group[part]
+    group[field] = value
+  return config

@@ -1,0 +1,128 @@
+"""The arrows between modules, and what a light import may load."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / 'clop_jax'
+
+# Layer of each module: it imports only from layers below its own. Where a
+# module may use fewer libraries than the others of its layer, they are listed.
+LAYERS = {
+  'loss': 0,
+  'prototypes': 0,
+  'collapse': 0,
+  'augment': 0,
+  'models.resnet': 0,
+  'models.heads': 0,
+  'optimizer': 0,
+  'parallel': 0,
+  'data.labels': 0,
+  'data.digits': 0,
+  'data.sources': 0.5,  # imports data.digits, lazily
+  'data.loader': 1,
+  'train_state': 1,
+  'train_step': 2,
+  'checkpoint': 2,
+  'probe': 2,
+  'report': 3,
+  'experiment': 3,
+  'command': 3,
+  'train': 4,
+  'evaluate': 4,
+}
+LIBRARIES = {
+  'loss': {'jax'},
+  'prototypes': {'jax', 'optax'},
+  'collapse': {'jax'},
+  'augment': {'jax', 'dm_pix'},
+  'models.resnet': {'jax', 'flax'},
+  'models.heads': {'jax', 'flax'},
+  'optimizer': {'jax', 'optax'},
+  'parallel': {'jax', 'numpy'},
+  'data.labels': {'numpy'},
+  'train_state': {'jax', 'flax', 'optax'},
+  'train_step': {'jax', 'flax', 'optax'},
+  'report': {'matplotlib', 'numpy'},
+}
+
+
+def modules():
+  for path in sorted(PACKAGE.rglob('*.py')):
+    name = '.'.join(path.relative_to(PACKAGE).with_suffix('').parts)
+    if not name.endswith('__init__'):
+      yield name, path
+
+
+def imports(path):
+  """Modules of ours, and top-level names of others, that a file imports."""
+  ours, others = set(), set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      others |= {alias.name.split('.')[0] for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      package = node.module or ''
+      if package.split('.')[0] == 'clop_jax':
+        prefix = package.removeprefix('clop_jax').strip('.')
+        ours |= {f'{prefix}.{alias.name}'.strip('.') for alias in node.names}
+      else:
+        others.add(package.split('.')[0])
+  return ours, others - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize(
+  ('name', 'path'), list(modules()), ids=[name for name, _ in modules()]
+)
+def test_a_module_imports_only_from_layers_below(name, path):
+  assert name in LAYERS, f'{name} has no layer yet'
+  ours, others = imports(path)
+  for imported in ours:
+    assert LAYERS[imported] < LAYERS[name], f'{name} imports {imported}'
+  if name in LIBRARIES:
+    assert others <= LIBRARIES[name]
+  if LAYERS[name] < 3:
+    assert 'ml_collections' not in others, 'only commands read the config'
+
+
+def test_every_layered_module_exists():
+  assert set(LAYERS) == {name for name, _ in modules()}
+
+
+def loaded_by(statement):
+  code = f'{statement}\nimport sys\nprint(" ".join(sys.modules))'
+  result = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  return {name.split('.')[0] for name in result.stdout.split()}
+
+
+def test_importing_the_losses_loads_jax_and_nothing_heavier():
+  loaded = loaded_by('import clop_jax.loss')
+  heavy = {
+    'flax',
+    'optax',
+    'grain',
+    'orbax',
+    'tensorflow_datasets',
+    'tensorflow',
+    'matplotlib',
+    'sklearn',
+    'dm_pix',
+    'ml_collections',
+  }
+  assert 'jax' in loaded
+  assert not loaded & heavy
+
+
+def test_a_training_step_needs_no_input_or_checkpoint_library():
+  loaded = loaded_by('from clop_jax import train_step, optimizer')
+  assert not loaded & {
+    'grain',
+    'orbax',
+    'tensorflow_datasets',
+    'tensorflow',
+    'ml_collections',
+  }

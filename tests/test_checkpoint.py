@@ -1,0 +1,164 @@
+import os
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clop_jax import checkpoint
+from clop_jax import parallel
+from clop_jax import train_state
+
+
+def make_state(step, mesh):
+  state = train_state.TrainState(
+    step=jnp.int32(step),
+    params={'w': jnp.arange(5000.0).reshape(50, 100) + step},
+    batch_stats={'mean': jnp.full(7, 0.5 * step)},
+    opt_state=({'trace': jnp.full((50, 100), 2.0 * step)}, jnp.int32(step)),
+    prototypes=jnp.eye(4) * step,
+  )
+  return parallel.replicate(mesh, state)
+
+
+def target_of(state, mesh):
+  sharding = parallel.replicated(mesh)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+  )
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def mesh():
+  return parallel.make_mesh(jax.devices()[:1])
+
+
+@pytest.fixture
+def folder(tmp_path, mesh):
+  """Checkpoints of steps 1, 2 and 3."""
+  path = tmp_path / 'checkpoints'
+  with checkpoint.Checkpoints(str(path)) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(make_state(step, mesh), step)
+  return path
+
+
+def restore(path, mesh, **kwargs):
+  warnings = []
+  target = target_of(make_state(0, mesh), mesh)
+  with checkpoint.Checkpoints(str(path), **kwargs) as checkpoints:
+    return checkpoints.restore_latest(target, warn=warnings.append), warnings
+
+
+def test_the_whole_state_comes_back_from_the_newest_checkpoint(folder, mesh):
+  state, warnings = restore(folder, mesh)
+  assert_equal(state, make_state(3, mesh))
+  assert not warnings
+
+
+def test_restored_on_eight_devices_what_one_saved(folder):
+  mesh = parallel.make_mesh()
+  state, _ = restore(folder, mesh)
+  assert_equal(state, make_state(3, mesh))
+  assert len(state.params['w'].sharding.device_set) == 8
+
+
+def test_an_empty_folder_gives_none(tmp_path, mesh):
+  assert restore(tmp_path / 'new', mesh) == (None, [])
+
+
+def test_only_the_newest_are_kept(tmp_path, mesh):
+  with checkpoint.Checkpoints(str(tmp_path), keep=2) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(make_state(step, mesh), step)
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 3]
+
+
+def data_files(step_folder):
+  """The files of a checkpoint that its arrays are read from, largest first."""
+  files = [p for p in pathlib.Path(step_folder).rglob('*') if p.is_file()]
+  return sorted(files, key=lambda p: p.stat().st_size, reverse=True)
+
+
+def truncate(file):
+  file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(file):
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 0x10
+  file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize('read_only', [False, True])
+@pytest.mark.parametrize(
+  'harm',
+  [truncate, flip_a_bit, pathlib.Path.unlink, lambda f: f.write_bytes(b'')],
+  ids=['truncated', 'one bit', 'missing', 'emptied'],
+)
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
+  folder, mesh, harm, read_only, capfd
+):
+  harm(data_files(folder / '3')[0])
+  state, warnings = restore(folder, mesh, read_only=read_only)
+  assert_equal(state, make_state(2, mesh))
+  assert len(warnings) == 1
+  assert 'step 3' in warnings[0] and 'damaged' in warnings[0]
+  # The report is not buried under what the failed read leaves behind.
+  assert 'Traceback' not in capfd.readouterr().err
+  # Nothing is lost: training puts the damaged one aside, evaluation nothing.
+  aside = pathlib.Path(f'{folder}_damaged') / '3'
+  assert aside.exists() is not read_only
+  assert (folder / '3').exists() is read_only
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(folder, mesh):
+  shutil.copytree(folder / '3', folder / '4.orbax-checkpoint-tmp')
+  state, warnings = restore(folder, mesh)
+  assert_equal(state, make_state(3, mesh))
+  assert not warnings
+
+
+def test_the_damaged_step_can_be_saved_again(folder, mesh):
+  truncate(data_files(folder / '3')[0])
+  restore(folder, mesh)
+  with checkpoint.Checkpoints(str(folder)) as checkpoints:
+    checkpoints.save(make_state(3, mesh), 3)
+  state, _ = restore(folder, mesh)
+  assert_equal(state, make_state(3, mesh))
+
+
+def test_all_damaged_is_an_error_that_names_them_and_changes_nothing(
+  folder, mesh
+):
+  for step in (1, 2, 3):
+    for file in data_files(folder / str(step))[:1]:
+      truncate(file)
+  with pytest.raises(
+    checkpoint.DamagedCheckpointError, match=r'all checkpoints.*\[1, 2, 3\]'
+  ):
+    restore(folder, mesh)
+  assert sorted(os.listdir(folder)) == ['1', '2', '3']
+
+
+def test_the_checksum_sees_any_changed_entry_and_any_swap():
+  tree = {'a': jnp.arange(6.0), 'b': jnp.array([1, 2], jnp.int32)}
+  sums = {int(checkpoint._checksum(tree))}
+  for i in range(6):
+    changed = tree | {'a': tree['a'].at[i].add(1e-6 + i * 1e-6)}
+    sums.add(int(checkpoint._checksum(changed)))
+  sums.add(int(checkpoint._checksum(tree | {'b': tree['b'][::-1]})))
+  sums.add(int(checkpoint._checksum(tree | {'a': -tree['a']})))
+  assert len(sums) == 9
+
+
+def test_keep_below_one_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='keep must be at least 1, got 0'):
+    checkpoint.Checkpoints(str(tmp_path), keep=0)

@@ -1,0 +1,486 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+from clop_jax import collapse
+from clop_jax import prototypes
+
+K = 4
+DIM = 6
+
+
+def unit(rows):
+  return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def problem(shape=(2, 15), dim=DIM, seed=0):
+  """Embeddings `[2, 15, dim]` off the origin, labels with some -1."""
+  rng = np.random.default_rng(seed)
+  z = rng.normal(size=(*shape, dim)) + rng.normal(size=dim)
+  labels = np.arange(shape[-1]) % (K + 1) - 1
+  labels = np.broadcast_to(labels, shape).astype(np.int32)
+  return z.astype(np.float32), labels
+
+
+PROTOTYPES = np.random.default_rng(9).normal(size=(K, DIM)).astype(np.float32)
+
+
+def members(z, y, label):
+  return z.reshape(-1, z.shape[-1])[y.ravel() == label]
+
+
+def np_effective_rank(rows, center=False):
+  rows = rows.reshape(-1, rows.shape[-1])
+  rows = rows - rows.mean(0) if center else rows
+  s = scipy.linalg.svdvals(rows)
+  p = s / s.sum()
+  return np.exp(-sum(q * np.log(q) for q in p if q > 0))
+
+
+def np_class_means(z, y):
+  return np.stack([members(z, y, label).mean(0) for label in range(K)])
+
+
+def np_cosines(z, y, center=False):
+  means = np_class_means(z, y)
+  means = means - means.mean(0) if center else means
+  return unit(means) @ unit(means).T
+
+
+def np_nc1(z, y, classes=range(K)):
+  dim = z.shape[-1]
+  within, between = np.zeros((dim, dim)), np.zeros((dim, dim))
+  means = {c: members(z, y, c).mean(0) for c in classes}
+  grand = sum(means.values()) / len(means)
+  count = 0
+  for c, mean in means.items():
+    for row in members(z, y, c):
+      within += np.outer(row - mean, row - mean)
+      count += 1
+    between += np.outer(mean - grand, mean - grand) / len(means)
+  inverse = np.linalg.pinv(between, rcond=1e-10, hermitian=True)
+  return np.trace(within / count @ inverse) / len(means)
+
+
+def np_uniformity(z, t=2.0):
+  rows = unit(z.reshape(-1, z.shape[-1]))
+  values = [
+    np.exp(-t * np.sum((rows[i] - rows[j]) ** 2))
+    for i in range(len(rows))
+    for j in range(i)
+  ]
+  return np.log(np.mean(values))
+
+
+def np_alignment(z, alpha=2.0):
+  z = unit(z)
+  return np.mean(
+    [
+      np.linalg.norm(z[a, i] - z[b, i]) ** alpha
+      for a in range(len(z))
+      for b in range(a)
+      for i in range(z.shape[1])
+    ]
+  )
+
+
+def np_prototype_cosine(z, y):
+  rows = unit(z.reshape(-1, DIM))
+  c = unit(PROTOTYPES.astype(np.float64))
+  return np.mean(
+    [
+      row @ c[label]
+      for row, label in zip(rows, y.ravel(), strict=True)
+      if label >= 0
+    ]
+  )
+
+
+def np_energy_share(z, y):
+  c = unit(PROTOTYPES.astype(np.float64))
+  total, own = 0.0, 0.0
+  for row, label in zip(z.reshape(-1, DIM), y.ravel(), strict=True):
+    if label >= 0:
+      total += row @ row
+      own += (row @ c[label]) ** 2
+  return own / total
+
+
+def np_angles(z, y, subspace_dim):
+  bases = [
+    np.linalg.svd(members(z, y, c))[2][:subspace_dim].T for c in range(K)
+  ]
+  return np.array(
+    [[scipy.linalg.subspace_angles(a, b)[::-1] for b in bases] for a in bases]
+  )
+
+
+# Name: (ours, float64 oracle, tolerance), both of (embeddings, labels).
+CASES = {
+  'singular_values': (
+    lambda z, y: collapse.singular_values(z),
+    lambda z, y: scipy.linalg.svdvals(z.reshape(-1, DIM)),
+    1e-4,
+  ),
+  'singular_values centred': (
+    lambda z, y: collapse.singular_values(z, center=True),
+    lambda z, y: scipy.linalg.svdvals(
+      z.reshape(-1, DIM) - z.reshape(-1, DIM).mean(0)
+    ),
+    1e-4,
+  ),
+  'effective_rank': (
+    lambda z, y: collapse.effective_rank(z),
+    lambda z, y: np_effective_rank(z),
+    1e-4,
+  ),
+  'effective_rank centred': (
+    lambda z, y: collapse.effective_rank(z, center=True),
+    lambda z, y: np_effective_rank(z, center=True),
+    1e-4,
+  ),
+  'embedding_variance': (
+    lambda z, y: collapse.embedding_variance(z),
+    lambda z, y: np.cov(z.reshape(-1, DIM).T, bias=True).trace(),
+    1e-4,
+  ),
+  'embedding_std': (
+    lambda z, y: collapse.embedding_std(z),
+    lambda z, y: np.mean(
+      [
+        np.sqrt(np.mean((column - column.mean()) ** 2))
+        for column in unit(z.reshape(-1, DIM)).T
+      ]
+    ),
+    1e-5,
+  ),
+  'class_means': (
+    lambda z, y: collapse.class_means(z, y, K),
+    np_class_means,
+    1e-5,
+  ),
+  'class_mean_cosines': (
+    lambda z, y: collapse.class_mean_cosines(z, y, K),
+    np_cosines,
+    1e-5,
+  ),
+  'class_mean_cosines centred': (
+    lambda z, y: collapse.class_mean_cosines(z, y, K, center=True),
+    lambda z, y: np_cosines(z, y, center=True),
+    1e-5,
+  ),
+  'within_between_ratio': (
+    lambda z, y: collapse.within_between_ratio(z, y, K),
+    np_nc1,
+    2e-3,
+  ),
+  'alignment': (
+    lambda z, y: collapse.alignment(z),
+    lambda z, y: np_alignment(z),
+    1e-5,
+  ),
+  'alignment alpha 1': (
+    lambda z, y: collapse.alignment(z, alpha=1.0),
+    lambda z, y: np_alignment(z, alpha=1.0),
+    1e-5,
+  ),
+  'uniformity': (
+    lambda z, y: collapse.uniformity(z),
+    lambda z, y: np_uniformity(z),
+    1e-5,
+  ),
+  'uniformity t 3': (
+    lambda z, y: collapse.uniformity(z, t=3.0),
+    lambda z, y: np_uniformity(z, t=3.0),
+    1e-5,
+  ),
+  'prototype_cosine': (
+    lambda z, y: collapse.prototype_cosine(z, y, PROTOTYPES),
+    np_prototype_cosine,
+    1e-5,
+  ),
+  'prototype_energy_share': (
+    lambda z, y: collapse.prototype_energy_share(z, y, PROTOTYPES),
+    np_energy_share,
+    1e-5,
+  ),
+  'principal_angles': (
+    lambda z, y: collapse.principal_angles(z, y, K),
+    lambda z, y: np_angles(z, y, 1),
+    2e-3,  # arccos turns an eps at cosine 1 into its root
+  ),
+  'principal_angles of planes': (
+    lambda z, y: collapse.principal_angles(z, y, K, subspace_dim=2),
+    lambda z, y: np_angles(z, y, 2),
+    2e-3,
+  ),
+}
+OF_CLASSES = [
+  name
+  for name in CASES
+  if name.split()[0]
+  in {
+    'class_means',
+    'class_mean_cosines',
+    'within_between_ratio',
+    'prototype_cosine',
+    'prototype_energy_share',
+    'principal_angles',
+  }
+]
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_equals_the_float64_formula_also_under_jit(name):
+  ours, oracle, tolerance = CASES[name]
+  z, y = problem()
+  expected = oracle(z.astype(np.float64), y)
+  for value in (ours(z, y), jax.jit(ours)(z, y)):
+    assert value.dtype == jnp.float32
+    assert value.shape == np.shape(expected)
+    np.testing.assert_allclose(value, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('name', OF_CLASSES)
+def test_unlabelled_rows_do_not_matter(name):
+  ours, _, tolerance = CASES[name]
+  z, y = problem()
+  ours = jax.jit(ours)
+  other = np.where(y[..., None] < 0, 100 + 50 * z, z)
+  np.testing.assert_allclose(ours(other, y), ours(z, y), atol=tolerance / 10)
+  # The same measure of a set that never had them.
+  kept = y[0] >= 0
+  np.testing.assert_allclose(
+    ours(z[:, kept], y[:, kept]), ours(z, y), atol=tolerance
+  )
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_bfloat16_embeddings_are_measured_in_float32(name):
+  ours, oracle, tolerance = CASES[name]
+  z, y = problem()
+  z = jnp.asarray(z, jnp.bfloat16)
+  value = jax.jit(ours)(z, y)
+  assert value.dtype == jnp.float32
+  expected = oracle(np.asarray(z, np.float64), y)
+  np.testing.assert_allclose(value, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'rank'),
+  [
+    (np.ones((7, 5)), 1),
+    (np.outer([1.0, -2, 3, 0.5], [0.3, -0.4, 1.2]), 1),
+    (np.eye(5), 5),
+    (np.concatenate([np.eye(4), -np.eye(4)]), 4),
+    (np.zeros((4, 3)), 0),
+    (np.diag([1.0, 1.0, 0.0]), 2),
+  ],
+  ids=['equal', 'collinear', 'identity', 'both signs', 'zeros', 'plane'],
+)
+def test_effective_rank_of_known_sets(rows, rank):
+  value = collapse.effective_rank(jnp.asarray(rows, jnp.float32))
+  np.testing.assert_allclose(value, rank, atol=2e-4)
+
+
+def test_effective_rank_of_a_spectrum_ignores_its_scale():
+  spectrum = jnp.array([3.0, 2.0, 1.0, 0.0])
+  p = np.array([3, 2, 1]) / 6
+  expected = np.exp(-np.sum(p * np.log(p)))
+  for scale in (1e-3, 1.0, 1e3):
+    value = collapse.effective_rank_of_spectrum(scale * spectrum)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_singular_values_are_as_many_as_the_shorter_side_and_fall():
+  z, _ = problem((1, 4), dim=DIM)
+  values = np.asarray(collapse.singular_values(z))
+  assert values.shape == (4,)
+  assert (np.diff(values) <= 0).all()
+
+
+def test_normalize_keeps_the_zero_vector():
+  z = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+  np.testing.assert_allclose(collapse.normalize(z), [[0.6, 0.8], [0, 0]])
+
+
+@pytest.mark.parametrize('scale', [1e-15, 1e15])
+def test_normalize_of_very_short_and_long_vectors_is_still_a_unit_vector(scale):
+  z = jnp.array([[3.0, 4.0]]) * scale
+  np.testing.assert_allclose(collapse.normalize(z), [[0.6, 0.8]], rtol=1e-5)
+
+
+def test_variance_and_std_are_zero_at_collapse_and_known_when_spread():
+  equal = jnp.tile(jnp.array([0.6, 0.8]), (5, 1))
+  np.testing.assert_allclose(collapse.embedding_variance(equal), 0, atol=1e-6)
+  np.testing.assert_allclose(collapse.embedding_std(equal), 0, atol=1e-6)
+  spread = jnp.concatenate([jnp.eye(4), -jnp.eye(4)])
+  np.testing.assert_allclose(collapse.embedding_variance(spread), 1, rtol=1e-6)
+  np.testing.assert_allclose(collapse.embedding_std(spread), 0.5, rtol=1e-6)
+  # Only one of the two speaks of directions.
+  scaled = 3 * spread
+  np.testing.assert_allclose(collapse.embedding_variance(scaled), 9, rtol=1e-6)
+  np.testing.assert_allclose(collapse.embedding_std(scaled), 0.5, rtol=1e-6)
+
+
+def test_class_mean_cosines_of_orthogonal_classes_are_the_identity():
+  c = prototypes.orthonormal_prototypes(jax.random.key(0), K, DIM)
+  labels = jnp.arange(12) % K
+  cosines = collapse.class_mean_cosines(c[labels], labels, K)
+  np.testing.assert_allclose(cosines, np.eye(K), atol=1e-6)
+
+
+@pytest.mark.parametrize('center', [False, True])
+def test_class_mean_cosines_of_a_simplex(center):
+  c = prototypes.simplex_etf_prototypes(jax.random.key(0), K, DIM)
+  labels = jnp.arange(12) % K
+  # Centring must take a common shift out again.
+  z = c[labels] + (7.0 if center else 0.0)
+  cosines = collapse.class_mean_cosines(z, labels, K, center=center)
+  expected = np.where(np.eye(K) > 0, 1, -1 / (K - 1))
+  np.testing.assert_allclose(cosines, expected, atol=1e-5)
+
+
+def test_absent_class_is_nan_and_does_not_enter_the_centre():
+  z, y = problem()
+  y = np.where(y == 1, -1, y)
+  present = [0, 2, 3]
+  means = np.stack([members(z, y, c).mean(0) for c in present])
+  means = unit((means - means.mean(0)).astype(np.float64))
+  cosines = np.asarray(collapse.class_mean_cosines(z, y, K, center=True))
+  assert np.isnan(cosines[1]).all()
+  assert np.isnan(cosines[:, 1]).all()
+  np.testing.assert_allclose(
+    cosines[np.ix_(present, present)], means @ means.T, atol=1e-5
+  )
+  angles = np.asarray(collapse.principal_angles(z, y, K, subspace_dim=2))
+  assert np.isnan(angles[1]).all()
+  assert np.isnan(angles[:, 1]).all()
+  assert np.isfinite(angles[np.ix_(present, present)]).all()
+  assert not np.asarray(collapse.class_means(z, y, K))[1].any()
+  np.testing.assert_allclose(
+    collapse.within_between_ratio(z, y, K),
+    np_nc1(z.astype(np.float64), y, present),
+    rtol=2e-3,
+  )
+
+
+@pytest.mark.parametrize('dim', [2, 3, 20])
+def test_within_between_ratio_when_dim_is_below_and_above_the_classes(dim):
+  z, y = problem(dim=dim, seed=2)
+  expected = np_nc1(z.astype(np.float64), y)
+  value = collapse.within_between_ratio(z, y, K)
+  np.testing.assert_allclose(value, expected, rtol=2e-3)
+
+
+def test_within_between_ratio_is_zero_on_collapsed_classes():
+  _, y = problem()
+  z = PROTOTYPES[y]
+  ratio = collapse.within_between_ratio(z, y, K)
+  np.testing.assert_allclose(ratio, 0, atol=1e-9)
+
+
+@pytest.mark.parametrize('label', [-1, 2])
+def test_within_between_ratio_needs_two_classes(label):
+  z, y = problem()
+  one = np.full_like(y, label)
+  assert np.isnan(collapse.within_between_ratio(z, one, K))
+
+
+def test_alignment_is_zero_for_equal_views_and_four_for_opposite_ones():
+  z, _ = problem()
+  first = z[0]
+  np.testing.assert_allclose(
+    collapse.alignment(np.stack([first, 3 * first])), 0, atol=1e-6
+  )
+  np.testing.assert_allclose(
+    collapse.alignment(np.stack([first, -first])), 4, rtol=1e-6
+  )
+
+
+def test_alignment_takes_every_pair_of_three_views():
+  z, _ = problem((3, 5))
+  expected = np_alignment(z.astype(np.float64))
+  np.testing.assert_allclose(collapse.alignment(z), expected, rtol=1e-5)
+
+
+def test_uniformity_of_known_sets():
+  equal = jnp.tile(jnp.array([0.6, 0.8]), (5, 1))
+  np.testing.assert_allclose(collapse.uniformity(equal), 0, atol=1e-5)
+  orthogonal = 5 * jnp.eye(4)
+  np.testing.assert_allclose(collapse.uniformity(orthogonal), -4, rtol=1e-5)
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+def test_energy_share_does_not_care_about_the_sign_and_cosine_does(sign):
+  _, y = problem()
+  z = sign * 2 * PROTOTYPES[y]
+  share = collapse.prototype_energy_share(z, y, PROTOTYPES)
+  cosine = collapse.prototype_cosine(z, y, PROTOTYPES)
+  np.testing.assert_allclose(share, 1, rtol=1e-5)
+  np.testing.assert_allclose(cosine, sign, rtol=1e-5)
+
+
+def test_prototype_measures_are_zero_without_labels():
+  z, y = problem()
+  none = np.full_like(y, -1)
+  assert collapse.prototype_cosine(z, none, PROTOTYPES) == 0
+  assert collapse.prototype_energy_share(z, none, PROTOTYPES) == 0
+
+
+def test_principal_angles_of_orthogonal_subspaces_are_right_angles():
+  rng = np.random.default_rng(5)
+  basis = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+  labels = np.arange(20) % 4
+  z = np.zeros((20, 8), np.float32)
+  for row, label in enumerate(labels):
+    z[row] = rng.normal(size=2) @ basis[2 * label : 2 * label + 2]
+  angles = collapse.principal_angles(z, labels, 4, subspace_dim=2)
+  expected = np.where(np.eye(4)[..., None] > 0, 0, np.pi / 2) * np.ones(2)
+  np.testing.assert_allclose(angles, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+  ('call', 'message'),
+  [
+    (
+      lambda z, y: collapse.singular_values(z[0, 0]),
+      r'embeddings must have shape \[..., dim\], got \(6,\)',
+    ),
+    (
+      lambda z, y: collapse.class_means(z, y[0], K),
+      r'leading shape \(2, 15\), got \(15,\)',
+    ),
+    (
+      lambda z, y: collapse.prototype_cosine(z, y.T, PROTOTYPES),
+      r'leading shape \(2, 15\), got \(15, 2\)',
+    ),
+    (
+      lambda z, y: collapse.within_between_ratio(z, y[0], K),
+      'labels must have',
+    ),
+    (
+      lambda z, y: collapse.alignment(z[:1]),
+      r'at least two views, got \(1, 15, 6\)',
+    ),
+    (lambda z, y: collapse.alignment(z[0]), r'got \(15, 6\)'),
+    (
+      lambda z, y: collapse.uniformity(z[0, :1]),
+      'embeddings must have at least two rows, got 1',
+    ),
+    (
+      lambda z, y: collapse.principal_angles(z, y, K, subspace_dim=0),
+      r'subspace_dim must be in \[1, 6\], got 0',
+    ),
+    (
+      lambda z, y: collapse.principal_angles(z, y, K, subspace_dim=7),
+      r'subspace_dim must be in \[1, 6\], got 7',
+    ),
+  ],
+)
+def test_wrong_arguments_are_named(call, message):
+  z, y = problem()
+  with pytest.raises(ValueError, match=message):
+    call(z, y)

@@ -1,0 +1,181 @@
+"""The commands as a user calls them: what they print and how they exit."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests import small
+
+CONFIG = str(small.ROOT / 'configs' / 'digits.py')
+SMALL = [
+  '--config.model.width_multiplier=0.25',
+  '--config.model.embedding_dim=16',
+  '--config.train.batch_size=256',
+  '--config.train.num_epochs=2',
+  '--config.train.log_every_steps=2',
+  '--config.eval.probe_iterations=30',
+]
+
+
+def call(*arguments, cwd=None):
+  # One device, as on a user's machine.
+  environment = os.environ | {'XLA_FLAGS': ''}
+  return subprocess.run(
+    [sys.executable, '-m', *arguments],
+    capture_output=True,
+    text=True,
+    cwd=cwd,
+    env=environment,
+  )
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (
+      [f'--config={CONFIG}', '--config.loss.clop_wieght=0', '--workdir=w'],
+      "--config.loss.clop_wieght: config.loss has no field 'clop_wieght'; it "
+      'has: barlow_weight, block_size, clop_distance, clop_weight',
+    ),
+    (
+      [f'--config={CONFIG}', '--config.los.clop_weight=0', '--workdir=w'],
+      "config has no field 'los'; it has: augment, data, eval",
+    ),
+    (
+      [f'--config={CONFIG}', '--config.train.batch_size=abc', '--workdir=w'],
+      'config.train.batch_size=abc',
+    ),
+    (
+      [f'--config={CONFIG}', '--config.data.name=mnist', '--workdir=w'],
+      "data.name must be one of ['digits'], got 'mnist'",
+    ),
+    (['--config=nowhere.py', '--workdir=w'], 'nowhere.py'),
+    ([f'--config={CONFIG}'], '--workdir must name a folder'),
+    (['--workdir=w'], '--config must name a file'),
+    (
+      [f'--config={CONFIG}', '--wrokdir=w'],
+      "Unknown command line flag 'wrokdir'",
+    ),
+  ],
+)
+def test_train_refuses_in_one_clear_line(arguments, message, tmp_path):
+  result = call('clop_jax.train', *arguments, cwd=tmp_path)
+  assert result.returncode == 1
+  assert message in result.stderr
+  assert result.stderr.startswith('error: ')
+  assert len(result.stderr.strip().splitlines()) == 1
+  assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--workdir=nowhere'], '--workdir=nowhere does not exist; train first'),
+    ([], '--workdir must name the folder of a run'),
+  ],
+)
+def test_evaluate_refuses_in_one_clear_line(arguments, message, tmp_path):
+  result = call('clop_jax.evaluate', *arguments, cwd=tmp_path)
+  assert result.returncode == 1
+  assert message in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_traceback_can_be_asked_for(tmp_path):
+  result = call('clop_jax.evaluate', '--workdir=x', '--traceback', cwd=tmp_path)
+  assert 'Traceback (most recent call last)' in result.stderr
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path):
+  code = """
+import errno, os
+from clop_jax import command
+
+def main():
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'checkpoints/5')
+
+command.run(main, lambda: None)
+"""
+  result = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path
+  )
+  assert result.returncode == 1
+  assert result.stderr == (
+    "error: [Errno 28] No space left on device: 'checkpoints/5'; free some "
+    'space and run the same command again\n'
+  )
+
+
+def test_quickstart_shortened_trains_evaluates_and_draws(digits_dir, tmp_path):
+  runs = tmp_path / 'with a space'
+  result = subprocess.run(
+    [
+      'bash',
+      str(small.ROOT / 'launch' / 'quickstart.sh'),
+      *SMALL,
+      f'--config.data.data_dir={digits_dir}',
+    ],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+    env=os.environ | {'XLA_FLAGS': '', 'RUNS': str(runs)},
+  )
+  assert result.returncode == 0, result.stderr
+  assert not result.stderr
+  for line in (
+    '1,438 examples, 143 labelled',
+    'step 10/10: loss',
+    '| method      | linear top-1 | kNN top-1 | effective rank |',
+    '| simclr      |',
+    '| simclr+clop |',
+  ):
+    assert line in result.stdout
+  figure = runs / 'comparison.png'
+  assert figure.read_bytes().startswith(b'\x89PNG')
+  results = {}
+  for name in ('simclr', 'simclr+clop'):
+    path = runs / name / 'eval.json'
+    results[name] = json.loads(path.read_text())
+    assert results[name]['step'] == 10
+    assert (runs / name / 'figures' / 'embeddings.png').exists()
+  plain, clop = results['simclr'], results['simclr+clop']
+  assert plain['config']['loss']['clop_weight'] == 0
+  assert clop['config']['loss']['clop_weight'] == 1
+  assert plain['seed'] == clop['seed']
+  assert clop['prototype_cosine'] > plain['prototype_cosine'] + 0.02
+
+
+@pytest.mark.parametrize('script', ['launch/quickstart.sh', 'tests/run.sh'])
+@pytest.mark.parametrize(
+  ('python3', 'message'),
+  [
+    (
+      'case "$2" in *version_info*) exit 1;; *) echo 3.9.1;; esac',
+      'Python 3.11 or newer is needed',
+    ),
+    ('case "$2" in *ensurepip*) exit 1;; esac', 'has no venv module'),
+  ],
+)
+def test_a_python_that_will_not_do_is_named(script, python3, message, tmp_path):
+  for part in ('launch', 'tests'):
+    (tmp_path / part).mkdir()
+  for file in ('launch/venv.sh', script):
+    shutil.copy(small.ROOT / file, tmp_path / file)
+  fake = tmp_path / 'python3'
+  fake.write_text(f'#!/bin/sh\n{python3}\n')
+  fake.chmod(0o755)
+  result = subprocess.run(
+    ['bash', str(tmp_path / script)],
+    capture_output=True,
+    text=True,
+    env=os.environ | {'PYTHON3': str(fake)},
+  )
+  assert result.returncode == 1
+  assert result.stderr.startswith('error: ') and message in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+  assert not pathlib.Path(tmp_path / '.venv').exists()

@@ -1,0 +1,375 @@
+import functools
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import jax
+from jax.test_util import check_grads
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clop_jax import loss
+from tests import oracles
+
+NUM_CLASSES = 3
+_RNG = np.random.default_rng(0)
+CLASS_WEIGHTS = np.array([0.5, 2.0, 1.5])
+
+
+def prototypes_of(dim):
+  return np.random.default_rng(dim).normal(size=(NUM_CLASSES, dim))
+
+
+def _clop_case(distance, class_weights=None):
+  def ours(z, labels):
+    return loss.clop_loss(
+      z,
+      labels,
+      jnp.asarray(prototypes_of(z.shape[-1]), jnp.float32),
+      distance=distance,
+      class_weights=class_weights,
+    )
+
+  def theirs(z, labels):
+    prototypes = prototypes_of(z.shape[-1])
+    return oracles.clop(z, labels, prototypes, distance, class_weights)
+
+  return ours, theirs
+
+
+# Each loss as (ours, oracle), both functions of (embeddings, labels).
+CASES = {
+  'clop cosine': _clop_case('cosine'),
+  'clop euclidean': _clop_case('euclidean'),
+  'clop manhattan': _clop_case('manhattan'),
+  'clop weighted': _clop_case('cosine', CLASS_WEIGHTS),
+  'nt_xent': (
+    lambda z, y: loss.nt_xent_loss(z, temperature=0.3),
+    lambda z, y: oracles.nt_xent(z, 0.3),
+  ),
+  'nt_xent blocked': (
+    lambda z, y: loss.nt_xent_loss(z, temperature=0.3, block_size=3),
+    lambda z, y: oracles.nt_xent(z, 0.3),
+  ),
+  'supcon out': (
+    lambda z, y: loss.supcon_loss(z, y, temperature=0.4),
+    lambda z, y: oracles.supcon(z, y, 0.4),
+  ),
+  'supcon in': (
+    lambda z, y: loss.supcon_loss(z, y, temperature=0.4, variant='in'),
+    lambda z, y: oracles.supcon(z, y, 0.4, 'in'),
+  ),
+  'supcon blocked': (
+    lambda z, y: loss.supcon_loss(
+      z, y, temperature=0.4, variant='in', block_size=4
+    ),
+    lambda z, y: oracles.supcon(z, y, 0.4, 'in'),
+  ),
+  'dcl': (
+    lambda z, y: loss.dcl_loss(z, temperature=0.3),
+    lambda z, y: oracles.dcl(z, 0.3),
+  ),
+  'vicreg': (
+    lambda z, y: loss.vicreg_loss(z),
+    lambda z, y: oracles.vicreg(z),
+  ),
+  'barlow_twins': (
+    lambda z, y: loss.barlow_twins_loss(z),
+    lambda z, y: oracles.barlow_twins(z),
+  ),
+}
+
+
+@functools.cache
+def value_and_grad(name):
+  return jax.jit(jax.value_and_grad(CASES[name][0]))
+
+
+@pytest.mark.parametrize('name', CASES)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_value_and_gradient_equal_the_float64_oracle(name, data):
+  views, batch, dim = data.draw(
+    st.sampled_from([(2, 2, 3), (2, 5, 4), (3, 4, 3)])
+  )
+  labels = np.array(
+    data.draw(
+      st.lists(st.integers(-1, NUM_CLASSES - 1), min_size=batch, max_size=batch)
+    ),
+    np.int32,
+  )
+  seed = data.draw(st.integers(0, 10_000))
+  scale = data.draw(st.sampled_from([0.3, 1.0, 5.0]))
+  z = scale * np.random.default_rng(seed).normal(size=(views, batch, dim))
+  z = z.astype(np.float32)
+  value, gradient = value_and_grad(name)(z, labels)
+
+  def oracle(x):
+    return CASES[name][1](x, labels)
+
+  expected = oracle(z.astype(np.float64))
+  expected_gradient = oracles.gradient(oracle, z)
+  assert value.dtype == jnp.float32 and value.shape == ()
+  size = max(1.0, abs(expected))
+  np.testing.assert_allclose(value, expected, atol=2e-5 * size)
+  size = max(1.0, np.abs(expected_gradient).max())
+  np.testing.assert_allclose(gradient, expected_gradient, atol=5e-5 * size)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_gradients_pass_jax_check_grads(name):
+  z = np.random.default_rng(1).normal(size=(2, 4, 3)).astype(np.float32)
+  labels = jnp.array([0, 2, -1, 0])
+  check_grads(
+    lambda x: CASES[name][0](x, labels),
+    (z,),
+    order=1,
+    modes=['rev'],
+    atol=0.05,
+    rtol=0.05,
+  )
+
+
+def test_clop_by_hand():
+  z = jnp.array([[1.0, 0.0], [0.0, -2.0], [3.0, 4.0], [5.0, 5.0]])
+  labels = jnp.array([0, 1, 0, -1])
+  c = jnp.eye(2)
+  # Cosines 1, -1 and 0.6; distances 0, 3 and sqrt(20); 0, 3 and 6.
+  assert loss.clop_loss(z, labels, c) == pytest.approx((0 + 2 + 0.4) / 3)
+  assert loss.clop_loss(z, labels, c, distance='euclidean') == pytest.approx(
+    (0 + 3 + 20**0.5) / 3
+  )
+  assert loss.clop_loss(z, labels, c, distance='manhattan') == pytest.approx(3)
+  weights = jnp.array([1.0, 4.0])
+  assert loss.clop_loss(z, labels, c, class_weights=weights) == pytest.approx(
+    (0 + 4 * 2 + 0.4) / 6
+  )
+
+
+def test_clop_at_the_mean_of_the_prototypes_rests_at_its_collapsed_value():
+  k = 10
+  z = jnp.ones((k, k))
+  value, gradient = jax.value_and_grad(loss.clop_loss)(
+    z, jnp.arange(k), jnp.eye(k)
+  )
+  assert value == pytest.approx(1 - 1 / k**0.5, abs=1e-6)
+  # On the sphere the gradients of the classes cancel.
+  np.testing.assert_allclose(gradient.sum(axis=0), 0, atol=1e-6)
+
+
+def test_clop_without_labels_is_exactly_zero_with_zero_gradient():
+  z = jnp.asarray(_RNG.normal(size=(2, 5, 4)), jnp.float32)
+  for distance in ('cosine', 'euclidean', 'manhattan'):
+    value, gradient = jax.value_and_grad(loss.clop_loss)(
+      z, jnp.full(5, -1), jnp.eye(4), distance=distance
+    )
+    assert value == 0
+    assert (gradient == 0).all()
+
+
+def test_clop_takes_one_view_without_the_views_axis():
+  z = jnp.asarray(_RNG.normal(size=(5, 4)), jnp.float32)
+  labels = jnp.array([0, 1, -1, 3, 2])
+  one = loss.clop_loss(z, labels, jnp.eye(4))
+  assert one == loss.clop_loss(z[None], labels, jnp.eye(4))
+  masked = loss.clop_loss(z[labels >= 0], labels[labels >= 0], jnp.eye(4))
+  assert one == pytest.approx(float(masked), rel=1e-6)
+
+
+def test_clop_label_beyond_the_prototypes_is_not_clamped_to_another_class():
+  z = jnp.ones((3, 4))
+  assert jnp.isnan(loss.clop_loss(z, jnp.array([0, 4, 1]), jnp.eye(4)))
+
+
+def test_clop_gradient_reaches_the_prototypes_of_labelled_classes_only():
+  z = jnp.asarray(_RNG.normal(size=(2, 3, 4)), jnp.float32)
+  gradient = jax.grad(loss.clop_loss, argnums=2)(
+    z, jnp.array([1, -1, 1]), jnp.eye(4)
+  )
+  moved = jnp.abs(gradient).sum(axis=1) > 0
+  assert moved.tolist() == [False, True, False, False]
+
+
+def test_nt_xent_of_two_perfect_pairs_by_hand():
+  z = jnp.stack([jnp.eye(2), jnp.eye(2)])
+  # One positive at cosine 1, two negatives at 0.
+  expected = -np.log(np.exp(2) / (np.exp(2) + 2))
+  assert loss.nt_xent_loss(z, temperature=0.5) == pytest.approx(expected)
+  assert loss.dcl_loss(z, temperature=0.5) == pytest.approx(np.log(2) - 2)
+
+
+def test_barlow_twins_and_vicreg_by_hand():
+  z = jnp.array([[[1.0, 0.0], [-1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]]])
+  # Correlation 1 in the first dimension, 0 in the dead second one.
+  assert loss.barlow_twins_loss(z) == pytest.approx(1.0, abs=1e-4)
+  # No invariance term; deviations sqrt(2) and sqrt(1e-4) in both views.
+  assert loss.vicreg_loss(z) == pytest.approx(25 * (1 - 0.01), rel=1e-5)
+
+
+@pytest.mark.parametrize('unique', [True, False])
+@pytest.mark.parametrize('variant', ['out', 'in'])
+def test_supcon_without_shared_labels_is_nt_xent(unique, variant):
+  z = jnp.asarray(_RNG.normal(size=(2, 6, 5)), jnp.float32)
+  labels = jnp.arange(6) if unique else jnp.full(6, -1)
+  assert loss.supcon_loss(
+    z, labels, temperature=0.2, variant=variant
+  ) == pytest.approx(float(loss.nt_xent_loss(z, temperature=0.2)), rel=1e-5)
+
+
+@pytest.mark.parametrize('variant', ['out', 'in'])
+@pytest.mark.parametrize('block_size', [None, 2])
+def test_supcon_anchor_without_positive_adds_nothing_and_is_never_nan(
+  variant, block_size
+):
+  z = jnp.asarray(_RNG.normal(size=(1, 5, 3)), jnp.float32)
+  function = jax.value_and_grad(
+    functools.partial(loss.supcon_loss, variant=variant, block_size=block_size)
+  )
+  value, gradient = function(z, jnp.array([0, 0, 1, -1, -1]))
+  expected = oracles.supcon(
+    np.asarray(z, np.float64), [0, 0, 1, -1, -1], 0.1, variant
+  )
+  assert value == pytest.approx(expected, rel=1e-4)
+  assert jnp.isfinite(gradient).all()
+  value, gradient = function(z, jnp.arange(5))
+  assert value == 0 and (gradient == 0).all()
+  value, gradient = function(z[:, :1], jnp.array([3]))
+  assert value == 0 and (gradient == 0).all()
+
+
+@pytest.mark.parametrize('block_size', [1, 5, 7, 8, 24, 100])
+def test_blocks_of_any_size_give_the_dense_value_and_gradient(block_size):
+  z = jnp.asarray(_RNG.normal(size=(2, 12, 6)), jnp.float32)
+  labels = jnp.asarray(_RNG.integers(-1, 3, size=12))
+  for function in (
+    loss.nt_xent_loss,
+    lambda z, **kw: loss.supcon_loss(z, labels, **kw),
+  ):
+    dense = jax.value_and_grad(function)(z)
+    blocked = jax.value_and_grad(
+      lambda z, f=function: f(z, block_size=block_size)
+    )(z)
+    np.testing.assert_allclose(dense[0], blocked[0], rtol=1e-5)
+    np.testing.assert_allclose(dense[1], blocked[1], atol=1e-6)
+
+
+def test_blocks_scale_with_the_cotangent_and_pass_a_learned_temperature():
+  z = jnp.asarray(_RNG.normal(size=(2, 6, 4)), jnp.float32)
+
+  def total(temperature, block_size):
+    return 3 * loss.nt_xent_loss(
+      z, temperature=temperature, block_size=block_size
+    )
+
+  gradient = jax.grad(total)
+  assert gradient(0.3, 5) == pytest.approx(float(gradient(0.3, None)), rel=1e-4)
+
+
+@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('kind', ['zeros', 'identical', 'one zero'])
+def test_degenerate_embeddings_have_finite_values_and_gradients(name, kind):
+  z = {
+    'zeros': jnp.zeros((2, 4, 3)),
+    'identical': jnp.full((2, 4, 3), 0.7),
+    'one zero': jnp.ones((2, 4, 3)).at[1, 2].set(0.0),
+  }[kind]
+  value, gradient = value_and_grad(name)(z, jnp.array([0, 0, 1, -1]))
+  assert jnp.isfinite(value)
+  assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize('distance', ['euclidean', 'manhattan'])
+def test_an_embedding_on_its_prototype_has_a_finite_gradient(distance):
+  value, gradient = jax.value_and_grad(loss.clop_loss)(
+    jnp.eye(3), jnp.arange(3), jnp.eye(3), distance=distance
+  )
+  assert value == 0
+  assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('position', [(0, 0, 0), (1, 3, 2)])
+def test_a_nan_in_the_embeddings_is_not_hidden(name, position):
+  # The second position is an unlabelled example.
+  z = jnp.asarray(_RNG.normal(size=(2, 4, 3)), jnp.float32)
+  labels = jnp.array([0, 0, 1, -1])
+  assert jnp.isnan(CASES[name][0](z.at[position].set(jnp.nan), labels))
+
+
+@pytest.mark.parametrize(
+  'name', [n for n in CASES if n not in ('vicreg', 'barlow_twins')]
+)
+def test_lengths_that_overflow_or_vanish_in_float32_keep_their_direction(name):
+  if 'euclidean' in name or 'manhattan' in name:
+    pytest.skip('not a cosine')
+  z = jnp.asarray(_RNG.normal(size=(2, 4, 3)), jnp.float32)
+  labels = jnp.array([0, 0, 1, -1])
+  expected = float(CASES[name][0](z, labels))
+  for scale in (1e25, 1e-25):
+    assert CASES[name][0](z * scale, labels) == pytest.approx(
+      expected, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_bfloat16_input_is_computed_in_float32(name):
+  z = jnp.asarray(_RNG.normal(size=(2, 4, 3)), jnp.bfloat16)
+  labels = jnp.array([0, 0, 1, -1])
+  value, gradient = jax.value_and_grad(CASES[name][0])(z, labels)
+  assert value.dtype == jnp.float32
+  assert gradient.dtype == jnp.bfloat16
+  # The rounding of the input aside, nothing is lost.
+  exact = CASES[name][0](z.astype(jnp.float32), labels)
+  assert value == pytest.approx(float(exact), rel=1e-6)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_jit_and_vmap_agree_with_the_plain_call(name):
+  z = jnp.asarray(_RNG.normal(size=(2, 2, 4, 3)), jnp.float32)
+  labels = jnp.array([[0, 0, 1, -1], [2, -1, 2, 1]])
+  ours = CASES[name][0]
+  plain = [float(ours(*pair)) for pair in zip(z, labels, strict=True)]
+  np.testing.assert_allclose(jax.vmap(ours)(z, labels), plain, rtol=1e-5)
+  np.testing.assert_allclose(
+    jax.jit(ours)(z[0], labels[0]), plain[0], rtol=1e-5
+  )
+
+
+Z = np.zeros((2, 4, 3), np.float32)
+Y = np.zeros(4, np.int32)
+
+
+@pytest.mark.parametrize(
+  ('call', 'message'),
+  [
+    (lambda: loss.nt_xent_loss(Z[0]), r'embeddings must have shape \[views'),
+    (lambda: loss.nt_xent_loss(Z[:1]), r'at least 2 views.*\(1, 4, 3\)'),
+    (lambda: loss.nt_xent_loss(Z.astype(int)), 'embeddings must be floating'),
+    (lambda: loss.nt_xent_loss(Z[:, :0]), 'without an empty axis'),
+    (lambda: loss.nt_xent_loss(Z, temperature=0.0), 'temperature.*got 0.0'),
+    (lambda: loss.nt_xent_loss(Z, block_size=0), 'block_size must be'),
+    (lambda: loss.supcon_loss(Z, Y[:3]), r'labels.*\[batch\]=\[4\].*\(3,\)'),
+    (lambda: loss.supcon_loss(Z, Y[:, None]), r'labels.*got \(4, 1\)'),
+    (lambda: loss.supcon_loss(Z, Y * 1.0), 'labels must be signed integers'),
+    (lambda: loss.supcon_loss(Z, Y, variant='both'), "'out' or 'in'.*'both'"),
+    (lambda: loss.dcl_loss(Z[:, :1]), 'at least 2 examples'),
+    (lambda: loss.vicreg_loss(Z[:, :1]), 'at least 2 examples'),
+    (lambda: loss.barlow_twins_loss(Z[:, :1]), 'at least 2 examples'),
+    (
+      lambda: loss.clop_loss(Z, Y, np.eye(4)),
+      r'prototypes must have shape \[num_classes, dim\]=\[\*, 3\]',
+    ),
+    (
+      lambda: loss.clop_loss(Z, Y, np.eye(3), distance='l2'),
+      r"distance must be one of \['cosine', 'euclidean', 'manhattan'\].*'l2'",
+    ),
+    (
+      lambda: loss.clop_loss(Z, Y, np.eye(3), class_weights=np.ones(2)),
+      r'class_weights must have shape \[num_classes\]=\[3\]',
+    ),
+  ],
+)
+def test_a_callers_mistake_is_named(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()

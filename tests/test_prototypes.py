@@ -1,0 +1,246 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+from clop_jax import prototypes
+
+DEVICES = 8
+# One compilation for each size, not one for each operation.
+ORTHONORMAL = jax.jit(prototypes.orthonormal_prototypes, static_argnums=(1, 2))
+SIMPLEX = jax.jit(prototypes.simplex_etf_prototypes, static_argnums=(1, 2))
+
+
+def gram(rows):
+  rows = np.asarray(rows, np.float64)
+  return rows @ rows.T
+
+
+def random_rows(shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def polar(rows):
+  """The polar factor of a wide matrix, float64: scipy wants U with P = U H."""
+  return scipy.linalg.polar(np.asarray(rows, np.float64).T)[0].T
+
+
+@pytest.mark.parametrize(('k', 'dim'), [(1000, 1024), (64, 64), (1, 5), (1, 1)])
+def test_rows_are_orthonormal_to_1e_6(k, dim):
+  c = ORTHONORMAL(jax.random.key(0), k, dim)
+  assert c.shape == (k, dim)
+  np.testing.assert_allclose(gram(c), np.eye(k), atol=1e-6)
+
+
+@pytest.mark.parametrize(('k', 'dim'), [(3, 4), (4, 4)])
+def test_distribution_is_uniform_and_not_that_of_the_bare_qr_factor(k, dim):
+  n = 20_000
+  keys = jax.random.split(jax.random.key(1), n)
+  make = functools.partial(prototypes.orthonormal_prototypes, num_classes=k)
+  make = jax.jit(jax.vmap(functools.partial(make, dim=dim)))
+  c = np.asarray(make(keys), np.float64)
+  # Every entry has the moments of one coordinate on the unit sphere; five
+  # standard errors of a mean over n draws.
+  second, fourth = 1 / dim, 3 / (dim * (dim + 2))
+  sixth = 15 / (dim * (dim + 2) * (dim + 4))
+  eighth = 105 / (dim * (dim + 2) * (dim + 4) * (dim + 6))
+
+  def error(variance):
+    return 5 * np.sqrt(variance / n)
+
+  np.testing.assert_allclose(c.mean(axis=0), 0, atol=error(second))
+  np.testing.assert_allclose((c > 0).mean(axis=0), 0.5, atol=error(0.25))
+  np.testing.assert_allclose(
+    (c**2).mean(axis=0), second, atol=error(fourth - second**2)
+  )
+  np.testing.assert_allclose((c**3).mean(axis=0), 0, atol=error(sixth))
+  np.testing.assert_allclose(
+    (c**4).mean(axis=0), fourth, atol=error(eighth - fourth**2)
+  )
+  # Rotating the space leaves the distribution as it is, so a direction off the
+  # axes sees the same moments.
+  diagonal = c.sum(axis=-1) / np.sqrt(dim)
+  np.testing.assert_allclose(diagonal.mean(axis=0), 0, atol=error(second))
+  np.testing.assert_allclose(
+    (diagonal**4).mean(axis=0), fourth, atol=error(eighth - fourth**2)
+  )
+  # Nor do products of different rows and columns have a mean: a sign rule
+  # would tie them together.
+  products = (c[:, 0, 0] * c[:, 1, 1]).mean()
+  assert abs(products) < error(1 / dim)
+
+
+@pytest.mark.parametrize(
+  'make',
+  [prototypes.orthonormal_prototypes, prototypes.simplex_etf_prototypes],
+)
+def test_made_the_same_under_jit_vmap_and_pmap(make):
+  make = functools.partial(make, num_classes=5, dim=8)
+  keys = jax.random.split(jax.random.key(2), DEVICES)
+  one_by_one = np.stack([jax.jit(make)(key) for key in keys])
+  assert np.abs(one_by_one[0] - one_by_one[1]).max() > 0.1
+  for mapped in (jax.jit(jax.vmap(make)), jax.pmap(make)):
+    np.testing.assert_allclose(mapped(keys), one_by_one, atol=1e-6)
+  np.testing.assert_allclose(make(keys[0]), one_by_one[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('k', 'dim'), [(2, 1), (3, 2), (10, 9), (10, 128), (257, 256)]
+)
+def test_simplex_has_equal_angles_and_no_mean(k, dim):
+  c = SIMPLEX(jax.random.key(3), k, dim)
+  assert c.shape == (k, dim)
+  cosines = np.where(np.eye(k) > 0, 1, -1 / (k - 1))
+  np.testing.assert_allclose(gram(c), cosines, atol=1e-6)
+  np.testing.assert_allclose(np.asarray(c, np.float64).sum(0), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(3, 7), (10, 10), (40, 64), (1, 4)])
+def test_orthonormalize_equals_the_polar_factor(shape):
+  rows = random_rows(shape)
+  ours = prototypes.orthonormalize(rows)
+  np.testing.assert_allclose(ours, polar(rows), atol=1e-5)
+  np.testing.assert_allclose(gram(ours), np.eye(shape[0]), atol=1e-6)
+
+
+def test_orthonormalize_is_idempotent():
+  once = prototypes.orthonormalize(random_rows((10, 16)))
+  np.testing.assert_allclose(prototypes.orthonormalize(once), once, atol=1e-6)
+
+
+def test_orthonormalize_the_same_under_jit_vmap_and_pmap():
+  stack = random_rows((DEVICES, 4, 6))
+  expected = np.stack([polar(rows) for rows in stack])
+  make = prototypes.orthonormalize
+  for mapped in (jax.jit(jax.vmap(make)), jax.pmap(make)):
+    np.testing.assert_allclose(mapped(stack), expected, atol=1e-5)
+  np.testing.assert_allclose(jax.jit(make)(stack[0]), expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'rows',
+  [
+    np.zeros((3, 5)),
+    np.ones((3, 5)),
+    np.array([[1.0, 2, 0, 0], [2, 4, 0, 0], [0, 0, 3, 1]]),
+    np.diag([1.0, 1e-6, 1e6]),
+  ],
+  ids=['zeros', 'equal', 'collinear', 'badly scaled'],
+)
+def test_dependent_rows_still_give_orthonormal_ones(rows):
+  ours = prototypes.orthonormalize(jnp.asarray(rows, jnp.float32))
+  np.testing.assert_allclose(gram(ours), np.eye(len(rows)), atol=1e-6)
+
+
+def test_align_solves_the_procrustes_problem():
+  means = random_rows((4, 9), seed=1)
+  # min over orthonormal columns of |C^T - M^T|: scipy's square solution of
+  # M^T = R [I; 0] has C^T as its first columns.
+  padded = np.zeros((9, 9))
+  padded[:, :4] = means.astype(np.float64).T
+  rotation, _ = scipy.linalg.orthogonal_procrustes(np.eye(9), padded)
+  # The columns beyond the fourth are free; the first four are not.
+  np.testing.assert_allclose(
+    prototypes.align_prototypes(means), rotation[:, :4].T, atol=1e-5
+  )
+
+
+def test_align_equals_procrustes_for_a_square_set():
+  means = random_rows((6, 6), seed=2)
+  rotation, _ = scipy.linalg.orthogonal_procrustes(
+    np.eye(6), means.astype(np.float64)
+  )
+  np.testing.assert_allclose(
+    prototypes.align_prototypes(means), rotation, atol=1e-5
+  )
+
+
+def test_align_gives_back_permuted_and_scaled_prototypes():
+  rng = np.random.default_rng(4)
+  c = np.linalg.qr(rng.normal(size=(12, 5)))[0].T[rng.permutation(5)]
+  means = c * rng.uniform(0.1, 10, size=(5, 1))
+  ours = prototypes.align_prototypes(jnp.asarray(means, jnp.float32))
+  np.testing.assert_allclose(ours, c, atol=1e-5)
+
+
+def test_align_gives_a_class_without_mean_a_direction_left_over():
+  means = np.zeros((3, 4), np.float32)
+  means[0, 1], means[2, 0] = 2.0, 0.5
+  ours = np.asarray(prototypes.align_prototypes(means))
+  np.testing.assert_allclose(gram(ours), np.eye(3), atol=1e-6)
+  np.testing.assert_allclose(ours[[0, 2]], np.eye(4)[[1, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
+def test_dtype_is_kept(dtype):
+  key = jax.random.key(5)
+  made = (
+    prototypes.orthonormal_prototypes(key, 4, 8, dtype=dtype),
+    prototypes.orthonormalize(jnp.asarray(random_rows((4, 8)), dtype)),
+    prototypes.align_prototypes(jnp.asarray(random_rows((4, 8)), dtype)),
+  )
+  # bfloat16 has 8 bits: an entry is off by 2^-9 of itself.
+  atol = 1e-2 if dtype == jnp.bfloat16 else 1e-6
+  for c in made:
+    assert c.dtype == dtype
+    np.testing.assert_allclose(gram(c), np.eye(4), atol=atol)
+  simplex = prototypes.simplex_etf_prototypes(key, 4, 8, dtype=dtype)
+  assert simplex.dtype == dtype
+  np.testing.assert_allclose(np.diagonal(gram(simplex)), 1, atol=atol)
+
+
+@pytest.mark.parametrize(
+  ('k', 'dim', 'message'),
+  [
+    (5, 4, 'num_classes must be at most dim=4 .*, got 5; use a wider'),
+    (0, 4, 'num_classes must be at least 1, got 0'),
+    (-1, 4, 'num_classes must be at least 1, got -1'),
+    (1, 0, 'num_classes must be at most dim=0'),
+  ],
+)
+def test_impossible_sizes_are_refused(k, dim, message):
+  with pytest.raises(ValueError, match=message):
+    prototypes.orthonormal_prototypes(jax.random.key(0), k, dim)
+
+
+@pytest.mark.parametrize(
+  ('k', 'dim', 'message'),
+  [
+    (1, 4, 'num_classes must be at least 2 for a simplex, got 1'),
+    (5, 3, 'dim must be at least num_classes - 1 = 4 .*, got 3'),
+  ],
+)
+def test_impossible_simplex_is_refused(k, dim, message):
+  with pytest.raises(ValueError, match=message):
+    prototypes.simplex_etf_prototypes(jax.random.key(0), k, dim)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'message'),
+  [
+    (np.ones(3, np.float32), r'shape \[num_classes, dim\], got \(3,\)'),
+    (np.ones((1, 2, 3), np.float32), r'got \(1, 2, 3\)'),
+    (np.ones((2, 3), np.int32), 'prototypes must be floating, got int32'),
+    (np.ones((3, 2), np.float32), 'num_classes must be at most dim=2'),
+  ],
+)
+@pytest.mark.parametrize(
+  'function', [prototypes.orthonormalize, prototypes.align_prototypes]
+)
+def test_wrong_arrays_are_refused(function, rows, message):
+  with pytest.raises(ValueError, match=message):
+    function(rows)
+  with pytest.raises(ValueError, match=message):
+    jax.jit(function)(rows)
+
+
+@pytest.mark.parametrize(
+  'make',
+  [prototypes.orthonormal_prototypes, prototypes.simplex_etf_prototypes],
+)
+def test_integer_dtype_is_refused_and_not_rounded_to_zeros(make):
+  with pytest.raises(ValueError, match='floating'):
+    make(jax.random.key(0), 3, 4, dtype=jnp.int32)

@@ -1,0 +1,308 @@
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from clop_jax import checkpoint
+from clop_jax import evaluate
+from clop_jax import experiment
+from clop_jax import parallel
+from clop_jax import train
+from tests import small
+
+ONE = slice(0, 1)
+
+
+def run(config, workdir, devices=ONE):
+  train.train(config, str(workdir), devices=jax.devices()[devices])
+
+
+def final_state(config, workdir):
+  mesh = parallel.make_mesh(jax.devices()[ONE])
+  built = experiment.build(
+    config, channels=1, total_steps=10, steps_per_epoch=5
+  )
+  with checkpoint.Checkpoints(
+    f'{workdir}/checkpoints', read_only=True
+  ) as checkpoints:
+    return checkpoints.restore_latest(experiment.abstract_state(built, mesh))
+
+
+def metrics_of(workdir):
+  lines = (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope='module')
+def trained(digits_dir, tmp_path_factory):
+  """A workdir that was trained without a break, and its config."""
+  workdir = tmp_path_factory.mktemp('runs') / 'trained'
+  config = small.digits_config(digits_dir)
+  run(config, workdir)
+  return config, workdir
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+  config, workdir = trained
+  return config, shutil.copytree(workdir, tmp_path / 'copy')
+
+
+def test_a_workdir_holds_what_the_design_says(trained):
+  config, workdir = trained
+  names = {path.name for path in workdir.iterdir()}
+  assert names == {'config.json', 'labels.npz', 'metrics.jsonl', 'checkpoints'}
+  steps = {path.name for path in (workdir / 'checkpoints').iterdir()}
+  assert steps == {'5', '10'}
+  assert experiment.load_config(str(workdir)).to_dict() == (
+    experiment.to_json(config)
+  )
+  with np.load(workdir / 'labels.npz') as labels:
+    assert labels['labels'].shape == (1438,)
+    assert (labels['labelled'] == (labels['labels'] >= 0)).all()
+    assert 130 < labels['labelled'].sum() < 160
+
+
+def test_the_loss_falls_and_each_logged_step_has_every_metric(trained):
+  lines = metrics_of(trained[1])
+  assert [line['step'] for line in lines] == [2, 4, 6, 8, 10]
+  for line in lines:
+    assert set(line) == {
+      'step',
+      'loss',
+      'contrastive_loss',
+      'clop_loss',
+      'learning_rate',
+      'gradient_norm',
+      'update_norm',
+      'parameter_norm',
+      'effective_rank',
+      'embedding_std',
+      'prototype_cosine',
+    }
+    assert all(value is not None for value in line.values())
+  assert lines[-1]['loss'] < lines[0]['loss']
+  assert lines[-1]['prototype_cosine'] > lines[0]['prototype_cosine']
+
+
+@pytest.mark.parametrize('kept', [[], ['5']], ids=['from scratch', 'resumed'])
+def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(copy, trained, kept):
+  config, workdir = copy
+  for folder in (workdir / 'checkpoints').iterdir():
+    if folder.name not in kept:
+      shutil.rmtree(folder)
+  run(config, workdir)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_state(config, workdir),
+    final_state(config, trained[1]),
+  )
+  assert metrics_of(workdir) == metrics_of(trained[1])
+
+
+def test_a_log_line_that_a_kill_cut_short_is_written_again(copy, trained):
+  config, workdir = copy
+  shutil.rmtree(workdir / 'checkpoints' / '10')
+  path = workdir / 'metrics.jsonl'
+  path.write_text(path.read_text()[:-30])
+  run(config, workdir)
+  assert metrics_of(workdir) == metrics_of(trained[1])
+
+
+def test_a_damaged_newest_checkpoint_costs_an_epoch_and_not_the_run(
+  copy, trained, capsys
+):
+  config, workdir = copy
+  files = [
+    p for p in (workdir / 'checkpoints' / '10').rglob('*') if p.is_file()
+  ]
+  largest = max(files, key=lambda p: p.stat().st_size)
+  largest.write_bytes(b'')
+  run(config, workdir)
+  output = capsys.readouterr()
+  assert 'checkpoint of step 10' in output.err and 'damaged' in output.err
+  assert 'going on from step 5 of 10' in output.out
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_state(config, workdir),
+    final_state(config, trained[1]),
+  )
+
+
+def test_starting_a_finished_run_again_changes_nothing(copy, capsys):
+  config, workdir = copy
+  before = {
+    p: p.stat().st_mtime_ns for p in (workdir / 'checkpoints').rglob('*')
+  }
+  run(config, workdir)
+  assert 'step 10 of 10: already trained' in capsys.readouterr().out
+  after = {
+    p: p.stat().st_mtime_ns for p in (workdir / 'checkpoints').rglob('*')
+  }
+  assert {p.name for p in before} == {p.name for p in after}
+
+
+def test_the_start_says_what_will_run(copy, capsys):
+  config, workdir = copy
+  run(config, workdir)
+  output = capsys.readouterr().out
+  assert 'digits: 1,438 examples, 143 labelled (per class: 14 15' in output
+  state = final_state(config, workdir)
+  count = sum(x.size for x in jax.tree.leaves(state.params))
+  assert f'{count:,} parameters' in output
+  assert 'GFLOP a step of 256 images' in output
+  assert '1 device(s): cpu' in output
+
+
+@pytest.mark.parametrize(
+  'contrastive', ['supcon', 'dcl', 'vicreg', 'barlow_twins', 'none']
+)
+def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
+  config = small.digits_config(digits_dir, loss__contrastive=contrastive)
+  built = experiment.build(
+    config, channels=1, total_steps=10, steps_per_epoch=5
+  )
+  state = jax.eval_shape(built.create_state)
+  batch = {
+    'image': jax.ShapeDtypeStruct((8, 8, 8, 1), np.uint8),
+    'label': jax.ShapeDtypeStruct((8,), np.int32),
+    'index': jax.ShapeDtypeStruct((8,), np.int32),
+  }
+  mesh = parallel.make_mesh()
+  step = parallel.map_step(built.step, mesh, sharded=(False, True, False))
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  _, metrics = jax.eval_shape(step, state, batch, key)
+  assert metrics['loss'].shape == ()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (
+      {'loss__contrastive': 'simclr'},
+      r"config.loss.contrastive must be one of \['nt_xent', .*got 'simclr'",
+    ),
+    (
+      {'model__depth': 19},
+      r'config.model.depth must be one of \[8, 18, 34, 50',
+    ),
+    ({'model__dtype': 'float16'}, r"\['auto', 'float32', 'bfloat16'\]"),
+    ({'model__stem': 'tiny'}, r"stem must be one of \['cifar', 'imagenet'\]"),
+    ({'prototypes__kind': 'etf'}, r"\['orthonormal', 'simplex_etf'\]"),
+    ({'optimizer__name': 'adam'}, r"\['adamw', 'lars', 'sgd'\], got 'adam'"),
+    ({'optimizer__scaling': 'cubic'}, r"\['linear', 'none', 'sqrt'\]"),
+    ({'optimizer__warmup_epochs': 2.0}, r'warmup_steps must be in \[0, total'),
+    ({'loss__clop_distance': 'l2'}, r"distance must be one of \['cosine'"),
+    (
+      {'data__name': 'mnist'},
+      r"data.name must be one of \['digits'\].*'mnist'",
+    ),
+    ({'data__label_fraction': 1.5}, r'label_fraction must be in \[0, 1\]'),
+    (
+      {'model__embedding_dim': 8},
+      r'num_classes must be at most dim=8 for orthonormal.*got 10',
+    ),
+    (
+      {'data__num_classes': 7},
+      r'labels must be in \[-1, num_classes=7\), got \d at index \d+',
+    ),
+    ({'train__batch_size': 100}, 'multiple of the 8 devices, got 100'),
+    ({'train__batch_size': 1440}, 'at most the 1438 examples, got 1440'),
+    ({'train__log_every_steps': 0}, 'log_every_steps must be at least 1'),
+    (
+      {'loss__contrastive': 'none', 'loss__clop_weight': 0.0},
+      'nothing is left to train on',
+    ),
+    (
+      {'augment__mean': (0.1, 0.2)},
+      'mean must have one number for each of the',
+    ),
+  ],
+)
+def test_a_wrong_config_is_refused_before_anything_is_written(
+  digits_dir, tmp_path, changes, message
+):
+  config = small.digits_config(digits_dir, **changes)
+  with pytest.raises(ValueError, match=message):
+    run(config, tmp_path / 'new', devices=slice(0, 8))
+  assert not (tmp_path / 'new').exists()
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_difference(copy):
+  config, workdir = copy
+  config = config.copy_and_resolve_references()
+  config.loss.clop_weight = 0.5
+  before = sorted(os.listdir(workdir))
+  message = r'another config: loss.clop_weight is 1.0 there and 0.5 here'
+  with pytest.raises(ValueError, match=message):
+    run(config, workdir)
+  assert sorted(os.listdir(workdir)) == before
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(
+  digits_dir, tmp_path
+):
+  config = small.digits_config(
+    digits_dir,
+    loss__contrastive='vicreg',
+    optimizer__learning_rate=1e3,
+    model__head_bn=False,
+    train__log_every_steps=3,
+  )
+  message = (
+    r'the loss is (nan|inf) at step \d+; the last good checkpoint is '
+    r'(none yet|the one of step \d+)\. Lower'
+  )
+  with pytest.raises(FloatingPointError, match=message):
+    run(config, tmp_path)
+  for folder in (tmp_path / 'checkpoints').iterdir():
+    assert folder.name in ('5', '10')
+  for line in metrics_of(tmp_path):
+    assert line['loss'] is not None
+
+
+def test_evaluation_needs_the_workdir_alone_and_freezes_the_backbone(
+  trained, capsys
+):
+  config, workdir = trained
+  result, arrays = evaluate.evaluate(str(workdir), devices=jax.devices()[ONE])
+  assert result['protocol_version'] == 1
+  assert result['step'] == 10
+  assert result['config'] == experiment.to_json(config)
+  assert 0.5 < result['linear_top1'] <= 1
+  assert result['linear_top1'] <= result['linear_top5'] <= 1
+  assert result['knn_top1'] == result['knn20_top1'] > 0.5
+  assert 1 < result['effective_rank'] <= 16
+  assert len(result['parameters_sha256']) == 64
+  assert set(result['versions']) >= {'jax', 'flax', 'optax'}
+  assert arrays['embeddings'].shape == (359, 16)
+  json.dumps(result, allow_nan=False)
+
+
+def test_evaluation_on_eight_devices_gives_the_same_figures(trained):
+  one, _ = evaluate.evaluate(str(trained[1]), devices=jax.devices()[ONE])
+  eight, _ = evaluate.evaluate(str(trained[1]))
+  assert eight['knn_top1'] == pytest.approx(one['knn_top1'], abs=0.006)
+  assert eight['effective_rank'] == pytest.approx(
+    one['effective_rank'], rel=1e-3
+  )
+  assert eight['parameters_sha256'] == one['parameters_sha256']
+
+
+def test_evaluation_of_a_folder_that_is_no_run_says_what_it_is(tmp_path, copy):
+  with pytest.raises(ValueError, match='does not exist; train first'):
+    evaluate.evaluate(str(tmp_path / 'nowhere'))
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(ValueError, match=r'holds no config.json.*nothing'):
+    evaluate.evaluate(str(tmp_path / 'empty'))
+  _, workdir = copy
+  shutil.rmtree(workdir / 'checkpoints')
+  with pytest.raises(ValueError, match='holds no checkpoint yet; train first'):
+    evaluate.evaluate(str(workdir))
+  (workdir / 'config.json').write_text('{')
+  with pytest.raises(ValueError, match='is not JSON'):
+    evaluate.evaluate(str(workdir))

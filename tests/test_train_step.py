@@ -1,0 +1,261 @@
+"""The step on one, two and eight devices, under shard_map, pmap and jit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from clop_jax import augment
+from clop_jax import loss
+from clop_jax import parallel
+from clop_jax import prototypes
+from clop_jax import train_state
+from clop_jax import train_step
+from clop_jax.data import loader
+from clop_jax.models import heads
+from clop_jax.models import resnet
+
+STEPS = 3
+BATCH = 16
+RECIPE = {
+  'size': 8,
+  'mean': (0.3,),
+  'std': (0.4,),
+  'crop_area': (0.4, 1.0),
+  'flip_probability': 0.0,
+  'blur_probability': 0.5,
+}
+
+
+def _data():
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, size=(40, 8, 8, 1), dtype=np.uint8)
+  labels = rng.integers(0, 5, size=40).astype(np.int32)
+  labels[rng.random(40) < 0.6] = -1
+  return images, labels
+
+
+@functools.cache
+def _parts(axis_name=parallel.DATA_AXIS, bn_scope='global', **changes):
+  shared = {'axis_name': axis_name, 'bn_scope': bn_scope}
+  backbone = resnet.ResNet8(width_multiplier=0.25, **shared)
+  projection_head = heads.ProjectionHead(dim=8, hidden_dim=16, **shared)
+  schedule = optax.constant_schedule(0.05)
+  tx = optax.sgd(schedule, momentum=0.9)
+  create = functools.partial(
+    train_state.create,
+    jax.random.key(0),
+    backbone=backbone,
+    projection_head=projection_head,
+    tx=tx,
+    image_shape=(8, 8, 1),
+  )
+  step = functools.partial(
+    train_step.train_step,
+    backbone=backbone,
+    projection_head=projection_head,
+    tx=tx,
+    schedule=schedule,
+    recipe=RECIPE,
+    contrastive=lambda z, y, axis_name: loss.nt_xent_loss(
+      z, axis_name=axis_name
+    ),
+    axis_name=axis_name,
+    bn_scope=bn_scope,
+    **{'clop_weight': 1.0} | changes,
+  )
+  return create, step
+
+
+def _initial_state(create):
+  c = prototypes.orthonormal_prototypes(jax.random.key(1), 5, 8)
+  return create(prototypes=c)
+
+
+@functools.cache
+def run_on(devices, bn_scope='global'):
+  """States and metrics of a few steps on so many devices."""
+  mesh = parallel.make_mesh(jax.devices()[:devices])
+  create, step = _parts(bn_scope=bn_scope)
+  data = loader.ResidentLoader(*_data(), batch_size=BATCH, seed=0, mesh=mesh)
+  mapped = parallel.map_step(
+    lambda state, resident, batch, key: step(
+      state, loader.unpack(resident, batch), key
+    ),
+    mesh,
+    sharded=(False, False, True, False),
+  )
+  state = parallel.replicate(mesh, _initial_state(create))
+  key = parallel.replicate(mesh, jax.random.key(7))
+  history = []
+  for i in range(STEPS):
+    state, metrics = mapped(state, data.resident, data.batch(i), key)
+    history.append(jax.device_get(metrics))
+  return jax.device_get(state), history
+
+
+def assert_trees_close(a, b, **tolerance):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@pytest.mark.parametrize('devices', [2, 8])
+def test_parameters_do_not_depend_on_the_number_of_devices(devices):
+  one, history = run_on(1)
+  several, several_history = run_on(devices)
+  assert_trees_close(several.params, one.params, atol=1e-4)
+  assert_trees_close(several.batch_stats, one.batch_stats, atol=1e-4)
+  assert_trees_close(several_history, history, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize('devices', [2, 8])
+def test_views_and_labels_are_exactly_the_same_on_any_number_of_devices(
+  devices,
+):
+  def outputs(count):
+    mesh = parallel.make_mesh(jax.devices()[:count])
+    data = loader.ResidentLoader(*_data(), batch_size=BATCH, seed=0, mesh=mesh)
+
+    def shard_views(resident, batch):
+      batch = loader.unpack(resident, batch)
+      keys = augment.example_keys(jax.random.key(7), 2, batch['index'])
+      views = augment.two_views(keys, batch['image'], **RECIPE)
+      return views.swapaxes(0, 1), batch['label'], batch['index']
+
+    spec = jax.sharding.PartitionSpec
+    mapped = jax.jit(
+      jax.shard_map(
+        shard_views,
+        mesh=mesh,
+        in_specs=(spec(), spec(parallel.DATA_AXIS)),
+        out_specs=spec(parallel.DATA_AXIS),
+      )
+    )
+    return jax.device_get(mapped(data.resident, data.batch(2)))
+
+  for ours, expected in zip(outputs(devices), outputs(1), strict=True):
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_pmap_with_averaged_gradients_equals_shard_map():
+  create, step = _parts(pmean_gradients=True)
+  images, labels = _data()
+  mesh = parallel.make_mesh()
+  data = loader.ResidentLoader(
+    images, labels, batch_size=BATCH, seed=0, mesh=mesh
+  )
+  mapped = jax.pmap(
+    step, axis_name=parallel.DATA_AXIS, in_axes=(None, 0, None), out_axes=None
+  )
+  state = _initial_state(create)
+  for i in range(STEPS):
+    index = data.indices(i).reshape(8, -1)
+    batch = {'image': images[index], 'label': labels[index], 'index': index}
+    state, metrics = mapped(state, batch, jax.random.key(7))
+  expected, history = run_on(8)
+  assert_trees_close(jax.device_get(state.params), expected.params, atol=1e-5)
+  assert metrics['loss'] == pytest.approx(float(history[-1]['loss']), rel=1e-5)
+
+
+def test_one_device_without_an_axis_equals_the_mapped_step():
+  create, step = _parts(axis_name=None)
+  images, labels = _data()
+  data = loader.ResidentLoader(
+    images,
+    labels,
+    batch_size=BATCH,
+    seed=0,
+    mesh=parallel.make_mesh(jax.devices()[:1]),
+  )
+  state, jitted = _initial_state(create), jax.jit(step)
+  for i in range(STEPS):
+    index = data.indices(i)
+    batch = {'image': images[index], 'label': labels[index], 'index': index}
+    state, _ = jitted(state, batch, jax.random.key(7))
+  assert_trees_close(
+    jax.device_get(state.params), run_on(1)[0].params, atol=1e-5
+  )
+
+
+def test_bn_scope_device_normalizes_over_each_devices_own_examples():
+  one, _ = run_on(1, 'device')
+  assert_trees_close(one.params, run_on(1)[0].params, atol=1e-6)
+  several, _ = run_on(8, 'device')
+  difference = jax.tree.map(
+    lambda a, b: np.abs(a - b).max(), several.params, one.params
+  )
+  assert max(jax.tree.leaves(difference)) > 1e-3
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(several))
+
+
+def test_metrics_are_what_they_say():
+  state, history = run_on(1)
+  metrics = history[-1]
+  assert set(metrics) == {
+    'loss',
+    'contrastive_loss',
+    'clop_loss',
+    'learning_rate',
+    'gradient_norm',
+    'update_norm',
+    'parameter_norm',
+    'effective_rank',
+    'embedding_std',
+    'prototype_cosine',
+  }
+  assert metrics['loss'] == pytest.approx(
+    metrics['contrastive_loss'] + metrics['clop_loss'], rel=1e-6
+  )
+  assert metrics['prototype_cosine'] == pytest.approx(
+    1 - metrics['clop_loss'], abs=1e-5
+  )
+  squares = sum((x**2).sum() for x in jax.tree.leaves(state.params))
+  assert metrics['parameter_norm'] == pytest.approx(squares**0.5, rel=1e-5)
+  assert metrics['learning_rate'] == pytest.approx(0.05)
+  assert 1 < metrics['effective_rank'] <= 8
+  assert state.step == STEPS
+
+
+def test_clop_weight_zero_leaves_the_contrastive_gradient_alone():
+  def after_one_step(weight, labels):
+    create, step = _parts(axis_name=None, clop_weight=weight)
+    images, _ = _data()
+    batch = {
+      'image': jnp.asarray(images[:8]),
+      'label': labels,
+      'index': jnp.arange(8),
+    }
+    return jax.jit(step)(_initial_state(create), batch, jax.random.key(0))
+
+  none = after_one_step(1.0, jnp.full(8, -1))
+  off = after_one_step(0.0, jnp.arange(8) % 5)
+  on = after_one_step(1.0, jnp.arange(8) % 5)
+  assert_trees_close(off[0].params, none[0].params, atol=1e-7)
+  assert off[1]['clop_loss'] > 0
+  moved = jax.tree.map(
+    lambda a, b: float(jnp.abs(a - b).max()), on[0].params, off[0].params
+  )
+  assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_diagnostics_are_made_on_logged_steps_only():
+  create, step = _parts(axis_name=None, log_every=2)
+  images, labels = _data()
+  batch = {
+    'image': jnp.asarray(images[:8]),
+    'label': jnp.asarray(labels[:8]),
+    'index': jnp.arange(8),
+  }
+  jitted = jax.jit(step)
+  state, first = jitted(_initial_state(create), batch, jax.random.key(0))
+  _, second = jitted(state, batch, jax.random.key(0))
+  assert first['effective_rank'] == 0 and first['loss'] > 0
+  assert second['effective_rank'] > 1
+
+
+def test_a_batch_that_devices_cannot_share_is_refused():
+  mesh = parallel.make_mesh()
+  with pytest.raises(ValueError, match='multiple of the 8 devices, got 12'):
+    parallel.check_batch_size(12, mesh)
