@@ -171,7 +171,7 @@ def normalize(
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:
-  """Images `[batch, height, width, channels]` to `size` x `size`, antialiased."""
+  """`[batch, height, width, channels]` to `size` x `size`, antialiased."""
   if images.shape[1:3] == (size, size):
     return images
   shape = (images.shape[0], size, size, images.shape[3])

@@ -120,8 +120,8 @@ class Checkpoints:
       )
     raise DamagedCheckpointError(
       f'all checkpoints in {self._directory} are damaged (steps {steps}); '
-      'nothing was changed. Train again in a new workdir, or put an intact copy '
-      'back'
+      'nothing was changed. Train again in a new workdir, or put an intact '
+      'copy back'
     )
 
   def _restore(self, step, target):

@@ -295,8 +295,8 @@ def load_config(workdir: str) -> ml_collections.ConfigDict:
   path = os.path.join(workdir, 'config.json')
   if not os.path.exists(path):
     raise ValueError(
-      f'--workdir={workdir} holds no config.json, so it is not the workdir of a '
-      'run; it has: ' + (', '.join(sorted(os.listdir(workdir))) or 'nothing')
+      f'--workdir={workdir} holds no config.json, so it is not the workdir of '
+      'a run; it has: ' + (', '.join(sorted(os.listdir(workdir))) or 'nothing')
     )
   try:
     with open(path) as file:

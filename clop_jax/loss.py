@@ -25,8 +25,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-# Half of the lowest float32: exp(_MASKED - max) is exactly 0, and unlike -inf it
-# leaves no `inf - inf` in the gradient of a row in which everything is masked.
+# Half of the lowest float32: exp(_MASKED - max) is exactly 0, and unlike -inf
+# it leaves no `inf - inf` in the gradient of a row whose every entry is masked.
 _MASKED = float(jnp.finfo(jnp.float32).min) / 2
 
 # The matrix products of the losses feed exponentials; TPU and GPU defaults
@@ -86,7 +86,7 @@ def clop_loss(
   if jnp.ndim(embeddings) == 2:
     embeddings = embeddings[None]
   embeddings = _checked_embeddings(embeddings, min_views=1)
-  views, _, dim = embeddings.shape
+  dim = embeddings.shape[-1]
   labels = _checked_labels(labels, embeddings)
   if jnp.ndim(prototypes) != 2 or prototypes.shape[1] != dim:
     raise ValueError(

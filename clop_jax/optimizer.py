@@ -115,7 +115,7 @@ def create(
   """
   if name not in _OPTIMIZERS:
     raise ValueError(
-      f'name of the optimizer must be one of {sorted(_OPTIMIZERS)}, got {name!r}'
+      f'optimizer name must be one of {sorted(_OPTIMIZERS)}, got {name!r}'
     )
   if clip_norm is not None and not clip_norm > 0:
     raise ValueError(f'clip_norm must be None or above 0, got {clip_norm}')

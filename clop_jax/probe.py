@@ -82,7 +82,8 @@ def linear_probe(
 ) -> dict[str, float]:
   r"""Multinomial logistic regression on frozen features, by L-BFGS.
 
-  .. math:: \min_{W, b} \frac{1}{n} \sum_i -\log \mathrm{softmax}(W x_i + b)_{y_i}
+  .. math:: \min_{W, b}
+    \frac{1}{n} \sum_i -\log \mathrm{softmax}(W x_i + b)_{y_i}
     + \frac{\alpha}{2} \|W\|_F^2
 
   `x` is standardized with the training features' mean and deviation. `alpha` is
@@ -152,7 +153,7 @@ def _fit(x, y, weights, strength, *, num_classes, steps):
   }
 
   def proceed(carry):
-    _, opt_state, step, gradient_norm = carry
+    _, _, step, gradient_norm = carry
     return (step < steps) & (gradient_norm > 1e-5)
 
   def iterate(carry):
@@ -216,7 +217,7 @@ def knn(
     num_classes: number of classes.
     neighbours: values of `k`; one beyond the bank is cut to its size.
     temperature: `T`.
-    chunk_size: rows of `features` at one time, so that no `n x m` matrix exists.
+    chunk_size: rows of `features` at one time: no `n x m` matrix exists.
 
   Returns:
     Top-1 accuracy in [0, 1] for each `k`.

@@ -92,8 +92,14 @@ def embedding_figure(
     )
   axes[0].set_ylabel('second principal component')
   if classes.size <= 10:
-    axes[0].legend(
-      title='class', fontsize=7, title_fontsize=7, markerscale=1.5, ncols=2
+    handles, classes_shown = axes[0].get_legend_handles_labels()
+    figure.legend(
+      handles,
+      classes_shown,
+      title='class',
+      loc='outside lower left',
+      ncols=classes.size,
+      markerscale=2,
     )
   for name, spectrum in zip(names, spectra, strict=True):
     shares = spectrum / max(spectrum.sum(), np.finfo(np.float32).tiny)

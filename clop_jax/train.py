@@ -145,8 +145,8 @@ def _check_finite(losses, step, checkpoints):
   saved = checkpoints.steps()
   last = f'the one of step {saved[-1]}' if saved else 'none yet'
   raise FloatingPointError(
-    f'the loss is {values[broken[0]]} at step {first}; the last good checkpoint '
-    f'is {last}. Lower config.optimizer.learning_rate or set '
+    f'the loss is {values[broken[0]]} at step {first}; the last good '
+    f'checkpoint is {last}. Lower config.optimizer.learning_rate or set '
     'config.optimizer.clip_norm, with a new --workdir'
   )
 
@@ -156,7 +156,7 @@ class _MetricsLog:
 
   def __init__(self, path, *, start, total_steps, batch_size):
     _drop_after(path, start)
-    self._file = open(path, 'a')
+    self._file = open(path, 'a')  # noqa: SIM115 (closed by __exit__)
     self._batch_size = batch_size
     self._total_steps = total_steps
     self._is_terminal = sys.stderr.isatty()
@@ -233,7 +233,8 @@ def _print_summary(config, state, compiled, labels, mesh, total_steps):
     f'{config.data.name}: {labels.size:,} examples, {counts.sum():,} labelled '
     f'(per class: {" ".join(str(c) for c in counts)})\n'
     f'{parameters:,} parameters, {flops / 1e9:.2f} GFLOP a step of '
-    f'{config.train.batch_size} images (two views each), {total_steps:,} steps\n'
+    f'{config.train.batch_size} images (two views each), '
+    f'{total_steps:,} steps\n'
     f'{mesh.size} device(s): {device.device_kind}; jax {jax.__version__}',
     flush=True,
   )

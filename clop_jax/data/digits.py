@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import io
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -22,7 +23,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
   """1,438 training and 359 test images, PNG bytes; needs no download."""
 
   VERSION = tfds.core.Version('1.0.0')
-  RELEASE_NOTES = {'1.0.0': 'All 1,797 images.'}
+  RELEASE_NOTES: ClassVar = {'1.0.0': 'All 1,797 images.'}
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
