@@ -1,8 +1,10 @@
 """Two random views of each image, made on the device inside jit.
 
 Each example has a key of its own, a pure function of (run key, step, example
-number): a view does not depend on the batch that the example came in, nor on
-how many devices there are. Images are float32 in [0, 1] until `normalize`.
+number): what is drawn for a view does not depend on the batch that the example
+came in, nor on how many devices there are. (Its pixels may differ in the last
+bit where XLA compiles another batch size into other instructions.) Images are
+float32 in [0, 1] until `normalize`.
 """
 
 from collections.abc import Sequence

@@ -101,8 +101,8 @@ class Checkpoints:
       The state, or None if there is no checkpoint at all.
 
     Raises:
-      DamagedCheckpointError: if there are checkpoints and all are damaged.
-      ValueError: if a whole checkpoint is of another model than `target`.
+      DamagedCheckpointError: if there are checkpoints and none fits: all are
+        damaged, or `target` is another model's state.
     """
     steps = self.steps()
     if not steps:
@@ -119,9 +119,9 @@ class Checkpoints:
         f'({fault}); falling back to the one before it'
       )
     raise DamagedCheckpointError(
-      f'all checkpoints in {self._directory} are damaged (steps {steps}); '
-      'nothing was changed. Train again in a new workdir, or put an intact '
-      'copy back'
+      f'all checkpoints in {self._directory} are damaged, or of another '
+      f'version of the model (steps {steps}); nothing was changed. Train again '
+      'in a new workdir, or put an intact copy back'
     )
 
   def _restore(self, step, target):

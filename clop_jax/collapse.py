@@ -16,9 +16,12 @@ _PRECISION = lax.Precision.HIGHEST
 
 def normalize(embeddings: jax.Array) -> jax.Array:
   """Unit vectors along the last axis, `[..., dim]`; the zero vector stays 0."""
-  embeddings = embeddings.astype(jnp.float32)
-  norm = jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
-  return embeddings / jnp.where(norm == 0.0, 1.0, norm)
+  x = embeddings.astype(jnp.float32)
+  # Scaled first: the square of a very large or small entry leaves float32.
+  largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+  x = x / jnp.where(largest == 0.0, 1.0, largest)
+  norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+  return x / jnp.where(norm == 0.0, 1.0, norm)
 
 
 def singular_values(

@@ -107,9 +107,9 @@ def linear_probe(
   Raises:
     ValueError: if a label is out of range or the features are not finite.
   """
-  for name, x in (('train', train_features), ('test', test_features)):
-    if not np.isfinite(x).all():
-      raise ValueError(f'{name}_features must be finite, got NaN or infinity')
+  if not l2_strengths:
+    raise ValueError('l2_strengths must hold at least one strength, got none')
+  _check_finite(train=train_features, test=test_features)
   _check_labels(num_classes, train=train_labels, test=test_labels)
   mean = train_features.mean(axis=0)
   deviation = train_features.std(axis=0)
@@ -124,7 +124,11 @@ def linear_probe(
     _fit, train_x, train_y, num_classes=num_classes, steps=max_iterations
   )
   fitting = jnp.asarray(~held_out, jnp.float32)
-  best = (-1.0, 0.0)
+  if not held_out.any():
+    raise ValueError(
+      'train_labels must have a class of two examples or more to hold one out'
+    )
+  best = (-1.0, max(l2_strengths))
   for strength in sorted(l2_strengths, reverse=True):
     params = fit(fitting, strength)
     (top1,) = _top_k(params, train_x[held_out], train_y[held_out], (1,))
@@ -177,8 +181,9 @@ def _fit(x, y, weights, strength, *, num_classes, steps):
 def _top_k(params, x, y, ks):
   logits = jnp.matmul(x, params['w'], precision=_PRECISION) + params['b']
   own = jnp.take_along_axis(logits, y[:, None], axis=1)
-  # Ties count against: a probe that says the same of all classes is not right.
-  others = jnp.sum(logits >= own, axis=1) - 1
+  # Ties and NaN count against: a probe that says the same of all classes, or
+  # nothing, is not right.
+  others = jnp.sum(~(logits < own), axis=1) - 1
   return [float(jnp.mean(others < k)) for k in ks]
 
 
@@ -223,12 +228,13 @@ def knn(
     Top-1 accuracy in [0, 1] for each `k`.
 
   Raises:
-    ValueError: if a label is out of range.
+    ValueError: if a label is out of range or the features are not finite.
 
   Reference:
     Wu et al., "Unsupervised feature learning via non-parametric instance
     discrimination", arXiv 1805.01978, section 3.4.
   """
+  _check_finite(bank=bank_features, test=features)
   _check_labels(num_classes, bank=bank_labels, test=labels)
   bank = _unit(jnp.asarray(bank_features))
   bank_y = jnp.asarray(bank_labels)
@@ -263,6 +269,12 @@ def _nearest(bank, bank_labels, x, ks, num_classes, temperature):
 def _unit(x):
   norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
   return x / jnp.where(norm == 0, 1.0, norm)
+
+
+def _check_finite(**splits):
+  for name, x in splits.items():
+    if not np.isfinite(x).all():
+      raise ValueError(f'{name}_features must be finite, got NaN or infinity')
 
 
 def _check_labels(num_classes, **splits):

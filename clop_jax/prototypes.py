@@ -35,7 +35,8 @@ def orthonormal_prototypes(
     `[num_classes, dim]` orthonormal rows.
 
   Raises:
-    ValueError: if `num_classes > dim` or one of them is below 1.
+    ValueError: if `num_classes > dim`, one of them is below 1, or `dtype` is
+      not floating.
 
   Example:
     >>> import jax
@@ -49,7 +50,7 @@ def orthonormal_prototypes(
     groups", arXiv math-ph/0609050, section 5; CLOP, arXiv 2403.18699.
   """
   _check_sizes(num_classes, dim)
-  compute_dtype = jnp.promote_types(dtype, jnp.float32)
+  compute_dtype = _compute_dtype(dtype)
   gaussian = jax.random.normal(key, (dim, num_classes), compute_dtype)
   q, r = jnp.linalg.qr(gaussian)
   signs = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(compute_dtype)
@@ -78,7 +79,8 @@ def simplex_etf_prototypes(
     `[num_classes, dim]` unit rows.
 
   Raises:
-    ValueError: if `num_classes < 2` or `dim < num_classes - 1`.
+    ValueError: if `num_classes < 2`, `dim < num_classes - 1`, or `dtype` is not
+      floating.
 
   Example:
     >>> import jax
@@ -100,7 +102,7 @@ def simplex_etf_prototypes(
       f'dim must be at least num_classes - 1 = {num_classes - 1} for a simplex '
       f'of {num_classes} classes, got {dim}; use a wider embedding'
     )
-  compute_dtype = jnp.promote_types(dtype, jnp.float32)
+  compute_dtype = _compute_dtype(dtype)
   # Column j of Helmert's basis: j equal entries, then -j times as much.
   row = jnp.arange(num_classes, dtype=compute_dtype)[:, None]
   j = jnp.arange(1, num_classes, dtype=compute_dtype)[None, :]
@@ -191,6 +193,12 @@ def align_prototypes(class_means: jax.Array) -> jax.Array:
     Psychometrika 31 (1966).
   """
   return orthonormalize(class_means)
+
+
+def _compute_dtype(dtype):
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f'dtype must be floating, got {jnp.dtype(dtype)}')
+  return jnp.promote_types(dtype, jnp.float32)
 
 
 def _refine(rows):

@@ -84,7 +84,7 @@ def train(
   lowered = step_fn.lower(target, data.resident, data.batch(0), key)
 
   experiment.save_config(config, workdir)
-  label_policy.save(os.path.join(workdir, 'labels.npz'), labels)
+  _save_labels(os.path.join(workdir, 'labels.npz'), labels)
   with checkpoint.Checkpoints(
     os.path.join(workdir, 'checkpoints'), keep=config.train.keep_checkpoints
   ) as checkpoints:
@@ -133,6 +133,17 @@ def _total_steps(config, steps_per_epoch):
     if value < 1:
       raise ValueError(f'config.train.{name} must be at least 1, got {value}')
   return config.train.num_epochs * steps_per_epoch
+
+
+def _save_labels(path, labels):
+  if not os.path.exists(path):
+    label_policy.save(path, labels)
+  elif not np.array_equal(label_policy.load(path), labels):
+    raise ValueError(
+      f'{path} was made from other data than config.data gives now '
+      f'({label_policy.load(path).size:,} examples there, {labels.size:,} '
+      'here); use another --workdir, or the same data'
+    )
 
 
 def _check_finite(losses, step, checkpoints):

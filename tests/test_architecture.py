@@ -17,7 +17,7 @@ LAYERS = {
   'collapse': 0,
   'augment': 0,
   'models.resnet': 0,
-  'models.heads': 0,
+  'models.heads': 0.5,  # shares models.resnet's meaning of bn_scope
   'optimizer': 0,
   'parallel': 0,
   'data.labels': 0,

@@ -142,7 +142,8 @@ def test_all_damaged_is_an_error_that_names_them_and_changes_nothing(
     for file in data_files(folder / str(step))[:1]:
       truncate(file)
   with pytest.raises(
-    checkpoint.DamagedCheckpointError, match=r'all checkpoints.*\[1, 2, 3\]'
+    checkpoint.DamagedCheckpointError,
+    match=r'all checkpoints.*\[1, 2, 3\]\); nothing',
   ):
     restore(folder, mesh)
   assert sorted(os.listdir(folder)) == ['1', '2', '3']

@@ -12,6 +12,7 @@ from clop_jax import evaluate
 from clop_jax import experiment
 from clop_jax import parallel
 from clop_jax import train
+from clop_jax.data import labels as label_policy
 from tests import small
 
 ONE = slice(0, 1)
@@ -241,6 +242,15 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(copy):
   with pytest.raises(ValueError, match=message):
     run(config, workdir)
   assert sorted(os.listdir(workdir)) == before
+
+
+def test_a_workdir_made_from_other_data_is_refused(copy):
+  config, workdir = copy
+  labels = label_policy.load(str(workdir / 'labels.npz'))
+  labels[0] = 9 - labels[0]
+  label_policy.save(str(workdir / 'labels.npz'), labels)
+  with pytest.raises(ValueError, match=r'labels.npz was made from other data'):
+    run(config, workdir)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(

@@ -6,6 +6,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from clop_jax.models import resnet
+
 
 class ProjectionHead(nn.Module):
   """SimCLR's projection head: features to embeddings, float32 out.
@@ -25,6 +27,9 @@ class ProjectionHead(nn.Module):
     axis_name: as in `resnet.ResNet`.
     dtype: precision of the hidden layers; the last one is float32.
 
+  Raises:
+    ValueError: for an unknown `bn_scope`.
+
   Reference:
     Chen et al., arXiv 2002.05709, sections 2.1 and 4.2.
   """
@@ -36,6 +41,10 @@ class ProjectionHead(nn.Module):
   bn_scope: str = 'global'
   axis_name: str | None = None
   dtype: Any = jnp.float32
+
+  def __post_init__(self):
+    resnet.bn_axis(self.bn_scope, self.axis_name)  # refuses an unknown scope
+    super().__post_init__()
 
   @nn.compact
   def __call__(self, features: jax.Array, train: bool) -> jax.Array:
@@ -54,7 +63,7 @@ class ProjectionHead(nn.Module):
           momentum=0.9,
           epsilon=1e-5,
           dtype=self.dtype,
-          axis_name=self.axis_name if self.bn_scope == 'global' else None,
+          axis_name=resnet.bn_axis(self.bn_scope, self.axis_name),
           name=f'bn{index + 1}',
         )(x)
       x = nn.relu(x)

@@ -20,6 +20,19 @@ BN_SCOPES = ('global', 'device')
 _KERNEL_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
+def bn_axis(bn_scope: str, axis_name: str | None) -> str | None:
+  """The axis that batch normalization averages its statistics over.
+
+  Raises:
+    ValueError: for an unknown scope.
+  """
+  if bn_scope not in BN_SCOPES:
+    raise ValueError(
+      f'bn_scope must be one of {list(BN_SCOPES)}, got {bn_scope!r}'
+    )
+  return axis_name if bn_scope == 'global' else None
+
+
 def _conv(features, kernel_size, strides, dtype, name):
   return nn.Conv(
     features,
@@ -128,14 +141,9 @@ class ResNet(nn.Module):
   dtype: Any = jnp.float32
 
   def __post_init__(self):
-    for name, value, allowed in (
-      ('stem', self.stem, STEMS),
-      ('bn_scope', self.bn_scope, BN_SCOPES),
-    ):
-      if value not in allowed:
-        raise ValueError(
-          f'{name} must be one of {list(allowed)}, got {value!r}'
-        )
+    if self.stem not in STEMS:
+      raise ValueError(f'stem must be one of {list(STEMS)}, got {self.stem!r}')
+    bn_axis(self.bn_scope, self.axis_name)
     super().__post_init__()
 
   @nn.compact
@@ -146,7 +154,7 @@ class ResNet(nn.Module):
       momentum=0.9,
       epsilon=1e-5,
       dtype=self.dtype,
-      axis_name=self.axis_name if self.bn_scope == 'global' else None,
+      axis_name=bn_axis(self.bn_scope, self.axis_name),
     )
     width = round(self.width * self.width_multiplier)
     x = images.astype(self.dtype)
