@@ -105,7 +105,8 @@ def linear_probe(
     `top1`, `top5` (in [0, 1], on the test features), `l2` and `held_out_top1`.
 
   Raises:
-    ValueError: if a label is out of range or the features are not finite.
+    ValueError: if a label is out of range, the features are not finite, or no
+      strength can be chosen (no candidate, or no class of two examples).
   """
   if not l2_strengths:
     raise ValueError('l2_strengths must hold at least one strength, got none')

@@ -22,7 +22,7 @@ RUNS="${RUNS:-$ROOT/runs/quickstart}"
 # are classes.
 FLAGS=(
   --config="$ROOT/configs/digits.py"
-  --config.optimizer.learning_rate=10
+  --config.optimizer.learning_rate=6
   --config.model.head_bn=False
 )
 

@@ -4,8 +4,16 @@ import os
 
 # Read when jax is imported, so it stands before everything else.
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Most of the time goes into compiling programs that run once, so the machine
+# code is not optimized here; the tests that call the commands in a process of
+# their own run with XLA's defaults.
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8',
+    '--xla_backend_optimization_level=0',
+    '--xla_llvm_disable_expensive_passes=true',
+  ]
 )
 
 import jax

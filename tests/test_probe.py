@@ -179,12 +179,18 @@ def test_probe_of_nan_is_never_right():
   assert probe._top_k(params, x, y, (1, 5)) == [0, 0]
 
 
-def test_strength_is_one_of_the_candidates_without_a_held_out_example():
+@pytest.mark.parametrize(
+  ('strengths', 'message'),
+  [
+    ([0.01], 'a class of two examples or more'),
+    ([], 'l2_strengths must hold at least one'),
+  ],
+)
+def test_no_strength_is_made_up_where_none_can_be_chosen(strengths, message):
   # One example a class: none can be held out.
   x, y = np.eye(3, dtype=np.float32), np.arange(3)
-  result = probe.linear_probe(x, y, x, y, num_classes=3, l2_strengths=[0.01])
-  assert result['l2'] == 0.01
-  assert result['top1'] == 1
+  with pytest.raises(ValueError, match=message):
+    probe.linear_probe(x, y, x, y, num_classes=3, l2_strengths=strengths)
 
 
 @pytest.mark.parametrize(
