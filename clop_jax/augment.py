@@ -4,7 +4,9 @@ Each example has a key of its own, a pure function of (run key, step, example
 number): what is drawn for a view does not depend on the batch that the example
 came in, nor on how many devices there are. (Its pixels may differ in the last
 bit where XLA compiles another batch size into other instructions.) Images are
-float32 in [0, 1] until `normalize`.
+float32 in [0, 1] until `normalize`. Between crop and blur they are planar,
+`[channels, height, width]`: the compiler then makes vector code of the colour
+operations.
 """
 
 from collections.abc import Sequence
@@ -16,6 +18,8 @@ import dm_pix as pix
 import jax
 from jax import lax
 import jax.numpy as jnp
+
+from clop_jax import randaugment
 
 
 def example_keys(
@@ -40,15 +44,27 @@ def two_views(keys: jax.Array, images: jax.Array, **recipe) -> jax.Array:
 
   Args:
     keys: `[batch]` PRNG keys, see `example_keys`.
-    images: `[batch, height, width, channels]`, uint8.
+    images: `[batch, height, width, channels]`, uint8; or, where each view has
+      an image of its own (crops made on the host), `[2, batch, height, width,
+      channels]`. Then pass `crop_probability=0.0`, or they are cropped again.
     **recipe: the keyword arguments of `view`.
 
   Returns:
     `[2, batch, size, size, channels]` float32, normalized.
+
+  Raises:
+    ValueError: if images have neither shape, and as `view` does.
   """
+  shape = images.shape
+  if len(shape) not in (4, 5) or (len(shape) == 5 and shape[0] != 2):
+    raise ValueError(
+      'images must have shape [batch, height, width, channels] or [2, batch, '
+      f'height, width, channels], got {shape}'
+    )
   both = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
   make = functools.partial(view, **recipe)
-  return jax.vmap(jax.vmap(make), in_axes=(1, None))(both, images)
+  of_view = 0 if images.ndim == 5 else None
+  return jax.vmap(jax.vmap(make), in_axes=(1, of_view))(both, images)
 
 
 def view(
@@ -70,8 +86,15 @@ def view(
   grey_probability: float = 0.2,
   blur_probability: float = 0.0,
   blur_sigma: tuple[float, float] = (0.1, 2.0),
+  solarize_probability: float = 0.0,
+  solarize_threshold: float = 0.5,
+  randaugment_layers: int = 0,
+  randaugment_magnitude: float = 0.0,
 ) -> jax.Array:
-  """One random view: crop and resize, flip, jitter, grey, blur, normalize.
+  """One random view of an image, normalized.
+
+  In this order: crop and resize, flip, RandAugment, jitter, grey, blur,
+  solarize, normalize.
 
   An operation whose probability is 0 is left out of the program. Saturation,
   hue and grey mean nothing for an image of one channel and are left out too.
@@ -94,15 +117,20 @@ def view(
     grey_probability: of dropping the colour.
     blur_probability: of a Gaussian blur.
     blur_sigma: range of its standard deviation, pixels.
+    solarize_probability: of inverting the bright pixels.
+    solarize_threshold: the least value, in [0, 1], that is inverted.
+    randaugment_layers: number of `randaugment` operations; 0 is off.
+    randaugment_magnitude: their strength, in [0, 30].
 
   Returns:
     `[size, size, channels]` float32.
 
   Raises:
-    ValueError: if the image's shape or dtype or a probability is wrong.
+    ValueError: if the image's shape or dtype or a number is out of its range.
 
   Reference:
-    Chen et al., arXiv 2002.05709, appendix A.
+    Chen et al., arXiv 2002.05709, appendix A; solarize: Grill et al., arXiv
+    2006.07733, appendix B; RandAugment: Cubuk et al., arXiv 1909.13719.
   """
   if image.ndim != 3 or image.shape[-1] not in (1, 3):
     raise ValueError(
@@ -114,33 +142,52 @@ def view(
     'jitter_probability': jitter_probability,
     'grey_probability': grey_probability,
     'blur_probability': blur_probability,
+    'solarize_probability': solarize_probability,
   }
   for name, probability in probabilities.items():
     if not 0 <= probability <= 1:
       raise ValueError(f'{name} must be in [0, 1], got {probability}')
+  if not 0 <= solarize_threshold <= 1:
+    raise ValueError(
+      f'solarize_threshold must be in [0, 1], got {solarize_threshold}'
+    )
+  randaugment.check(randaugment_layers, randaugment_magnitude)
   coloured = image.shape[-1] == 3
-  draws = _draw(key)
-  x = _random_crop(
-    draws, unit_range(image), size, crop_probability, crop_area, crop_aspect
+  draws = _draw(key, randaugment_layers)
+  x = _crop_and_flip(
+    draws,
+    unit_range(image),
+    size=size,
+    crop_probability=crop_probability,
+    area_range=crop_area,
+    aspect_range=crop_aspect,
+    flip_probability=flip_probability,
   )
-  if flip_probability:
-    x = jnp.where(draws['flip'] < flip_probability, x[:, ::-1], x)
+  if randaugment_layers:
+    x = randaugment.apply(
+      draws['randaugment'], x, magnitude=randaugment_magnitude
+    )
   if jitter_probability:
-    jittered = _colour_jitter(
+    x = _colour_jitter(
       draws,
       x,
+      probability=jitter_probability,
       brightness=brightness,
       contrast=contrast,
       saturation=saturation if coloured else 0.0,
       hue=hue if coloured else 0.0,
     )
-    x = jnp.where(draws['jitter'] < jitter_probability, jittered, x)
   if grey_probability and coloured:
-    x = jnp.where(draws['grey'] < grey_probability, _grey(x), x)
+    x = jnp.where(draws['grey'] < grey_probability, randaugment.luma(x), x)
   if blur_probability:
     sigma = _between(draws['blur_sigma'], *blur_sigma)
     x = jnp.where(draws['blur'] < blur_probability, _gaussian_blur(x, sigma), x)
-  return normalize(x, mean=mean, std=std)
+  if solarize_probability:
+    solarized = (draws['solarize'] < solarize_probability) & (
+      x >= solarize_threshold
+    )
+    x = jnp.where(solarized, 1 - x, x)
+  return normalize(jnp.moveaxis(x, 0, -1), mean=mean, std=std)
 
 
 def unit_range(images: jax.Array) -> jax.Array:
@@ -196,18 +243,21 @@ _DRAWS = {
   'grey': (),
   'blur': (),
   'blur_sigma': (),
+  # New ones go to the end, where they leave the numbers before as they were.
+  'solarize': (),
 }
 
 
-def _draw(key):
-  """The numbers of `_DRAWS`, by name."""
-  sizes = [math.prod(shape) for shape in _DRAWS.values()]
+def _draw(key, randaugment_layers=0):
+  """The numbers of `_DRAWS`, and two for each RandAugment layer, by name."""
+  shapes = {**_DRAWS, 'randaugment': (randaugment_layers, 2)}
+  sizes = [math.prod(shape) for shape in shapes.values()]
   ends = list(itertools.accumulate(sizes))
   uniform = jax.random.uniform(key, (ends[-1],))
   parts = jnp.split(uniform, ends[:-1])
   return {
     name: part.reshape(shape)
-    for (name, shape), part in zip(_DRAWS.items(), parts, strict=True)
+    for (name, shape), part in zip(shapes.items(), parts, strict=True)
   }
 
 
@@ -215,28 +265,46 @@ def _between(uniform, low, high):
   return low + uniform * (high - low)
 
 
-def _random_crop(draws, image, size, probability, area_range, aspect_range):
-  """A random box of the image, resampled to `[size, size]`."""
-  height, width, channels = image.shape
+def _crop_and_flip(
+  draws,
+  image,
+  *,
+  size,
+  crop_probability,
+  area_range,
+  aspect_range,
+  flip_probability,
+):
+  """A random box of the image as planes `[channels, size, size]`."""
+  height, width, _ = image.shape
+  flip = draws['flip'] < flip_probability
   box = jnp.array([0.0, 0.0, height, width])
-  if probability > 0:
+  if crop_probability:
     random_box = _random_box(draws, height, width, area_range, aspect_range)
-    box = jnp.where(draws['crop'] < probability, random_box, box)
+    box = jnp.where(draws['crop'] < crop_probability, random_box, box)
   elif (height, width) == (size, size):
-    return image
+    planes = jnp.moveaxis(image, -1, 0)
+    return jnp.where(flip, planes[..., ::-1], planes)
   top, left, box_height, box_width = box
-  scale = size / jnp.stack([box_height, box_width])
-  # Antialiased, as Pillow does: shrinking averages over the source's pixels.
-  return jax.image.scale_and_translate(
-    image,
-    (size, size, channels),
-    (0, 1),
-    scale,
-    -jnp.stack([top, left]) * scale,
-    method='linear',
-    antialias=True,
-    precision=lax.Precision.HIGHEST,
-  )
+  rows = _resampling_weights(top, box_height, height, size)
+  columns = _resampling_weights(left, box_width, width, size)
+  # A third of the numbers that the picture has.
+  columns = jnp.where(flip, columns[::-1], columns)
+  product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+  return product('xw,ywc->cyx', columns, product('yh,hwc->ywc', rows, image))
+
+
+def _resampling_weights(start, length, source, size):
+  """`[size, source]` weights that resample an interval of one axis.
+
+  Linear and antialiased, as Pillow does: shrinking averages over the source's
+  pixels.
+  """
+  scale = length / size
+  centers = start + (jnp.arange(size) + 0.5) * scale - 0.5
+  distances = jnp.abs(centers[:, None] - jnp.arange(source))
+  weights = jnp.maximum(1 - distances / jnp.maximum(scale, 1.0), 0.0)
+  return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
 def _random_box(draws, height, width, area_range, aspect_range):
@@ -265,52 +333,98 @@ def _random_box(draws, height, width, area_range, aspect_range):
   return jnp.concatenate([place * free, sides])
 
 
-def _colour_jitter(draws, image, *, brightness, contrast, saturation, hue):
-  """Brightness, contrast, saturation and hue in a random order."""
-  # Factors as Pillow's ImageEnhance defines them: a blend with black, with the
-  # mean grey, with the grey image. (dm-pix adds a constant for brightness and
-  # takes the contrast of each channel.)
-  operations = [
-    (_brightness, brightness),
-    (_contrast, contrast),
-    (_saturation, saturation),
-    (_hue, hue),
-  ]
-  used = [i for i, (_, amount) in enumerate(operations) if amount]
-  if not used:
-    return image
-  limits = jnp.array([operations[i][1] for i in used])
-  amounts = _between(draws['jitter_amounts'][jnp.array(used)], -limits, limits)
-  branches = [operations[i][0] for i in used]
-  for which in jnp.argsort(draws['jitter_order'][: len(used)]):
-    image = lax.switch(which, branches, image, amounts[which])
-  return image
+def _colour_jitter(
+  draws, planes, *, probability, brightness, contrast, saturation, hue
+):
+  """Brightness, contrast, saturation and hue in a random order.
+
+  The order is data, and a switch between four operations at four places would
+  compute all sixteen. But three of the operations are one formula, `_blend`,
+  with other numbers, and the identity with zeros. So there is a blend for each
+  of them before hue and after it, and the order says which are zeros.
+  """
+  limits = jnp.array([brightness, contrast, saturation, hue])
+  used = jnp.array([bool(brightness), bool(contrast), bool(saturation)])
+  num_blends = sum(bool(limit) for limit in (brightness, contrast, saturation))
+  amounts = _between(draws['jitter_amounts'], -limits, limits)
+  amounts = jnp.where(draws['jitter'] < probability, amounts, 0.0)
+  ranks = draws['jitter_order']
+
+  def place(operation, carry):
+    steps, turn = carry
+    rank = ranks[operation]
+    row = jnp.sum(used & (ranks[:3] < rank))
+    if hue:
+      row += num_blends * (rank > ranks[3])
+    cell = (jnp.arange(steps.shape[0]) == row)[:, None] & (
+      jnp.arange(3) == operation
+    )
+    turn = jnp.where(operation == 3, amounts[3], turn)
+    return jnp.where(cell, amounts[operation], steps), turn
+
+  # In loops, because their results are put into memory: the compiler would do
+  # other arithmetic again for each pixel, and without vector instructions.
+  # The zero is of the draws, so that shard_map finds it as varying as they are.
+  zero = 0 * amounts[0]
+  steps = jnp.zeros((num_blends * (2 if hue else 1), 3)) + zero
+  steps, turn = lax.fori_loop(0, 4, place, (steps, zero))
+  for i in range(num_blends):
+    planes = _blend(planes, *steps[i])
+  if hue:
+    planes = _turn_hue(planes, turn)
+    planes, _ = lax.scan(
+      lambda x, step: (_blend(x, *step), None), planes, steps[num_blends:]
+    )
+  return planes
 
 
-def _brightness(image, amount):
-  return jnp.clip((1 + amount) * image, 0.0, 1.0)
+def _blend(planes, brightness, contrast, saturation):
+  """Amounts, factor minus one, of which at most one is not zero.
+
+  Factors as Pillow's ImageEnhance defines them: a blend with black, with the
+  mean grey, with the grey image. (dm-pix adds a constant for brightness and
+  takes the contrast of each channel.)
+  """
+  grey = randaugment.luma(planes)
+  change = (
+    brightness * planes
+    + contrast * (planes - jnp.mean(grey))
+    + saturation * (planes - grey)
+  )
+  return jnp.clip(planes + change, 0.0, 1.0)
 
 
-def _contrast(image, amount):
-  grey = _grey(image) if image.shape[-1] == 3 else image
-  return jnp.clip(image + amount * (image - jnp.mean(grey)), 0.0, 1.0)
+def _turn_hue(planes, turn):
+  """Turns the colour circle of RGB planes, keeping HSV's other two numbers."""
+  red, green, blue = planes
+  high = jnp.maximum(jnp.maximum(red, green), blue)
+  low = jnp.minimum(jnp.minimum(red, green), blue)
+  spread = high - low
+  scale = 1 / jnp.where(spread > 0, spread, 1.0)
+  # In sixths of the circle. (dm-pix takes remainders, which are slow.)
+  hue = jnp.where(
+    high == red,
+    (green - blue) * scale,
+    jnp.where(
+      high == green, 2 + (blue - red) * scale, 4 + (red - green) * scale
+    ),
+  )
+  hue += 6 * turn
+  hue -= 6 * jnp.floor(hue / 6)
+  shares = jnp.stack(
+    [jnp.abs(hue - 3) - 1, 2 - jnp.abs(hue - 2), 2 - jnp.abs(hue - 4)]
+  )
+  turned = low + spread * jnp.clip(shares, 0.0, 1.0)
+  # To the hue and back is not exact.
+  return jnp.where(turn == 0, planes, turned)
 
 
-def _saturation(image, amount):
-  return jnp.clip(image + amount * (image - _grey(image)), 0.0, 1.0)
-
-
-def _hue(image, amount):
-  return jnp.clip(pix.adjust_hue(image, amount), 0.0, 1.0)
-
-
-def _grey(image):
-  return pix.rgb_to_grayscale(image, keep_dims=True)
-
-
-def _gaussian_blur(image, sigma):
+def _gaussian_blur(planes, sigma):
   # SimCLR's kernel: a tenth of the image, at least 3 pixels. Blurring pads with
   # zeros, which would darken the border, so the edge is repeated first.
-  radius = max(1, image.shape[0] // 20)
-  padded = jnp.pad(image, ((radius, radius), (radius, radius), (0, 0)), 'edge')
-  return pix.gaussian_blur(padded, sigma, 2 * radius, padding='VALID')
+  radius = max(1, planes.shape[1] // 20)
+  padded = jnp.pad(planes, ((0, 0), (radius, radius), (radius, radius)), 'edge')
+  # dm-pix takes other channel axes than the last one, but then it fails.
+  padded = jnp.moveaxis(padded, 0, -1)
+  blurred = pix.gaussian_blur(padded, sigma, 2 * radius, padding='VALID')
+  return jnp.moveaxis(blurred, -1, 0)

@@ -23,6 +23,7 @@ from clop_jax import checkpoint
 from clop_jax import collapse
 from clop_jax import command
 from clop_jax import experiment
+from clop_jax import inputs
 from clop_jax import parallel
 from clop_jax import probe
 from clop_jax import report
@@ -31,10 +32,16 @@ from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
 from clop_jax.data import sources
 
+_SPLITS = ('train', 'test')
 _LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
-def evaluate(workdir: str, *, devices=None) -> tuple[dict, dict]:
+def evaluate(
+  workdir: str,
+  *,
+  given: dict[str, sources.Source] | None = None,
+  devices=None,
+) -> tuple[dict, dict]:
   """Restores a run and measures it by the protocol of `probe`.
 
   Features are the backbone's output without augmentation, batch normalization
@@ -42,6 +49,8 @@ def evaluate(workdir: str, *, devices=None) -> tuple[dict, dict]:
 
   Args:
     workdir: of a run.
+    given: examples of your own as 'train' and 'test', instead of those that the
+      run's config names.
     devices: default: all.
 
   Returns:
@@ -55,28 +64,42 @@ def evaluate(workdir: str, *, devices=None) -> tuple[dict, dict]:
   config = experiment.load_config(workdir)
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.eval.batch_size, mesh)
-  images, labels = {}, {}
-  for split in sources.SPLITS:
-    source = sources.load(config.data.name, split, config.data.data_dir)
-    images[split], labels[split] = loader.to_arrays(source)
-    label_policy.check_range(labels[split], config.data.num_classes)
+  readers, labels = {}, {}
+  for split in _SPLITS:
+    source = (given or {}).get(split)
+    if source is None:
+      source = inputs.source(config, config.data[f'{split}_split'])
+    # The true ones: what training was not told does not matter here.
+    known = sources.labels_of(source)
+    label_policy.check_range(known, config.data.num_classes)
+    if (known < 0).any():
+      source = sources.Subset(source, np.flatnonzero(known >= 0))
+      known = known[known >= 0]
+    if not known.size:
+      raise ValueError(
+        f'the {split} split has no labelled example to evaluate with; name '
+        f'another one in config.data.{split}_split'
+      )
+    readers[split] = inputs.evaluation_reader(config, source, known)
+    labels[split] = known
   # The schedule's length is no part of the state: any will do here.
   run = experiment.build(
-    config,
-    channels=images['train'].shape[-1],
-    total_steps=config.train.num_epochs,
-    steps_per_epoch=0,
+    config, total_steps=config.train.num_epochs, steps_per_epoch=0
   )
   state = _restore(workdir, run, mesh)
 
   before = probe.fingerprint((state.params, state.batch_stats))
   apply = _frozen(run, state, config.augment)
-  extract = functools.partial(
-    probe.extract, apply, batch_size=config.eval.batch_size, mesh=mesh
-  )
   features, embeddings = {}, {}
-  for split in sources.SPLITS:
-    features[split], embeddings[split] = extract(images[split])
+  for split, reader in readers.items():
+    batches = loader.in_order(
+      reader,
+      batch_size=config.eval.batch_size,
+      num_workers=inputs.num_workers(config, reader),
+    )
+    features[split], embeddings[split] = probe.extract(
+      apply, batches, batch_size=config.eval.batch_size, mesh=mesh
+    )
   linear = probe.linear_probe(
     features['train'],
     labels['train'],

@@ -125,15 +125,13 @@ class Experiment:
 def build(
   config: ml_collections.ConfigDict,
   *,
-  channels: int,
   total_steps: int,
   steps_per_epoch: int,
 ) -> Experiment:
   """Builds what the config names.
 
   Args:
-    config: see `configs/`.
-    channels: of the images.
+    config: see `defaults`.
     total_steps: of the whole run.
     steps_per_epoch: updates in an epoch.
 
@@ -190,7 +188,7 @@ def build(
   make_prototypes = _choose(
     _PROTOTYPES, 'prototypes.kind', config.prototypes.kind
   )
-  image_shape = (augment.size, augment.size, channels)
+  image_shape = (augment.size, augment.size, config.data.channels)
 
   def create_state():
     init_key, prototype_key = jax.random.split(jax.random.key(config.seed))
@@ -219,7 +217,7 @@ def build(
     projection_head=projection_head,
     tx=tx,
     schedule=schedule,
-    recipe=augment.to_dict(),
+    recipe=recipe(config),
     contrastive=functools.partial(contrastive, config.loss),
     clop_weight=config.loss.clop_weight,
     clop_distance=config.loss.clop_distance,
@@ -228,6 +226,19 @@ def build(
     axis_name=parallel.DATA_AXIS,
   )
   return Experiment(backbone, projection_head, tx, create_state, step)
+
+
+def recipe(config: ml_collections.ConfigDict) -> dict:
+  """The keyword arguments of `augment.view`."""
+  arguments = config.augment.to_dict()
+  if config.data.host_crops:
+    arguments['crop_probability'] = 0.0  # the workers have cropped already
+  return arguments
+
+
+def training_key(config: ml_collections.ConfigDict) -> jax.Array:
+  """The key of everything random in the steps of a run."""
+  return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
 def _dtype(name):

@@ -47,13 +47,18 @@ def replicate(mesh: Mesh, tree):
   return jax.device_put(tree, replicated(mesh))
 
 
-def shard(mesh: Mesh, tree):
-  """Splits the first axis of host arrays over the devices.
+def split(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
+  """The sharding of what is split over the devices along `axis`."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, DATA_AXIS))
+
+
+def shard(mesh: Mesh, tree, *, axis: int = 0):
+  """Splits host arrays over the devices along `axis`.
 
   Every process passes the same global arrays and keeps the rows of its own
   devices.
   """
-  sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+  sharding = split(mesh, axis=axis)
 
   def place(x):
     x = np.asarray(x)
@@ -64,22 +69,48 @@ def shard(mesh: Mesh, tree):
   return jax.tree.map(place, tree)
 
 
-def map_step(step: Callable, mesh: Mesh, *, sharded: Sequence[bool]):
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """The rows of the global batch that this process's devices hold, ascending.
+
+  Raises:
+    ValueError: if `batch_size` is not a positive multiple of the devices.
+  """
+  check_batch_size(batch_size, mesh)
+  positions = split(mesh).addressable_devices_indices_map((batch_size,))
+  return np.sort(
+    np.concatenate([np.arange(batch_size)[p] for p in positions.values()])
+  )
+
+
+def shard_local(mesh: Mesh, tree, *, axis: int = 0):
+  """Global arrays from what each process has of them along `axis`.
+
+  Each process passes the rows that `local_rows` names, in that order.
+  """
+  sharding = split(mesh, axis=axis)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), tree
+  )
+
+
+def map_step(step: Callable, mesh: Mesh, *, batch_axes: Sequence[int | None]):
   """Maps a step written for one shard over the mesh, and compiles it.
 
   Args:
-    step: `(state, ...) -> (state, metrics)`; it sees its shard of the sharded
+    step: `(state, ...) -> (state, metrics)`; it sees its shard of the split
       arguments, may use collectives over `DATA_AXIS`, and returns what is the
       same on every device (checked while tracing).
     mesh: see `make_mesh`.
-    sharded: for each argument, whether its first axis is split over devices.
+    batch_axes: for each argument, the axis that is split over the devices, or
+      None where every device has the whole.
 
   Returns:
     The jitted global function. It donates its first argument: the old state's
     memory becomes the new one's.
   """
   specs = tuple(
-    PartitionSpec(DATA_AXIS) if s else PartitionSpec() for s in sharded
+    PartitionSpec() if axis is None else split(mesh, axis=axis).spec
+    for axis in batch_axes
   )
   mapped = jax.shard_map(
     step, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=True

@@ -4,7 +4,7 @@ Nothing here sees the network's parameters, only features that were taken with
 them; `fingerprint` shows that they did not change meanwhile.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import hashlib
 
@@ -37,7 +37,7 @@ def fingerprint(tree) -> str:
 
 def extract(
   apply: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-  images: np.ndarray,
+  batches: Iterable[np.ndarray],
   *,
   batch_size: int,
   mesh: Mesh,
@@ -46,7 +46,7 @@ def extract(
 
   Args:
     apply: jitted; uint8 images `[batch, ...]` to (features, embeddings).
-    images: `[n, height, width, channels]` uint8.
+    batches: images `[batch_size or less, height, width, channels]` uint8.
     batch_size: images at one time, a multiple of the devices.
     mesh: see `parallel.make_mesh`.
 
@@ -58,8 +58,7 @@ def extract(
   """
   parallel.check_batch_size(batch_size, mesh)
   features, embeddings = [], []
-  for start in range(0, len(images), batch_size):
-    batch = images[start : start + batch_size]
+  for batch in batches:
     size = len(batch)
     # One shape, one compilation: the last batch is filled up and cut again.
     batch = np.pad(batch, [(0, batch_size - size)] + [(0, 0)] * 3)

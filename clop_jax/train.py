@@ -6,6 +6,7 @@ The same command again goes on from the last checkpoint; the result is bit for
 bit that of a run that was never stopped.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import time
 
 from absl import flags
 import jax
+from jax import lax
 import ml_collections
 from ml_collections import config_flags
 import numpy as np
@@ -22,6 +24,7 @@ import tqdm
 from clop_jax import checkpoint
 from clop_jax import command
 from clop_jax import experiment
+from clop_jax import inputs
 from clop_jax import parallel
 from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
@@ -29,19 +32,26 @@ from clop_jax.data import sources
 
 
 def train(
-  config: ml_collections.ConfigDict, workdir: str, *, devices=None
+  config: ml_collections.ConfigDict,
+  workdir: str,
+  *,
+  source: sources.Source | None = None,
+  devices=None,
 ) -> None:
   """Runs, or goes on with, the training in `workdir`.
 
   Args:
-    config: see `configs/`.
+    config: see `defaults`.
     workdir: made if missing. Gets `config.json`, `labels.npz`,
       `checkpoints/<step>/` and `metrics.jsonl`.
+    source: training examples of your own, instead of those that `config.data`
+      names; see `clop_jax.data.sources`.
     devices: default: all.
 
   Raises:
-    ValueError: for a wrong config, a batch that the devices cannot share, or a
-      workdir of another config; nothing has been written then.
+    ValueError: for a wrong config, data that do not fit it, a batch that the
+      devices cannot share, or a workdir of another config; nothing has been
+      written then.
     FloatingPointError: if the loss is not finite; names the step and the last
       checkpoint.
     checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
@@ -49,42 +59,30 @@ def train(
   """
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.train.batch_size, mesh)
-  source = sources.load(config.data.name, 'train', config.data.data_dir)
-  images, labels = loader.to_arrays(source)
-  label_policy.check_range(labels, config.data.num_classes)
-  labels = label_policy.keep_fraction(
-    labels, config.data.label_fraction, seed=config.seed
-  )
-  data = loader.ResidentLoader(
-    images,
-    labels,
-    batch_size=config.train.batch_size,
-    seed=config.seed,
-    mesh=mesh,
-  )
+  if source is None:
+    source = inputs.training_source(config)
+  config = inputs.with_num_classes(config, source)
+  true_labels = sources.labels_of(source)
+  labels = inputs.training_labels(config, true_labels)
+  reader = inputs.training_reader(config, source, labels)
+  data = inputs.training_loader(config, reader, mesh)
   total_steps = _total_steps(config, data.steps_per_epoch)
   run = experiment.build(
-    config,
-    channels=images.shape[-1],
-    total_steps=total_steps,
-    steps_per_epoch=data.steps_per_epoch,
+    config, total_steps=total_steps, steps_per_epoch=data.steps_per_epoch
   )
   # Traced before anything is written: what a wrong value breaks, breaks here.
   target = experiment.abstract_state(run, mesh)
-
-  def resident_step(state, resident, batch, key):
-    return run.step(state, loader.unpack(resident, batch), key)
-
-  step_fn = parallel.map_step(
-    resident_step, mesh, sharded=(False, False, True, False)
-  )
-  key = parallel.replicate(
-    mesh, jax.random.fold_in(jax.random.key(config.seed), 1)
-  )
-  lowered = step_fn.lower(target, data.resident, data.batch(0), key)
+  key = parallel.replicate(mesh, experiment.training_key(config))
+  program = _Program(run, data, mesh, target, key)
+  chunk = config.train.steps_per_dispatch
+  save_every = config.train.checkpoint_every_epochs * data.steps_per_epoch
+  log_every = config.train.log_every_steps
+  chunks = _chunks(0, total_steps, chunk, (log_every, save_every))
+  longest = max(len(steps) for steps in chunks)
+  program.lower(longest)
 
   experiment.save_config(config, workdir)
-  _save_labels(os.path.join(workdir, 'labels.npz'), labels)
+  _save_labels(os.path.join(workdir, 'labels.npz'), labels, true_labels)
   with checkpoint.Checkpoints(
     os.path.join(workdir, 'checkpoints'), keep=config.train.keep_checkpoints
   ) as checkpoints:
@@ -93,8 +91,11 @@ def train(
       shardings = jax.tree.map(lambda x: x.sharding, target)
       state = jax.jit(run.create_state, out_shardings=shardings)()
     start = int(state.step)
-    compiled = lowered.compile()
-    _print_summary(config, state, compiled, labels, mesh, total_steps)
+    _print_summary(config, state, program(longest), mesh, total_steps)
+    print(
+      label_policy.summary(true_labels, labels, config.data.num_classes),
+      flush=True,
+    )
     if start >= total_steps:
       print(f'step {start} of {total_steps}: already trained')
       return
@@ -106,38 +107,91 @@ def train(
       total_steps=total_steps,
       batch_size=config.train.batch_size,
     )
-    save_every = config.train.checkpoint_every_epochs * data.steps_per_epoch
-    log_every = config.train.log_every_steps
-    with logger:
-      losses = []
-      for step in range(start, total_steps):
-        state, metrics = compiled(state, data.resident, data.batch(step), key)
+    chunks = _chunks(start, total_steps, chunk, (log_every, save_every))
+    losses = []
+    batches = data.batches(chunks)
+    with logger, contextlib.closing(batches):
+      for steps, batch in zip(chunks, batches, strict=True):
+        state, metrics = program(len(steps))(state, data.resident, batch, key)
         losses.append(metrics['loss'])
-        done = step + 1
+        done = steps.stop
         saves = done % save_every == 0 or done == total_steps
         if done % log_every == 0 or saves:
           # Only here does the host wait for the devices.
           _check_finite(losses, done, checkpoints)
           losses.clear()
         if done % log_every == 0:
-          logger.write(done, metrics)
+          logger.write(done, jax.tree.map(lambda x: x[-1], metrics))
         if saves:
           checkpoints.save(state, done)
     checkpoints.wait()
 
 
+class _Program:
+  """The training step, compiled for each number of steps in one dispatch."""
+
+  def __init__(self, run, data, mesh, state, key):
+    self._data, self._arguments = data, (state, data.resident)
+    self._key, self._lowered, self._compiled = key, {}, {}
+
+    def steps(state, resident, batches, key):
+      def one(state, batch):
+        return run.step(state, loader.unpack(resident, batch), key)
+
+      if jax.tree.leaves(batches)[0].shape[0] > 1:
+        return lax.scan(one, state, batches)
+      # A loop of one round would only keep the compiler from looking into it.
+      state, metrics = one(state, jax.tree.map(lambda x: x[0], batches))
+      return state, jax.tree.map(lambda x: x[None], metrics)
+
+    self._steps = parallel.map_step(
+      steps, mesh, batch_axes=(None, None, 1, None)
+    )
+
+  def lower(self, count):
+    """Traces so many steps, and nothing more."""
+    if count not in self._lowered:
+      structure = self._data.structure(count)
+      self._lowered[count] = self._steps.lower(
+        *self._arguments, structure, self._key
+      )
+
+  def __call__(self, count):
+    """`(state, resident, batches, key) -> (state, metrics)`, compiled."""
+    if count not in self._compiled:
+      self.lower(count)
+      self._compiled[count] = self._lowered[count].compile()
+    return self._compiled[count]
+
+
 def _total_steps(config, steps_per_epoch):
   """The one place where epochs become steps."""
-  for name in ('log_every_steps', 'checkpoint_every_epochs', 'num_epochs'):
+  for name in (
+    'log_every_steps',
+    'checkpoint_every_epochs',
+    'num_epochs',
+    'steps_per_dispatch',
+  ):
     value = config.train[name]
     if value < 1:
       raise ValueError(f'config.train.{name} must be at least 1, got {value}')
   return config.train.num_epochs * steps_per_epoch
 
 
-def _save_labels(path, labels):
+def _chunks(start, stop, size, boundaries):
+  """Ranges of at most `size` steps that end where a boundary's multiple is."""
+  chunks = []
+  while start < stop:
+    ends = [(start // every + 1) * every for every in boundaries]
+    end = min(start + size, stop, *ends)
+    chunks.append(range(start, end))
+    start = end
+  return chunks
+
+
+def _save_labels(path, labels, true_labels):
   if not os.path.exists(path):
-    label_policy.save(path, labels)
+    label_policy.save(path, labels, true_labels)
   elif not np.array_equal(label_policy.load(path), labels):
     raise ValueError(
       f'{path} was made from other data than config.data gives now '
@@ -147,7 +201,7 @@ def _save_labels(path, labels):
 
 
 def _check_finite(losses, step, checkpoints):
-  values = np.asarray(jax.device_get(losses))
+  values = np.concatenate(jax.device_get(losses))
   broken = np.flatnonzero(~np.isfinite(values))
   if not broken.size:
     return
@@ -233,18 +287,14 @@ def _drop_after(path, step):
   os.replace(partial, path)
 
 
-def _print_summary(config, state, compiled, labels, mesh, total_steps):
+def _print_summary(config, state, compiled, mesh, total_steps):
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
-  analysis = compiled.cost_analysis() or {}
-  # The compiler counts one device's program.
-  flops = analysis.get('flops', math.nan) * mesh.size
-  counts = label_policy.counts(labels, config.data.num_classes)
+  # The compiler counts one device's program, and a loop's body once.
+  flops = (compiled.cost_analysis() or {}).get('flops', math.nan) * mesh.size
   device = mesh.devices.flat[0]
   print(
-    f'{config.data.name}: {labels.size:,} examples, {counts.sum():,} labelled '
-    f'(per class: {" ".join(str(c) for c in counts)})\n'
-    f'{parameters:,} parameters, {flops / 1e9:.2f} GFLOP a step of '
-    f'{config.train.batch_size} images (two views each), '
+    f'{config.data.name}: {parameters:,} parameters, {flops / 1e9:.2f} GFLOP a '
+    f'step of {config.train.batch_size} images (two views each), '
     f'{total_steps:,} steps\n'
     f'{mesh.size} device(s): {device.device_kind}; jax {jax.__version__}',
     flush=True,

@@ -43,9 +43,10 @@ def train_step(
 
   Args:
     state: the state, the same on every device.
-    batch: this shard's `image` `[batch, height, width, channels]` uint8,
-      `label` `[batch]` (-1: unlabelled) and `index` `[batch]`, the examples'
-      numbers in the data set.
+    batch: this shard's `image` `[batch, height, width, channels]` uint8 (or
+      `[batch, 2, size, size, channels]`: a crop for each view), `label`
+      `[batch]` (-1: unlabelled) and `index` `[batch]`, the examples' numbers in
+      the data set.
     key: the run's PRNG key, the same at every step and on every device.
     backbone: images to features; its `axis_name` is this one.
     projection_head: features to embeddings; likewise.
@@ -69,7 +70,11 @@ def train_step(
     The next state, and metrics: float32 scalars, the same on every device.
   """
   keys = augment.example_keys(key, state.step, batch['index'])
-  views = augment.two_views(keys, batch['image'], **recipe)
+  images = batch['image']
+  if images.ndim == 5:
+    # Two crops of each example, made by the loader.
+    images = images.swapaxes(0, 1)
+  views = augment.two_views(keys, images, **recipe)
   num_views, batch_size = views.shape[:2]
 
   def loss_of(params):

@@ -1,6 +1,7 @@
 """A small config on real digits: seconds, not minutes."""
 
 import importlib.util
+import os
 import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -33,3 +34,9 @@ def digits_config(digits_dir, **changes):
       group = group[part]
     group[field] = value
   return config
+
+
+def environment(devices=1):
+  """Of a process that is to see so many CPU devices."""
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  return os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}

@@ -6,9 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from PIL import ImageEnhance
+from PIL import ImageOps
 import pytest
+from scipy import stats
 
 from clop_jax import augment
+from clop_jax.data import images
 
 SIZE = 12
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -36,6 +39,11 @@ def pictures(batch=8, height=16, width=14, channels=3, seed=0):
 
 def unit(images):
   return np.asarray(images, np.float32) / np.float32(255)
+
+
+def planar(image):
+  """An image of 8 bits as planes in [0, 1]."""
+  return jnp.moveaxis(jnp.asarray(unit(image)), -1, 0)
 
 
 def view(image, recipe, seed=0):
@@ -214,33 +222,46 @@ def test_hue_equals_colorsys(turn):
   for pixel in image:
     h, s, v = colorsys.rgb_to_hsv(*pixel)
     expected.append(colorsys.hsv_to_rgb((h + turn) % 1.0, s, v))
-  ours = augment._hue(jnp.asarray(image[None], jnp.float32), turn)
-  np.testing.assert_allclose(ours[0], expected, atol=1e-5)
+  planes = jnp.asarray(image.T[:, None], jnp.float32)
+  ours = augment._turn_hue(planes, turn)
+  np.testing.assert_allclose(ours[:, 0].T, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('turn', [0.1, -0.2])
+def test_hue_equals_pillow(turn):
+  image = pictures(1)[0]
+  hue, *others = Image.fromarray(image).convert('HSV').split()
+  shifted = np.asarray(hue, int) + round(turn * 256)
+  hue = Image.fromarray((shifted % 256).astype(np.uint8))
+  theirs = Image.merge('HSV', (hue, *others)).convert('RGB')
+  ours = augment._turn_hue(planar(image), round(turn * 256) / 256)
+  # Pillow has 256 hues; where the colour is strong one of them is 6 levels.
+  np.testing.assert_allclose(ours, planar(theirs), atol=8 / 255)
 
 
 @pytest.mark.parametrize('amount', [-0.8, -0.4, 0.0, 0.4, 0.8])
 @pytest.mark.parametrize(
-  ('ours', 'theirs'),
+  ('which', 'theirs'),
   [
-    (augment._brightness, ImageEnhance.Brightness),
-    (augment._contrast, ImageEnhance.Contrast),
-    (augment._saturation, ImageEnhance.Color),
+    (0, ImageEnhance.Brightness),
+    (1, ImageEnhance.Contrast),
+    (2, ImageEnhance.Color),
   ],
 )
-def test_colour_operations_equal_pillow(ours, theirs, amount):
+def test_colour_operations_equal_pillow(which, theirs, amount):
   image = pictures(1)[0]
-  got = ours(jnp.asarray(unit(image)), amount)
+  got = augment._blend(planar(image), *np.eye(3)[which] * amount)
   expected = theirs(Image.fromarray(image)).enhance(1 + amount)
-  np.testing.assert_allclose(got, unit(expected), atol=2 / 255)
+  np.testing.assert_allclose(got, planar(expected), atol=2 / 255)
 
 
 @pytest.mark.parametrize('amount', [-0.4, 0.4])
 def test_contrast_of_one_channel_equals_pillow(amount):
   image = pictures(1, channels=1)[0]
-  got = augment._contrast(jnp.asarray(unit(image)), amount)
+  got = augment._blend(planar(image), 0.0, amount, 0.0)
   theirs = ImageEnhance.Contrast(Image.fromarray(image[..., 0]))
   expected = unit(theirs.enhance(1 + amount))
-  np.testing.assert_allclose(got[..., 0], expected, atol=2 / 255)
+  np.testing.assert_allclose(got[0], expected, atol=2 / 255)
 
 
 def test_jitter_draws_its_amounts_from_the_whole_range():
@@ -258,28 +279,59 @@ def test_jitter_draws_its_amounts_from_the_whole_range():
   assert abs(factors.std() - 0.8 / np.sqrt(12)) < 0.012
 
 
-def test_jitter_comes_in_every_order():
-  # Strong brightness and contrast do not commute; every view must be one of
-  # the two orders, and both must occur.
-  image = jnp.asarray(unit(pictures(1, SIZE, SIZE)[0]))
-  amounts = {'brightness': 0.8, 'contrast': 0.8, 'saturation': 0, 'hue': 0}
+def test_jitter_applies_its_operations_one_after_the_other_in_every_order():
+  image = planar(pictures(1, SIZE, SIZE)[0])
+  limits = {'brightness': 0.8, 'contrast': 0.8, 'saturation': 0.8, 'hue': 0.3}
 
-  def both(key):
+  def make(key):
     draws = augment._draw(key)
-    b, c = 1.6 * draws['jitter_amounts'][:2] - 0.8
-    return (
-      augment._colour_jitter(draws, image, **amounts),
-      augment._contrast(augment._brightness(image, b), c),
-      augment._brightness(augment._contrast(image, c), b),
-    )
+    got = augment._colour_jitter(draws, image, probability=1.0, **limits)
+    return got, draws['jitter_amounts'], draws['jitter_order']
 
-  got, first, second = jax.jit(jax.vmap(both))(keys(128))
-  distinct = np.abs(first - second).max(axis=(1, 2, 3)) > 1e-3
-  is_first = np.abs(got - first).max(axis=(1, 2, 3)) < 1e-5
-  is_second = np.abs(got - second).max(axis=(1, 2, 3)) < 1e-5
-  assert (is_first | is_second).all()
-  assert distinct.sum() > 40
-  assert 0.2 < is_first[distinct].mean() < 0.8
+  views, uniforms, ranks = jax.jit(jax.vmap(make))(keys(1200))
+  blend, turn_hue = jax.jit(augment._blend), jax.jit(augment._turn_hue)
+  amounts = (2 * np.asarray(uniforms) - 1) * list(limits.values())
+  orders = np.argsort(ranks, axis=1)
+  for view, amount, order in zip(views[:100], amounts, orders, strict=False):
+    expected = image
+    for which in order:
+      if which == 3:
+        expected = turn_hue(expected, amount[3])
+      else:
+        expected = blend(expected, *np.eye(3)[which] * amount[which])
+    np.testing.assert_allclose(view, expected, atol=2e-5)
+  _, counts = np.unique(orders, axis=0, return_counts=True)
+  assert len(counts) == 24
+  assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_jitter_leaves_an_image_alone_as_often_as_asked():
+  image = pictures(1, SIZE, SIZE)[0]
+  recipe = {**PLAIN, 'jitter_probability': 0.7}
+  make = jax.jit(jax.vmap(lambda key: augment.view(key, image, **recipe)))
+  views = np.asarray(make(keys(1000)))
+  same = np.abs(views - unit(image)).max(axis=(1, 2, 3)) < 1e-6
+  # Four standard errors.
+  assert abs(same.mean() - 0.3) < 0.058
+
+
+@pytest.mark.parametrize('threshold', [0.5, 0.2])
+def test_solarize_equals_pillow(threshold):
+  image = pictures(1, SIZE, SIZE)[0]
+  recipe = {**PLAIN, 'solarize_probability': 1.0}
+  got = view(image, {**recipe, 'solarize_threshold': threshold})
+  theirs = ImageOps.solarize(Image.fromarray(image), threshold * 255)
+  np.testing.assert_allclose(got, unit(theirs), atol=1e-6)
+
+
+def test_images_of_each_view_are_kept_apart():
+  images = pictures(6, SIZE, SIZE).reshape(2, 3, SIZE, SIZE, 3)
+  views = augment.two_views(keys(3), jnp.asarray(images), **PLAIN)
+  np.testing.assert_allclose(views, unit(images), atol=1e-6)
+  with pytest.raises(ValueError, match=r'got \(3, 1, 12, 12, 3\)'):
+    augment.two_views(
+      keys(3), images.reshape(6, SIZE, SIZE, 3)[:3, None], **PLAIN
+    )
 
 
 @pytest.mark.parametrize(
@@ -329,6 +381,29 @@ def test_crop_boxes_are_inside_and_in_the_ranges(height, width, area, aspect):
     np.testing.assert_allclose(left, (width - box_width) / 2, atol=slack)
     np.testing.assert_allclose(np.minimum(box_height, box_width), 10, atol=0.5)
     assert areas.max() < 0.4
+
+
+@pytest.mark.parametrize(('height', 'width'), [(32, 32), (40, 80)])
+def test_crop_boxes_have_the_distribution_of_the_host_s(height, width):
+  """Which tests/test_images.py holds to the reference definition."""
+  ranges = (0.08, 1.0), (3 / 4, 4 / 3)
+
+  def draw(key):
+    return augment._random_box(augment._draw(key), height, width, *ranges)
+
+  ours = np.asarray(jax.jit(jax.vmap(draw))(keys(3000)), np.float64)
+  rng = np.random.default_rng(0)
+  theirs = np.array(
+    [images._random_box(height, width, *ranges, rng) for _ in range(3000)]
+  )
+  for measure in (
+    lambda b: b[:, 0],
+    lambda b: b[:, 1],
+    lambda b: b[:, 2] * b[:, 3],
+    lambda b: b[:, 3] / b[:, 2],
+  ):
+    test = stats.ks_2samp(measure(ours), measure(theirs), method='asymp')
+    assert test.pvalue > 1e-3
 
 
 @pytest.mark.parametrize('size', [6, 24])
@@ -445,7 +520,25 @@ def test_wrong_images_are_refused(shape, dtype, message):
     augment.view(jax.random.key(0), jnp.zeros(shape, dtype), **PLAIN)
 
 
-@pytest.mark.parametrize('name', OFF)
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'solarize_threshold': 1.5}, r'solarize_threshold must be in \[0, 1\]'),
+    ({'randaugment_layers': -1}, 'randaugment_layers must be an integer >= 0'),
+    ({'randaugment_layers': 1.5}, 'randaugment_layers must be an integer >= 0'),
+    (
+      {'randaugment_magnitude': 31},
+      r'randaugment_magnitude must be in \[0, 30',
+    ),
+  ],
+)
+def test_impossible_numbers_are_named(arguments, message):
+  image = jnp.zeros((SIZE, SIZE, 3), jnp.uint8)
+  with pytest.raises(ValueError, match=message):
+    augment.view(jax.random.key(0), image, **{**PLAIN, **arguments})
+
+
+@pytest.mark.parametrize('name', [*OFF, 'solarize_probability'])
 @pytest.mark.parametrize('probability', [-0.1, 1.1, float('nan')])
 def test_impossible_probability_is_named(name, probability):
   image = jnp.zeros((SIZE, SIZE, 3), jnp.uint8)

@@ -51,8 +51,8 @@ def call(*arguments, cwd=None):
       'config.train.batch_size=abc',
     ),
     (
-      [f'--config={CONFIG}', '--config.data.name=mnist', '--workdir=w'],
-      "data.name must be one of ['digits'], got 'mnist'",
+      [f'--config={CONFIG}', '--config.data.name=cifra10', '--workdir=w'],
+      "or a data set of TFDS, got 'cifra10'; near it: cifar10",
     ),
     (['--config=nowhere.py', '--workdir=w'], 'nowhere.py'),
     ([f'--config={CONFIG}'], '--workdir must name a folder'),
@@ -128,7 +128,7 @@ def test_quickstart_shortened_trains_evaluates_and_draws(digits_dir, tmp_path):
   assert result.returncode == 0, result.stderr
   assert not result.stderr
   for line in (
-    '1,438 examples, 143 labelled',
+    '1,438 examples, 143 labelled (9.9%)',
     'step 10/10: loss',
     '| method      | linear top-1 | kNN top-1 | effective rank |',
     '| simclr      |',

@@ -24,9 +24,7 @@ def run(config, workdir, devices=ONE):
 
 def final_state(config, workdir):
   mesh = parallel.make_mesh(jax.devices()[ONE])
-  built = experiment.build(
-    config, channels=1, total_steps=10, steps_per_epoch=5
-  )
+  built = experiment.build(config, total_steps=10, steps_per_epoch=5)
   with checkpoint.Checkpoints(
     f'{workdir}/checkpoints', read_only=True
   ) as checkpoints:
@@ -151,7 +149,7 @@ def test_the_start_says_what_will_run(copy, capsys):
   config, workdir = copy
   run(config, workdir)
   output = capsys.readouterr().out
-  assert 'digits: 1,438 examples, 143 labelled (per class: 14 15' in output
+  assert '1,438 examples, 143 labelled (9.9%); per class: 14 15' in output
   state = final_state(config, workdir)
   count = sum(x.size for x in jax.tree.leaves(state.params))
   assert f'{count:,} parameters' in output
@@ -164,9 +162,7 @@ def test_the_start_says_what_will_run(copy, capsys):
 )
 def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
   config = small.digits_config(digits_dir, loss__contrastive=contrastive)
-  built = experiment.build(
-    config, channels=1, total_steps=10, steps_per_epoch=5
-  )
+  built = experiment.build(config, total_steps=10, steps_per_epoch=5)
   state = jax.eval_shape(built.create_state)
   batch = {
     'image': jax.ShapeDtypeStruct((8, 8, 8, 1), np.uint8),
@@ -174,7 +170,7 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
     'index': jax.ShapeDtypeStruct((8,), np.int32),
   }
   mesh = parallel.make_mesh()
-  step = parallel.map_step(built.step, mesh, sharded=(False, True, False))
+  step = parallel.map_step(built.step, mesh, batch_axes=(None, 0, None))
   key = jax.eval_shape(lambda: jax.random.key(0))
   _, metrics = jax.eval_shape(step, state, batch, key)
   assert metrics['loss'].shape == ()
@@ -199,8 +195,8 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
     ({'optimizer__warmup_epochs': 2.0}, r'warmup_steps must be in \[0, total'),
     ({'loss__clop_distance': 'l2'}, r"distance must be one of \['cosine'"),
     (
-      {'data__name': 'mnist'},
-      r"data.name must be one of \['digits'\].*'mnist'",
+      {'data__name': 'digit'},
+      r"data.name must be folder, npz, .* got 'digit'; near it: digits",
     ),
     ({'data__label_fraction': 1.5}, r'label_fraction must be in \[0, 1\]'),
     (

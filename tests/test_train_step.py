@@ -83,16 +83,16 @@ def run_on(devices, bn_scope='global'):
   data = loader.ResidentLoader(*_data(), batch_size=BATCH, seed=0, mesh=mesh)
   mapped = parallel.map_step(
     lambda state, resident, batch, key: step(
-      state, loader.unpack(resident, batch), key
+      state, loader.unpack(resident, jax.tree.map(lambda x: x[0], batch)), key
     ),
     mesh,
-    sharded=(False, False, True, False),
+    batch_axes=(None, None, 1, None),
   )
   state = parallel.replicate(mesh, _initial_state(create))
   key = parallel.replicate(mesh, jax.random.key(7))
   history = []
-  for i in range(STEPS):
-    state, metrics = mapped(state, data.resident, data.batch(i), key)
+  for batch in data.batches([range(i, i + 1) for i in range(STEPS)]):
+    state, metrics = mapped(state, data.resident, batch, key)
     history.append(jax.device_get(metrics))
   return jax.device_get(state), history
 
@@ -124,6 +124,8 @@ def test_views_and_labels_are_exactly_the_same_on_any_number_of_devices(
       views = augment.two_views(keys, batch['image'], **RECIPE)
       return views.swapaxes(0, 1), batch['label'], batch['index']
 
+    (batch,) = data.batches([range(2, 3)])
+    batch = parallel.shard(mesh, {'index': np.asarray(batch['index'])[0]})
     spec = jax.sharding.PartitionSpec
     mapped = jax.jit(
       jax.shard_map(
@@ -133,7 +135,7 @@ def test_views_and_labels_are_exactly_the_same_on_any_number_of_devices(
         out_specs=spec(parallel.DATA_AXIS),
       )
     )
-    return jax.device_get(mapped(data.resident, data.batch(2)))
+    return jax.device_get(mapped(data.resident, batch))
 
   for ours, expected in zip(outputs(devices), outputs(1), strict=True):
     np.testing.assert_array_equal(ours, expected)

@@ -1,61 +1,129 @@
-"""Batches from a data set that stays on the device.
+"""Batches: from a set that stays on the device, or streamed with Grain.
 
-The order of the data is a pure function of (seed, step): it knows nothing of
-devices or of what ran before, so a run that resumes at any step sees what an
-unbroken one would have seen.
+Both loaders have the same attributes and methods and, for one seed, the same
+batches. The order of the data is a pure function of (seed, step): it knows
+nothing of devices, processes or what ran before, so a run that resumes at any
+step sees what an unbroken one would have seen.
 """
 
-import functools
+import collections
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+import sys
+from typing import Protocol
 
 import jax
 from jax.sharding import Mesh
 import numpy as np
+import tqdm
 
 from clop_jax import parallel
-from clop_jax.data import sources
+from clop_jax.data import reader as reader_lib
+
+_FEW_EXAMPLES = 2000  # read in less time than a bar takes to be looked at
 
 
-def to_arrays(source: sources.Source) -> tuple[np.ndarray, np.ndarray]:
-  """Reads a whole source.
+class Loader(Protocol):
+  """What training takes its batches from.
+
+  Attributes:
+    resident: what stays on the devices, the first argument of `unpack`.
+    steps_per_epoch: full batches in an epoch; what is left over of one epoch's
+      order is left out.
+  """
+
+  resident: dict
+  steps_per_epoch: int
+
+  def indices(self, step: int) -> np.ndarray:
+    """The examples of the global batch of step `step` (from 0), in order."""
+
+  def batches(self, chunks: Iterable[range]) -> Iterator[dict]:
+    """For each range of steps its global batches, `[steps, batch, ...]`.
+
+    The ranges follow one another without a gap. Batches are split over the
+    devices along their second axis.
+    """
+
+  def structure(self, steps: int) -> dict:
+    """Shapes, dtypes and shardings of what `batches` gives for so many."""
+
+
+class Order:
+  """Which examples make the batch of a step.
+
+  Attributes:
+    steps_per_epoch: full batches in an epoch.
+    batch_size: examples in the global batch.
+  """
+
+  def __init__(self, num_examples: int, *, batch_size: int, seed: int):
+    """Shuffles each epoch anew.
+
+    Raises:
+      ValueError: if the batch is larger than the data.
+    """
+    if batch_size > num_examples:
+      raise ValueError(
+        f'batch_size must be at most the {num_examples} examples, got '
+        f'{batch_size}'
+      )
+    self.batch_size = batch_size
+    self.steps_per_epoch = num_examples // batch_size
+    self._num_examples, self._seed = num_examples, seed
+    # Steps come in order, so the same epoch is asked for many times; two of
+    # them, because reading ahead crosses into the next one.
+    self._epochs = collections.OrderedDict()
+
+  def __getstate__(self):
+    return self.__dict__ | {'_epochs': collections.OrderedDict()}
+
+  def _epoch(self, epoch):
+    order = self._epochs.get(epoch)
+    if order is None:
+      rng = np.random.default_rng([self._seed, epoch])
+      order = rng.permutation(self._num_examples).astype(np.int32)
+      self._epochs[epoch] = order
+      while len(self._epochs) > 2:
+        self._epochs.popitem(last=False)
+    return order
+
+  def indices(self, step: int) -> np.ndarray:
+    """The global batch of step `step` (from 0): `[batch_size]` numbers."""
+    epoch, position = divmod(step, self.steps_per_epoch)
+    start = position * self.batch_size
+    return self._epoch(epoch)[start : start + self.batch_size]
+
+
+def read_all(reader: reader_lib.Reader) -> tuple[np.ndarray, np.ndarray]:
+  """Reads everything, with a progress bar where a person looks on.
 
   Returns:
     `(images [n, height, width, channels] uint8, labels [n] int32)`.
-
-  Raises:
-    ValueError: if the source is empty, or an image is not uint8 or not of the
-      first one's shape (named by its index).
   """
-  if not len(source):
-    raise ValueError('the source has no examples')
-  images, labels = [], []
-  for index in range(len(source)):
-    example = source[index]
-    image = np.asarray(example['image'])
-    if image.dtype != np.uint8 or image.ndim != 3:
-      raise ValueError(
-        'images must be uint8 [height, width, channels], got '
-        f'{image.dtype} {image.shape} at index {index}'
-      )
-    if images and image.shape != images[0].shape:
-      raise ValueError(
-        f'images must all have one shape, got {images[0].shape} at index 0 and '
-        f'{image.shape} at index {index}'
-      )
-    images.append(image)
-    labels.append(example['label'])
-  return np.stack(images), np.asarray(labels, np.int32)
+  images = np.empty((len(reader), *reader.shape), np.uint8)
+  labels = np.empty(len(reader), np.int32)
+  bar = tqdm.tqdm(
+    total=len(reader),
+    desc='reading images',
+    disable=not sys.stderr.isatty() or len(reader) < _FEW_EXAMPLES,
+  )
+  # Pillow decodes without holding the interpreter's lock, so threads will do.
+  with bar, futures.ThreadPoolExecutor() as pool:
+    for start in range(0, len(reader), _FEW_EXAMPLES):
+      indices = range(start, min(start + _FEW_EXAMPLES, len(reader)))
+      examples = pool.map(lambda index: reader.example(0, index), indices)
+      for index, example in zip(indices, examples, strict=True):
+        images[index], labels[index] = example['image'], example['label']
+      bar.update(len(indices))
+  return images, labels
 
 
 class ResidentLoader:
   """Keeps the whole set on every device as uint8; a batch is a gather in jit.
 
-  A step calls `unpack(loader.resident, batch)` inside jit for each
-  `batch = loader.batch(step)`: what crosses to the device is a row of numbers.
-
-  Attributes:
-    resident: the set on the devices, `{'image', 'label'}`.
-    steps_per_epoch: full batches in an epoch; what is left over of one epoch's
-      order is left out.
+  A step calls `unpack(loader.resident, batch)` inside jit: what crosses to the
+  device is a row of numbers. See `Loader`.
   """
 
   def __init__(
@@ -80,49 +148,197 @@ class ResidentLoader:
       ValueError: if the batch does not fit the devices or the data.
     """
     parallel.check_batch_size(batch_size, mesh)
-    if batch_size > len(images):
-      raise ValueError(
-        f'batch_size must be at most the {len(images)} examples, got '
-        f'{batch_size}'
-      )
-    self._num_examples = len(images)
-    self._batch_size = batch_size
-    self._seed = seed
+    self._order = Order(len(images), batch_size=batch_size, seed=seed)
     self._mesh = mesh
-    self.steps_per_epoch = len(images) // batch_size
+    self.steps_per_epoch = self._order.steps_per_epoch
+    self.indices = self._order.indices
     self.resident = parallel.replicate(
       mesh, {'image': images, 'label': labels.astype(np.int32)}
     )
-    # One instance's epochs only; the step asks for the same epoch many times.
-    self._order = functools.lru_cache(maxsize=2)(self._make_order)
 
-  def _make_order(self, epoch):
-    rng = np.random.default_rng([self._seed, epoch])
-    return rng.permutation(self._num_examples).astype(np.int32)
+  def batches(self, chunks: Iterable[range]) -> Iterator[dict]:
+    """See `Loader.batches`."""
+    for chunk in chunks:
+      index = np.stack([self.indices(step) for step in chunk])
+      yield parallel.shard(self._mesh, {'index': index}, axis=1)
 
-  def indices(self, step: int) -> np.ndarray:
-    """The global batch of step `step` (from 0): `[batch_size]` numbers."""
-    epoch, position = divmod(step, self.steps_per_epoch)
-    start = position * self._batch_size
-    return self._order(epoch)[start : start + self._batch_size]
+  def structure(self, steps: int) -> dict:
+    """See `Loader.structure`."""
+    shape = (steps, self._order.batch_size)
+    sharding = parallel.split(self._mesh, axis=1)
+    return {'index': jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)}
 
-  def batch(self, step: int) -> dict[str, jax.Array]:
-    """The global batch of step `step`, split over the devices."""
-    return parallel.shard(self._mesh, {'index': self.indices(step)})
+
+class StreamLoader:
+  """Reads batches while the devices work, by Grain's worker processes.
+
+  Each process reads its own devices' rows of the batch and no others. See
+  `Loader`.
+  """
+
+  def __init__(
+    self,
+    reader: reader_lib.Reader,
+    *,
+    batch_size: int,
+    seed: int,
+    mesh: Mesh,
+    num_workers: int,
+    prefetch: int = 2,
+  ):
+    """Reads nothing yet.
+
+    Args:
+      reader: what to read with; it is copied to the workers.
+      batch_size: global batch size, a multiple of the devices, at most the
+        number of examples.
+      seed: of the order.
+      mesh: see `parallel.make_mesh`.
+      num_workers: worker processes; 0 reads with threads of this process. A
+        script that uses workers must start under `if __name__ == '__main__':`.
+      prefetch: batches that each worker, and the device, hold ready.
+
+    Raises:
+      ValueError: if the batch does not fit the devices or the data, or the
+        other numbers are negative.
+    """
+    parallel.check_batch_size(batch_size, mesh)
+    if num_workers < 0:
+      raise ValueError(
+        f'config.data.num_workers must be at least 0, got {num_workers}'
+      )
+    if prefetch < 1:
+      raise ValueError(
+        f'config.data.prefetch must be at least 1, got {prefetch}'
+      )
+    self._reader, self._mesh = reader, mesh
+    self._num_workers, self._prefetch = num_workers, prefetch
+    self._order = Order(len(reader), batch_size=batch_size, seed=seed)
+    self._rows = parallel.local_rows(mesh, batch_size)
+    self.steps_per_epoch = self._order.steps_per_epoch
+    self.indices = self._order.indices
+    self.resident = {}
+
+  def batches(self, chunks: Iterable[range]) -> Iterator[dict]:
+    """See `Loader.batches`."""
+    chunks = list(chunks)
+    if not chunks:
+      return
+    start, stop = chunks[0].start, chunks[-1].stop
+    examples = _Examples(self._reader, self._order, self._rows, start, stop)
+    host = _grain_batches(
+      examples, len(self._rows), self._num_workers, self._prefetch
+    )
+    ready = collections.deque()
+    try:
+      for chunk in chunks:
+        steps = [next(host) for _ in chunk]
+        batch = {name: np.stack([s[name] for s in steps]) for name in steps[0]}
+        # The transfer is asynchronous: it runs while the devices compute.
+        ready.append(parallel.shard_local(self._mesh, batch, axis=1))
+        if len(ready) > self._prefetch:
+          yield ready.popleft()
+      while ready:
+        yield ready.popleft()
+    finally:
+      host.close()
+
+  def structure(self, steps: int) -> dict:
+    """See `Loader.structure`."""
+    leading = (steps, self._order.batch_size)
+    sharding = parallel.split(self._mesh, axis=1)
+    types = {
+      'image': (self._reader.shape, np.uint8),
+      'label': ((), np.int32),
+      'index': ((), np.int32),
+    }
+    return {
+      name: jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
+      for name, (shape, dtype) in types.items()
+    }
+
+
+class _Examples:
+  """This process's examples of steps `start` to `stop`, one after the other."""
+
+  def __init__(self, reader, order, rows, start, stop):
+    self._reader, self._order, self._rows = reader, order, rows
+    self._start, self._stop = start, stop
+
+  def __len__(self):
+    return (self._stop - self._start) * len(self._rows)
+
+  def __getitem__(self, position):
+    step, row = divmod(position, len(self._rows))
+    step += self._start
+    index = self._order.indices(step)[self._rows[row]]
+    return self._reader.example(step, int(index))
+
+
+def in_order(
+  reader: reader_lib.Reader, *, batch_size: int, num_workers: int = 0
+) -> Iterator[np.ndarray]:
+  """All images once, `[batch_size or less, height, width, channels]` uint8."""
+  examples = _Straight(reader)
+  for batch in _grain_batches(examples, batch_size, num_workers, prefetch=2):
+    yield batch['image']
+
+
+class _Straight:
+  """The examples of a reader as a sequence."""
+
+  def __init__(self, reader):
+    self._reader = reader
+
+  def __len__(self):
+    return len(self._reader)
+
+  def __getitem__(self, index):
+    return self._reader.example(0, index)
+
+
+def _grain_batches(examples, batch_size, num_workers, prefetch):
+  """Batches of a sequence of examples, as dictionaries of arrays."""
+  # Takes two seconds, which only those who stream should pay.
+  from absl import flags
+  import grain
+
+  if not flags.FLAGS.is_parsed():
+    # Grain reads its flags also where no command has parsed any.
+    flags.FLAGS.mark_as_parsed()
+  dataset = grain.MapDataset.source(examples).batch(batch_size)
+  threads = grain.ReadOptions(
+    # With workers each batch is one process's work.
+    num_threads=1 if num_workers else prefetch,
+    prefetch_buffer_size=prefetch,
+  )
+  iterator = dataset.to_iter_dataset(threads)
+  if num_workers:
+    options = grain.MultiprocessingOptions(
+      num_workers=num_workers, per_worker_buffer_size=prefetch
+    )
+    iterator = iterator.mp_prefetch(options)
+  iterator = iter(iterator)
+  try:
+    yield from iterator
+  finally:
+    iterator.close()
 
 
 def unpack(
   resident: dict[str, jax.Array], batch: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-  """A shard's examples from the resident set; call it inside jit.
+  """A shard's examples; call it inside jit.
 
   Args:
-    resident: `ResidentLoader.resident`.
-    batch: `{'index': [batch]}`, a shard of `ResidentLoader.batch`.
+    resident: `Loader.resident`.
+    batch: a shard of one step of `Loader.batches`.
 
   Returns:
     `{'image', 'label', 'index'}`, each with a leading `[batch]`.
   """
+  if 'image' in batch:
+    return batch
   index = batch['index']
   return {
     'image': resident['image'][index],

@@ -1,16 +1,23 @@
 """Random-access sources of labelled images, by name.
 
 A source is any object with `__len__` and `__getitem__(i)` that gives
-`{'image': uint8 [height, width, channels], 'label': int}`.
+`{'image': uint8 [height, width, channels], 'label': int}`, -1 for unlabelled.
+Three attributes are used where it has them: `labels` (`[n]` integers; spares
+reading every image to learn its label), `num_classes`, and `name_of(i)` (what
+an error calls an example: its file).
 """
 
-import io
+from collections.abc import Sequence
+import sys
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
+import tqdm
 
-SPLITS = ('train', 'test')
+from clop_jax.data import arrays
+from clop_jax.data import folder
+from clop_jax.data import synthetic
+from clop_jax.data import tfds_source
 
 
 class Source(Protocol):
@@ -23,63 +30,144 @@ class Source(Protocol):
     """`{'image': uint8 [height, width, channels], 'label': int}`."""
 
 
-class _Decoded:
-  """A TFDS data source whose image bytes are decoded by Pillow.
-
-  TFDS would decode with TensorFlow or OpenCV where it finds one: another
-  decoder on another machine, and other pixels.
-  """
-
-  def __init__(self, encoded):
-    self._encoded = encoded
-
-  def __len__(self):
-    return len(self._encoded)
-
-  def __getitem__(self, index):
-    example = self._encoded[index]
-    image = np.asarray(Image.open(io.BytesIO(example['image'])))
-    if image.ndim == 2:
-      image = image[..., None]
-    return {'image': image, 'label': int(example['label'])}
-
-
-def load(name: str, split: str, data_dir: str | None = None) -> Source:
+def load(
+  name: str, split: str, data_dir: str | None = None, **options
+) -> Source:
   """The source of that name and split, prepared first if need be.
 
   Args:
-    name: 'digits'.
-    split: 'train' or 'test'.
-    data_dir: where TFDS keeps its data sets; None is TFDS's default.
+    name: 'folder', 'npz', 'synthetic', or a data set of TFDS: 'digits' and
+      'tiny_imagenet' are ours, the others TFDS's own ('cifar100', ...).
+    split: a split of it, as 'train'.
+    data_dir: the folder of images, the npz file, or where TFDS keeps its data
+      sets (None is TFDS's default).
+    **options: keyword arguments of that source; see `synthetic.Synthetic`.
 
   Returns:
     The source.
 
   Raises:
-    ValueError: for an unknown name or split.
+    ValueError: for an unknown name, split or option, or unreadable data.
   """
-  if name not in _SOURCES:
-    raise ValueError(
-      f'data.name must be one of {sorted(_SOURCES)}, got {name!r}'
+  make = _SOURCES.get(name)
+  try:
+    if make is not None:
+      return make(split, data_dir, **options)
+    return tfds_source.load(
+      name, split, data_dir, progress=sys.stderr.isatty(), **options
     )
-  if split not in SPLITS:
-    raise ValueError(f'split must be one of {list(SPLITS)}, got {split!r}')
-  return _SOURCES[name](split, data_dir)
+  except TypeError as error:
+    if 'unexpected keyword argument' not in str(error):
+      raise
+    raise ValueError(
+      f'config.data.options: {name!r} has no such option ({error})'
+    ) from error
 
 
-def _digits(split, data_dir):
-  # TFDS takes a second to import, so only those who read with it pay.
-  import tensorflow_datasets as tfds
-
-  from clop_jax.data import digits
-
-  # array_record: random access, and no TensorFlow to read it.
-  builder = digits.Digits(data_dir=data_dir, file_format='array_record')
-  if not builder.is_prepared():
-    tfds.disable_progress_bar()
-    builder.download_and_prepare()
-  decoders = {'image': tfds.decode.SkipDecoding()}
-  return _Decoded(builder.as_data_source(split, decoders=decoders))
+def _synthetic(split, data_dir, **options):
+  del data_dir  # made, not read
+  return synthetic.Synthetic(split, **options)
 
 
-_SOURCES = {'digits': _digits}
+_SOURCES = {
+  'folder': folder.Folder,
+  'npz': arrays.load_npz,
+  'synthetic': _synthetic,
+}
+
+
+def labels_of(source: Source) -> np.ndarray:
+  """All labels of a source, `[n]` int32."""
+  labels = getattr(source, 'labels', None)
+  if labels is None:
+    indices = tqdm.tqdm(
+      range(len(source)), 'reading labels', disable=not sys.stderr.isatty()
+    )
+    labels = [source[index]['label'] for index in indices]
+  labels = np.asarray(labels)
+  if labels.shape != (len(source),) or labels.dtype.kind not in 'iu':
+    raise ValueError(
+      f'a source must have one integer label for each of its {len(source)} '
+      f'examples (-1: unlabelled), got {labels.dtype} {labels.shape}'
+    )
+  return labels.astype(np.int32)
+
+
+def name_of(source: Source, index: int) -> str:
+  """What an error calls an example."""
+  name = getattr(source, 'name_of', None)
+  return name(index) if name is not None else f'image {index}'
+
+
+class Union:
+  """Several sources, one after the other.
+
+  For training on labelled and unlabelled sets together:
+  `Union([labelled, Unlabelled(other)])`.
+  """
+
+  def __init__(self, parts: Sequence[Source]):
+    """Joins sources whose classes, where they have any, are the same."""
+    if not parts:
+      raise ValueError('parts must hold at least one source, got none')
+    self._parts = list(parts)
+    self._ends = np.cumsum([len(part) for part in parts])
+    self.labels = np.concatenate([labels_of(part) for part in parts])
+    self.num_classes = getattr(parts[0], 'num_classes', None)
+
+  def __len__(self):
+    return int(self._ends[-1])
+
+  def _locate(self, index):
+    if not 0 <= index < len(self):
+      raise IndexError(index)
+    part = int(np.searchsorted(self._ends, index, side='right'))
+    start = int(self._ends[part - 1]) if part else 0
+    return self._parts[part], index - start
+
+  def __getitem__(self, index):
+    part, position = self._locate(index)
+    return part[position] | {'label': int(self.labels[index])}
+
+  def name_of(self, index):
+    """The example's name in its own source."""
+    return name_of(*self._locate(index))
+
+
+class Unlabelled:
+  """A source without its labels."""
+
+  def __init__(self, source: Source):
+    """Hides the labels of `source`."""
+    self._source = source
+    self.labels = np.full(len(source), -1, np.int32)
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    return self._source[index] | {'label': -1}
+
+  def name_of(self, index):
+    """The example's name in the source."""
+    return name_of(self._source, index)
+
+
+class Subset:
+  """Some examples of a source, in the order asked for."""
+
+  def __init__(self, source: Source, indices: np.ndarray):
+    """Takes the examples `indices` of `source`."""
+    self._source, self._indices = source, np.asarray(indices)
+    self.labels = labels_of(source)[self._indices]
+    self.num_classes = getattr(source, 'num_classes', None)
+
+  def __len__(self):
+    return len(self._indices)
+
+  def __getitem__(self, index):
+    return self._source[int(self._indices[index])]
+
+  def name_of(self, index):
+    """The example's name in the source."""
+    return name_of(self._source, int(self._indices[index]))

@@ -1,0 +1,101 @@
+"""Images that are in memory, or in one npz file."""
+
+import zipfile
+
+import numpy as np
+
+
+class Arrays:
+  """A source over arrays.
+
+  Attributes:
+    labels: `[n]` int32, -1 is unlabelled.
+    num_classes: the largest label and one.
+  """
+
+  def __init__(self, images: np.ndarray, labels: np.ndarray | None = None):
+    """Takes arrays as they are; no copy is made.
+
+    Args:
+      images: `[n, height, width, channels]` or `[n, height, width]`, uint8.
+      labels: `[n]` integers; None: unlabelled.
+
+    Raises:
+      ValueError: if shapes or dtypes are wrong.
+    """
+    if images.ndim == 3:
+      images = images[..., None]
+    if images.ndim != 4 or images.dtype != np.uint8:
+      raise ValueError(
+        'images must be uint8 [n, height, width, channels] or '
+        f'[n, height, width], got {images.dtype} {images.shape}'
+      )
+    if labels is None:
+      labels = np.full(len(images), -1, np.int32)
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu':
+      raise ValueError(
+        f'labels must be integers of shape [n]=[{len(images)}], got '
+        f'{labels.dtype} {labels.shape}'
+      )
+    self._images = images
+    self.labels = labels.astype(np.int32)
+    self.num_classes = int(labels.max(initial=-1)) + 1
+
+  def __len__(self):
+    return len(self._images)
+
+  def __getitem__(self, index):
+    return {'image': self._images[index], 'label': int(self.labels[index])}
+
+
+def load_npz(split: str, path: str | None) -> Arrays:
+  """A split of an npz file.
+
+  Args:
+    split: the file has `<split>_images` and, unless nothing is labelled,
+      `<split>_labels`; see `Arrays`.
+    path: of the file.
+
+  Returns:
+    The source.
+
+  Raises:
+    ValueError: if the file is missing, is no npz file, or lacks the split (the
+      valid ones are listed).
+  """
+  if path is None:
+    raise ValueError('config.data.data_dir must be the path of a npz file')
+  try:
+    # Opened here: NumPy leaves a file that it cannot read open.
+    with open(path, 'rb') as opened, np.load(opened) as file:
+      splits = [
+        key.removesuffix('_images')
+        for key in file.files
+        if key.endswith('_images')
+      ]
+      if split not in splits:
+        raise ValueError(
+          f'split must be one of {splits} of {path}, got {split!r}; its arrays '
+          f'are {file.files}, expected <split>_images and <split>_labels'
+        )
+      images = file[f'{split}_images']
+      key = f'{split}_labels'
+      labels = file[key] if key in file.files else None
+      other = file['train_labels'] if 'train_labels' in file.files else None
+  except FileNotFoundError as error:
+    raise ValueError(
+      f'config.data.data_dir={path}: there is no such file'
+    ) from error
+  except (zipfile.BadZipFile, OSError, EOFError, TypeError) as error:
+    raise ValueError(
+      f'{path} cannot be read as a npz file ({error})'
+    ) from error
+  except ValueError as error:
+    if 'pickle' not in str(error):
+      raise
+    raise ValueError(f'{path} cannot be read as a npz file') from error
+  source = Arrays(images, labels)
+  if other is not None and other.size:
+    # A split may lack the last class.
+    source.num_classes = max(source.num_classes, int(other.max()) + 1)
+  return source

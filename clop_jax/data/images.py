@@ -1,0 +1,189 @@
+"""One image at a time, on the host: decoding, channels, size, random crops.
+
+Pillow and nothing else, so that every machine has the same pixels and a worker
+process needs no accelerator.
+"""
+
+from collections.abc import Sequence
+import io
+import math
+
+import numpy as np
+from PIL import Image
+
+
+class CorruptImageError(ValueError):
+  """An image that cannot be decoded; the message names it."""
+
+
+def decode(data: bytes | str, name: str) -> np.ndarray:
+  """Decodes an image.
+
+  Args:
+    data: an encoded image, or the path of one; any format that Pillow reads.
+    name: how an error calls it: a path, or a data set's split and number.
+
+  Returns:
+    `[height, width, channels]` uint8; one channel where the image is grey, else
+    RGB. Transparency is dropped; 16 bits become 8.
+
+  Raises:
+    CorruptImageError: if it cannot be decoded.
+  """
+  try:
+    file = data if isinstance(data, str) else io.BytesIO(data)
+    with Image.open(file) as image:
+      return _to_uint8(image)
+  except FileNotFoundError:
+    raise
+  # Pillow's plugins raise almost anything on a damaged file.
+  except Exception as error:
+    raise CorruptImageError(
+      f'{name} cannot be decoded as an image ({error}); repair or remove it, '
+      'or set config.data.skip_corrupt=True to train without it'
+    ) from error
+
+
+def _to_uint8(image):
+  if image.mode.startswith('I;16'):
+    pixels = (np.asarray(image) >> 8).astype(np.uint8)
+  elif image.mode in ('1', 'L', 'LA', 'La'):
+    pixels = np.asarray(image.convert('L'))
+  elif image.mode in ('I', 'F'):
+    raise ValueError(f'pixels of mode {image.mode!r} have no known range')
+  else:
+    pixels = np.asarray(image.convert('RGB'))
+  return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def to_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
+  """A grey image for a network of three channels; anything else as it is.
+
+  Raises:
+    ValueError: if the image is not uint8 `[height, width, channels]`, or is
+      coloured and the network is grey.
+  """
+  if image.dtype != np.uint8 or image.ndim != 3:
+    raise ValueError(
+      f'{name}: images must be uint8 [height, width, channels], got '
+      f'{image.dtype} {image.shape}'
+    )
+  if image.shape[-1] == channels:
+    return image
+  if image.shape[-1] == 1:
+    return np.repeat(image, channels, axis=-1)
+  raise ValueError(
+    f'{name}: the image has {image.shape[-1]} channels, expected '
+    f'config.data.channels={channels}; set it to {image.shape[-1]} (1 and 3 '
+    'are possible), and config.augment.mean and std likewise'
+  )
+
+
+def center_crop(
+  image: np.ndarray, size: int, *, share: float = 1.0
+) -> np.ndarray:
+  """The middle square, `share` of the shorter side wide, at `size` x `size`.
+
+  Returns:
+    `[size, size, channels]` uint8.
+  """
+  height, width = image.shape[:2]
+  side = share * min(height, width)
+  if (height, width) == (size, size) and share == 1:
+    return image
+  top, left = (height - side) / 2, (width - side) / 2
+  return _resize(image, size, (top, left, side, side))
+
+
+def random_crops(
+  image: np.ndarray,
+  size: int,
+  *,
+  count: int,
+  crop_area: Sequence[float],
+  crop_aspect: Sequence[float],
+  rng: np.random.Generator,
+) -> np.ndarray:
+  """Random resized crops, as `augment.view` makes them on the device.
+
+  For images that are too large, or too different in size, to be kept whole.
+
+  Args:
+    image: `[height, width, channels]` uint8.
+    size: of the crops, pixels.
+    count: number of crops.
+    crop_area: range of the share of the area.
+    crop_aspect: range of width over height, drawn log-uniformly.
+    rng: source of randomness.
+
+  Returns:
+    `[count, size, size, channels]` uint8.
+  """
+  boxes = [
+    _random_box(*image.shape[:2], crop_area, crop_aspect, rng)
+    for _ in range(count)
+  ]
+  return np.stack([_resize(image, size, box) for box in boxes])
+
+
+def _random_box(height, width, area_range, aspect_range, rng):
+  """Top, left, height, width in pixels (float); see `augment._random_box`."""
+  area = rng.uniform(*area_range, size=10) * height * width
+  aspect = np.exp(rng.uniform(*np.log(aspect_range), size=10))
+  heights = np.sqrt(area / aspect)
+  widths = heights * aspect
+  fits = np.flatnonzero((heights <= height) & (widths <= width))
+  place = rng.uniform(size=2)
+  if fits.size:
+    box_height, box_width = heights[fits[0]], widths[fits[0]]
+  else:
+    fallback = min(max(width / height, aspect_range[0]), aspect_range[1])
+    box_height = min(height, width / fallback)
+    box_width = box_height * fallback
+    place = np.full(2, 0.5)
+  top = place[0] * (height - box_height)
+  left = place[1] * (width - box_width)
+  return top, left, box_height, box_width
+
+
+def _resize(image, size, box):
+  top, left, height, width = box
+  # Rounding must not put the box a hair outside, which Pillow refuses.
+  right = min(left + width, image.shape[1])
+  bottom = min(top + height, image.shape[0])
+  grey = image.shape[-1] == 1
+  picture = Image.fromarray(image[..., 0] if grey else image)
+  picture = picture.resize(
+    (size, size),
+    Image.Resampling.BILINEAR,
+    box=(max(left, 0.0), max(top, 0.0), right, bottom),
+  )
+  pixels = np.asarray(picture)
+  return pixels[..., None] if grey else pixels
+
+
+def contact_sheet(rows: Sequence[Sequence[np.ndarray]], *, scale: int = 1):
+  """A picture of rows of images, `[height, width, 3]` uint8.
+
+  Args:
+    rows: of equally many images `[height, width, 1 or 3]` uint8 each; smaller
+      ones are centred in a cell of the largest one's size.
+    scale: whole factor by which each pixel is repeated.
+  """
+  images = [image for row in rows for image in row]
+  gap = 2
+  cell_height = max(image.shape[0] for image in images) * scale + gap
+  cell_width = max(image.shape[1] for image in images) * scale + gap
+  sheet = np.full(
+    (len(rows) * cell_height + gap, len(rows[0]) * cell_width + gap, 3),
+    255,
+    np.uint8,
+  )
+  for i, row in enumerate(rows):
+    for j, image in enumerate(row):
+      large = image.repeat(scale, axis=0).repeat(scale, axis=1)
+      height, width = large.shape[:2]
+      top = gap + i * cell_height + math.floor((cell_height - gap - height) / 2)
+      left = gap + j * cell_width + math.floor((cell_width - gap - width) / 2)
+      sheet[top : top + height, left : left + width] = large
+  return sheet

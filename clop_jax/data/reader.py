@@ -1,0 +1,131 @@
+"""What training reads: a source's images at one shape, with its own labels."""
+
+import sys
+
+import numpy as np
+
+from clop_jax.data import images
+from clop_jax.data import sources
+
+
+class Reader:
+  """A source's images at one shape, with the labels that training sees.
+
+  Picklable where the source is: worker processes read with a copy.
+
+  Attributes:
+    labels: `[n]` int32, -1 is unlabelled.
+    shape: of every image; with `crops`, `[2, size, size, channels]`.
+  """
+
+  def __init__(
+    self,
+    source: sources.Source,
+    labels: np.ndarray,
+    *,
+    channels: int,
+    size: int | None = None,
+    share: float = 1.0,
+    crops: dict | None = None,
+    seed: int = 0,
+    skip_corrupt: bool = False,
+  ):
+    """Looks at some images, so that what is wrong shows at the start.
+
+    Args:
+      source: the examples.
+      labels: `[n]` int32, instead of the source's own.
+      channels: 1 or 3; grey images are repeated over 3 channels.
+      size: the middle square of each image is brought to `size` x `size`; None
+        takes the images as they are, all of one shape.
+      share: of the shorter side that the middle square is wide.
+      crops: arguments of `images.random_crops`; instead of the middle square,
+        two crops that depend on the seed, the step and the example.
+      seed: of the crops.
+      skip_corrupt: the next readable example takes the place of one that cannot
+        be decoded, with its label, and a warning says so.
+
+    Raises:
+      ValueError: if the source is empty, or an image does not fit.
+    """
+    if not len(source):
+      raise ValueError('the source has no examples')
+    if channels not in (1, 3):
+      raise ValueError(f'config.data.channels must be 1 or 3, got {channels}')
+    self.labels = np.asarray(labels, np.int32)
+    self._source, self._channels = source, channels
+    self._size, self._share = size, share
+    self._crops, self._seed = crops, seed
+    self._skip_corrupt, self._reported = skip_corrupt, set()
+    self._tells_grey = channels == 3
+    self.shape = None
+    self.shape = self._fitted(0)[0].shape
+    if crops is not None:
+      self.shape = (2, crops['size'], crops['size'], channels)
+    for index in np.linspace(0, len(source) - 1, 32).astype(int).tolist():
+      self.example(0, index)
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getstate__(self):
+    # What is said once is said by the process that everything starts from.
+    return self.__dict__ | {'_tells_grey': False}
+
+  def example(self, step: int, index: int) -> dict:
+    """`{'image', 'label', 'index'}` as training sees it at a step."""
+    if self._crops is None:
+      image, position = self._fitted(index)
+    else:
+      image, position = self._read(index)
+      rng = np.random.default_rng([self._seed, step, index])
+      image = images.random_crops(image, count=2, rng=rng, **self._crops)
+    return {
+      'image': image,
+      'label': self.labels[position],
+      'index': np.int32(index),
+    }
+
+  def _fitted(self, index):
+    image, position = self._read(index)
+    if self._size is not None:
+      image = images.center_crop(image, self._size, share=self._share)
+    if self.shape is not None and image.shape != self.shape:
+      raise ValueError(
+        f'images must all have one shape, got {self.shape} at index 0 and '
+        f'{image.shape} at index {index}; config.data.image_size=N brings them '
+        'all to N x N pixels'
+      )
+    return image, position
+
+  def _read(self, index):
+    """The image `[height, width, channels]`, and whose it is."""
+    for offset in range(len(self)):
+      position = (index + offset) % len(self)
+      try:
+        image = np.asarray(self._source[position]['image'])
+      except images.CorruptImageError as error:
+        if not self._skip_corrupt:
+          raise
+        self._report(position, error)
+        continue
+      name = sources.name_of(self._source, position)
+      fitted = images.to_channels(image, self._channels, name)
+      if self._tells_grey and image.shape[-1] != self._channels:
+        self._tells_grey = False
+        print(
+          f'note: grey images ({name}, ...) are repeated over 3 channels',
+          flush=True,
+        )
+      return fitted, position
+    raise ValueError('no image of the source can be decoded')
+
+  def _report(self, position, error):
+    if position not in self._reported:
+      self._reported.add(position)
+      reason = str(error).split(';')[0]
+      print(
+        f'warning: {reason}; the next one takes its place',
+        file=sys.stderr,
+        flush=True,
+      )

@@ -1,0 +1,183 @@
+"""From `config.data` to sources, labels, readers and loaders.
+
+What `experiment` is for networks and losses, for the commands that read images.
+"""
+
+import math
+import os
+
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from clop_jax.data import labels as label_policy
+from clop_jax.data import loader
+from clop_jax.data import reader as reader_lib
+from clop_jax.data import sources
+
+_LOADERS = ('auto', 'resident', 'stream')
+
+
+def source(config: ml_collections.ConfigDict, split: str) -> sources.Source:
+  """A split of the config's data set, as `config.data.test_split`."""
+  data = config.data
+  return sources.load(data.name, split, data.data_dir, **data.options.to_dict())
+
+
+def training_source(config: ml_collections.ConfigDict) -> sources.Source:
+  """The training split, and after it the unlabelled one if there is one."""
+  labelled = source(config, config.data.train_split)
+  if config.data.unlabelled_split is None:
+    return labelled
+  other = source(config, config.data.unlabelled_split)
+  return sources.Union([labelled, sources.Unlabelled(other)])
+
+
+def with_num_classes(
+  config: ml_collections.ConfigDict, training: sources.Source
+) -> ml_collections.ConfigDict:
+  """The config with the number of classes in it.
+
+  Raises:
+    ValueError: if neither the config nor the source has it.
+  """
+  if config.data.num_classes:
+    return config
+  num_classes = getattr(training, 'num_classes', None)
+  if not num_classes:
+    raise ValueError(
+      'config.data.num_classes must be the number of classes: it is '
+      f'{config.data.num_classes} and the source does not say'
+    )
+  config = ml_collections.ConfigDict(config.to_dict())
+  config.data.num_classes = int(num_classes)
+  return config.lock()
+
+
+def training_labels(
+  config: ml_collections.ConfigDict, true_labels: np.ndarray
+) -> np.ndarray:
+  """The labels that training sees: the policies of the config, applied.
+
+  Raises:
+    ValueError: for a label out of range, or a policy that cannot be followed.
+  """
+  data = config.data
+  per_class = data.labels_per_class
+  return label_policy.apply(
+    true_labels,
+    num_classes=data.num_classes,
+    unlabelled_classes=data.unlabelled_classes,
+    imbalance_factor=data.imbalance_factor,
+    class_fractions=data.class_fractions,
+    # A count takes the place of the fraction that a config file has set.
+    label_fraction=data.label_fraction if per_class is None else 1.0,
+    labels_per_class=per_class,
+    label_noise=data.label_noise,
+    label_noise_kind=data.label_noise_kind,
+    seed=config.seed,
+  )
+
+
+def training_reader(
+  config: ml_collections.ConfigDict,
+  training: sources.Source,
+  labels: np.ndarray,
+) -> reader_lib.Reader:
+  """Reads what the loaders serve."""
+  data, augment = config.data, config.augment
+  crops = None
+  if data.host_crops:
+    crops = {
+      'size': augment.size,
+      'crop_area': augment.crop_area,
+      'crop_aspect': augment.crop_aspect,
+    }
+  return reader_lib.Reader(
+    training,
+    labels,
+    channels=data.channels,
+    size=data.image_size,
+    crops=crops,
+    seed=config.seed,
+    skip_corrupt=data.skip_corrupt,
+  )
+
+
+def evaluation_reader(
+  config: ml_collections.ConfigDict,
+  evaluated: sources.Source,
+  labels: np.ndarray,
+) -> reader_lib.Reader:
+  """Reads whole images, or their middle, without anything random."""
+  data, share = config.data, config.eval.crop_share
+  if not 0 < share <= 1:
+    raise ValueError(f'config.eval.crop_share must be in (0, 1], got {share}')
+  size = data.image_size
+  if size is None and (data.host_crops or share < 1):
+    size = config.augment.size
+  return reader_lib.Reader(
+    evaluated,
+    labels,
+    channels=data.channels,
+    size=size,
+    share=share,
+    skip_corrupt=data.skip_corrupt,
+  )
+
+
+def is_resident(
+  config: ml_collections.ConfigDict, reader: reader_lib.Reader
+) -> bool:
+  """Whether the set is to be kept on the devices.
+
+  Raises:
+    ValueError: if the loader is unknown, or cannot serve these images.
+  """
+  data = config.data
+  if data.loader not in _LOADERS:
+    raise ValueError(
+      f'config.data.loader must be one of {list(_LOADERS)}, got {data.loader!r}'
+    )
+  if data.host_crops and data.loader == 'resident':
+    raise ValueError(
+      'config.data.host_crops=True makes new crops at each step, which '
+      "config.data.loader='resident' cannot keep; use 'stream' or 'auto'"
+    )
+  if data.host_crops or data.loader == 'stream':
+    return False
+  size = len(reader) * math.prod(reader.shape)
+  return data.loader == 'resident' or size <= data.resident_limit_gib * 2**30
+
+
+def training_loader(
+  config: ml_collections.ConfigDict, reader: reader_lib.Reader, mesh: Mesh
+) -> loader.Loader:
+  """The loader that the config names, or that suits the set's size."""
+  shared = {
+    'batch_size': config.train.batch_size,
+    'seed': config.seed,
+    'mesh': mesh,
+  }
+  if is_resident(config, reader):
+    return loader.ResidentLoader(*loader.read_all(reader), **shared)
+  return loader.StreamLoader(
+    reader,
+    num_workers=num_workers(config, reader),
+    prefetch=config.data.prefetch,
+    **shared,
+  )
+
+
+def num_workers(
+  config: ml_collections.ConfigDict, reader: reader_lib.Reader
+) -> int:
+  """Worker processes for a pass; -1 is one for each CPU core.
+
+  What would fit the devices is read sooner than processes are started.
+  """
+  if is_resident(config, reader):
+    return 0
+  workers = config.data.num_workers
+  # The cores that this process may use, which in a container are not all.
+  return len(os.sched_getaffinity(0)) if workers == -1 else workers

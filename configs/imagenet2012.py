@@ -1,0 +1,65 @@
+r"""SimCLR with CLOP on ImageNet (224x224, 1,000 classes): the paper's setting.
+
+python -m clop_jax.data.prepare --name=imagenet2012 --data_dir=DIR
+python -m clop_jax.train --config=configs/imagenet2012.py --workdir=runs/in1k \\
+  --config.data.data_dir=DIR
+python -m clop_jax.evaluate --workdir=runs/in1k
+
+Needs ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, which image-net.org
+gives to those who register, 300 GB of disk, TensorFlow to prepare (pip install
+'clop-jax[prepare]') and several accelerators. Streamed: worker processes decode
+and crop. Tests on the validation split: the official test split has no labels.
+
+Any TFDS set of photographs goes the same way; docs/data.md has the overrides.
+"""
+
+import ml_collections
+
+from clop_jax import defaults
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Fields that differ from clop_jax/defaults.py."""
+  config = defaults.get_config()
+
+  config.data.name = 'imagenet2012'
+  config.data.test_split = 'validation'
+  config.data.num_classes = 1000
+  config.data.channels = 3
+  config.data.label_fraction = 0.1
+  config.data.image_size = 224  # of evaluation; training crops at full size
+  config.data.host_crops = True
+
+  # SimCLR's recipe for ImageNet (arXiv 2002.05709, appendix A) at full
+  # strength, and the solarization that BYOL added (arXiv 2006.07733), there
+  # with probability 0 and 0.2 on the two views.
+  config.augment.size = 224
+  config.augment.mean = (0.485, 0.456, 0.406)
+  config.augment.std = (0.229, 0.224, 0.225)
+  config.augment.crop_area = (0.08, 1.0)
+  config.augment.flip_probability = 0.5
+  config.augment.brightness = 0.8
+  config.augment.contrast = 0.8
+  config.augment.saturation = 0.8
+  config.augment.hue = 0.2
+  config.augment.grey_probability = 0.2
+  config.augment.blur_probability = 0.5
+  config.augment.solarize_probability = 0.1
+
+  config.model.depth = 50
+  config.model.stem = 'imagenet'
+  config.model.embedding_dim = 1024
+  config.model.head_hidden_dim = 2048
+
+  config.loss.temperature = 0.1
+
+  config.optimizer.name = 'lars'
+  config.optimizer.learning_rate = 0.3  # times batch / 256
+  config.optimizer.warmup_epochs = 10.0
+
+  config.train.batch_size = 1024
+  config.train.num_epochs = 200
+  config.train.checkpoint_every_epochs = 1
+
+  config.eval.crop_share = 0.875
+  return config.lock()

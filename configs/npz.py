@@ -1,0 +1,43 @@
+r"""SimCLR with CLOP on an npz file, set up for glyphs100 (32x32 grey).
+
+python -m clop_jax.train --config=configs/npz.py --workdir=runs/glyphs \\
+  --config.data.data_dir=glyphs100.npz
+python -m clop_jax.evaluate --workdir=runs/glyphs
+
+Needs a file with train_images (uint8 [n, height, width, channels]),
+train_labels ([n] integers, -1 is unlabelled), test_images and test_labels. For
+other images than glyphs set data.channels, and augment.size, mean and std.
+"""
+
+import ml_collections
+
+from clop_jax import defaults
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Fields that differ from clop_jax/defaults.py."""
+  config = defaults.get_config()
+
+  config.data.name = 'npz'
+  config.data.num_classes = 0  # as many as the labels say
+  config.data.channels = 1
+  config.data.label_fraction = 0.1
+
+  config.augment.size = 32
+  config.augment.mean = (0.117,)
+  config.augment.std = (0.29,)
+  config.augment.crop_area = (0.4, 1.0)
+
+  config.model.depth = 18
+  config.model.head_hidden_dim = 512
+
+  config.loss.temperature = 0.2
+
+  config.optimizer.name = 'lars'
+  config.optimizer.learning_rate = 0.3  # times batch / 256
+
+  config.train.batch_size = 512
+  config.train.num_epochs = 200
+  config.train.steps_per_dispatch = 10
+  config.train.checkpoint_every_epochs = 10
+  return config.lock()

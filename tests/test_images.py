@@ -1,0 +1,193 @@
+import io
+
+import numpy as np
+from PIL import Image
+import pytest
+from scipy import stats
+
+from clop_jax.data import images
+
+
+def picture(mode='RGB', size=(6, 5)):
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, size=(size[1], size[0], 3)).astype(np.uint8)
+  return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image, kind='PNG'):
+  file = io.BytesIO()
+  image.save(file, format=kind)
+  return file.getvalue()
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'BMP', 'TIFF', 'WEBP', 'GIF', 'JPEG'])
+def test_every_format_that_pillow_reads_is_decoded(kind, tmp_path):
+  image = picture()
+  if kind == 'GIF':
+    image = image.quantize()
+  data = encoded(image, kind)
+  decoded = images.decode(data, 'x')
+  assert decoded.shape == (5, 6, 3)
+  assert decoded.dtype == np.uint8
+  with Image.open(io.BytesIO(data)) as again:
+    np.testing.assert_array_equal(decoded, again.convert('RGB'))
+  path = tmp_path / 'image'
+  path.write_bytes(data)
+  np.testing.assert_array_equal(images.decode(str(path), 'x'), decoded)
+
+
+@pytest.mark.parametrize(
+  ('mode', 'channels'),
+  [('L', 1), ('1', 1), ('LA', 1), ('RGBA', 3), ('P', 3), ('RGB', 3)],
+)
+def test_modes_become_grey_or_rgb(mode, channels):
+  image = picture(mode)
+  decoded = images.decode(encoded(image), 'x')
+  expected = np.asarray(image.convert('L' if channels == 1 else 'RGB'))
+  assert decoded.shape == (5, 6, channels)
+  np.testing.assert_array_equal(decoded, expected.reshape(decoded.shape))
+
+
+def test_cmyk_jpeg_becomes_rgb():
+  decoded = images.decode(encoded(picture('CMYK'), 'JPEG'), 'x')
+  assert decoded.shape == (5, 6, 3)
+
+
+def test_sixteen_bits_become_eight():
+  deep = np.array([[0, 255, 256, 65535]], np.uint16)
+  decoded = images.decode(encoded(Image.fromarray(deep)), 'x')
+  np.testing.assert_array_equal(decoded[..., 0], [[0, 0, 1, 255]])
+
+
+@pytest.mark.parametrize(
+  'data', [b'', b'no image', encoded(picture(), 'JPEG')[:100]]
+)
+def test_corrupt_image_is_named_with_the_way_out(data):
+  message = (
+    r'^train/cat/7.png cannot be decoded as an image \(.*\); repair or '
+    r'remove it, or set config.data.skip_corrupt=True'
+  )
+  with pytest.raises(images.CorruptImageError, match=message):
+    images.decode(data, 'train/cat/7.png')
+
+
+def test_missing_file_is_not_called_corrupt(tmp_path):
+  with pytest.raises(FileNotFoundError):
+    images.decode(str(tmp_path / 'none.png'), 'none.png')
+
+
+def test_grey_is_repeated_and_colour_is_kept():
+  grey = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
+  three = images.to_channels(grey, 3, 'x')
+  for channel in range(3):
+    np.testing.assert_array_equal(three[..., channel], grey[..., 0])
+  assert images.to_channels(grey, 1, 'x') is grey
+  assert images.to_channels(three, 3, 'x') is three
+
+
+@pytest.mark.parametrize(
+  ('image', 'channels', 'message'),
+  [
+    (np.zeros((2, 2, 3), np.uint8), 1, 'x: the image has 3 channels, expected'),
+    (np.zeros((2, 2, 4), np.uint8), 3, 'has 4 channels, .*channels=3; set it'),
+    (np.zeros((2, 2, 3), np.float32), 3, r'x: images must be uint8 \[height'),
+    (np.zeros((2, 2), np.uint8), 1, r'got uint8 \(2, 2\)'),
+  ],
+)
+def test_wrong_image_is_named(image, channels, message):
+  with pytest.raises(ValueError, match=message):
+    images.to_channels(image, channels, 'x')
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize(('height', 'width'), [(6, 10), (9, 6)])
+def test_center_crop_without_resizing_is_the_middle(height, width, channels):
+  rng = np.random.default_rng(1)
+  shape = (height, width, channels)
+  image = rng.integers(0, 256, size=shape).astype(np.uint8)
+  middle = images.center_crop(image, 6)
+  top, left = (height - 6) // 2, (width - 6) // 2
+  if (height - 6) % 2 == 0:
+    expected = image[top : top + 6, left : left + 6]
+    np.testing.assert_array_equal(middle, expected)
+  assert middle.shape == (6, 6, channels)
+  half = images.center_crop(image, 4, share=4 / 6)
+  if (height - 4) % 2 == 0 and (width - 4) % 2 == 0:
+    top, left = (height - 4) // 2, (width - 4) // 2
+    expected = image[top : top + 4, left : left + 4]
+    np.testing.assert_array_equal(half, expected)
+
+
+def test_random_crops_show_the_boxes_of_the_image():
+  # A ramp: the pixels tell where they come from.
+  ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (256, 256))
+  image = np.stack([ramp, ramp.T, ramp], axis=-1)
+  crops = images.random_crops(
+    image,
+    32,
+    count=200,
+    crop_area=(0.1, 0.5),
+    crop_aspect=(1.0, 1.0),
+    rng=np.random.default_rng(0),
+  )
+  assert crops.shape == (200, 32, 32, 3)
+  span = crops[:, 0, -1, 0].astype(float) - crops[:, 0, 0, 0]
+  side = span * 32 / 31
+  area = (side / 256) ** 2
+  assert area.min() > 0.09
+  assert area.max() < 0.52
+  # Square boxes: the vertical ramp spans as much.
+  vertical = crops[:, -1, 0, 1].astype(float) - crops[:, 0, 0, 1]
+  np.testing.assert_allclose(vertical, span, atol=2)
+  assert stats.kstest((area - 0.1) / 0.4, 'uniform').pvalue > 1e-3
+
+
+@pytest.mark.parametrize(('height', 'width'), [(40, 60), (300, 20)])
+def test_boxes_have_the_reference_distribution(height, width):
+  """Ten tries, else the largest that the aspect allows, in the middle."""
+  area_range, aspect_range = (0.08, 1.0), (3 / 4, 4 / 3)
+  rng = np.random.default_rng(0)
+  boxes = np.array(
+    [
+      images._random_box(height, width, area_range, aspect_range, rng)
+      for _ in range(3000)
+    ]
+  )
+  top, left, box_height, box_width = boxes.T
+  assert (boxes >= 0).all()
+  assert (top + box_height <= height + 1e-9).all()
+  assert (left + box_width <= width + 1e-9).all()
+  reference = np.random.default_rng(1)
+  expected = []
+  while len(expected) < 3000:
+    for _ in range(10):
+      area = reference.uniform(*area_range) * height * width
+      aspect = np.exp(reference.uniform(*np.log(aspect_range)))
+      h, w = np.sqrt(area / aspect), np.sqrt(area * aspect)
+      if h <= height and w <= width:
+        expected.append((h * w, w / h))
+        break
+    else:
+      aspect = min(max(width / height, aspect_range[0]), aspect_range[1])
+      h = min(height, width / aspect)
+      expected.append((h * h * aspect, aspect))
+  areas, aspects = np.array(expected).T
+  assert (
+    stats.ks_2samp(box_height * box_width, areas, method='asymp').pvalue > 1e-3
+  )
+  assert (
+    stats.ks_2samp(box_width / box_height, aspects, method='asymp').pvalue
+    > 1e-3
+  )
+
+
+def test_contact_sheet_shows_every_image_where_it_belongs():
+  rows = [
+    [np.full((2, 2, 1), 10, np.uint8), np.full((4, 4, 3), 20, np.uint8)],
+    [np.full((4, 4, 3), 30, np.uint8), np.full((4, 2, 3), 40, np.uint8)],
+  ]
+  sheet = images.contact_sheet(rows, scale=2)
+  assert sheet.shape == (2 * 10 + 2, 2 * 10 + 2, 3)
+  for value, count in ((10, 16), (20, 64), (30, 64), (40, 32)):
+    assert (sheet[..., 0] == value).sum() == count
+  assert (sheet[2:10, 12:20] == 20).all()
