@@ -1,0 +1,121 @@
+"""From a config to batches, and whole trainings on them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from clop_jax import inputs
+from clop_jax import parallel
+from clop_jax import train
+from clop_jax.data import arrays
+from clop_jax.data import loader
+from clop_jax.data import sources
+from tests import small
+
+GLYPHS = small.ROOT.parent / 'shared' / 'data' / 'glyphs100.npz'
+
+
+def train_on(config, workdir):
+  train.train(config, str(workdir), devices=jax.devices()[:1])
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_loaders_and_dispatches_train_alike(digits_dir, tmp_path):
+  options = {
+    'resident': {},
+    'stream': {'data__loader': 'stream', 'data__num_workers': 0},
+    # Five steps an epoch, logged every two: chunks of 2, 2, 1 and so on.
+    'scan': {'train__steps_per_dispatch': 4},
+  }
+  logs = {}
+  for name, changes in options.items():
+    config = small.digits_config(digits_dir, train__num_epochs=1, **changes)
+    logs[name] = train_on(config, tmp_path / name)
+  assert [entry['step'] for entry in logs['resident']] == [2, 4]
+  for name in ('stream', 'scan'):
+    for ours, expected in zip(logs[name], logs['resident'], strict=True):
+      assert ours == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_chunks_end_where_something_is_due():
+  chunks = train._chunks(3, 14, 4, (5, 6))
+  ends = [(steps.start, steps.stop) for steps in chunks]
+  assert ends == [(3, 5), (5, 6), (6, 10), (10, 12), (12, 14)]
+  assert train._chunks(4, 4, 2, (3,)) == []
+
+
+def test_the_loader_is_chosen_by_size(digits_dir):
+  config = small.digits_config(digits_dir).unlock()
+  source = arrays.Arrays(np.zeros((64, 8, 8, 1), np.uint8), np.arange(64) % 10)
+  reader = inputs.training_reader(config, source, source.labels)
+  assert inputs.is_resident(config, reader)
+  config.data.resident_limit_gib = 64 * 64 / 2**30
+  assert inputs.is_resident(config, reader)
+  config.data.resident_limit_gib = 63 * 64 / 2**30
+  assert not inputs.is_resident(config, reader)
+  config.data.loader = 'resident'
+  assert inputs.is_resident(config, reader)
+  config.data.host_crops = True
+  with pytest.raises(ValueError, match=r'host_crops=True .*cannot keep'):
+    inputs.is_resident(config, reader)
+  config.data.loader = 'disk'
+  with pytest.raises(ValueError, match=r"\['auto', 'resident', 'stream'\]"):
+    inputs.is_resident(config, reader)
+  config.data.loader, config.train.batch_size = 'auto', 32
+  config.data.num_workers = 0
+  mesh = parallel.make_mesh(jax.devices()[:1])
+  reader = inputs.training_reader(config, source, source.labels)
+  made = inputs.training_loader(config, reader, mesh)
+  assert isinstance(made, loader.StreamLoader)
+  assert made.structure(1)['image'].shape == (1, 32, 2, 8, 8, 1)
+
+
+def test_an_unlabelled_split_is_joined(tmp_path):
+  path = str(tmp_path / 'set.npz')
+  images = np.zeros((6, 4, 4, 1), np.uint8)
+  np.savez(
+    path,
+    train_images=images,
+    train_labels=np.arange(6) % 2,
+    unlabelled_images=images,
+    unlabelled_labels=np.ones(6, int),
+  )
+  config = small.digits_config(path, data__name='npz', data__num_classes=0)
+  config.unlock().data.unlabelled_split = 'unlabelled'
+  source = inputs.training_source(config)
+  assert len(source) == 12
+  np.testing.assert_array_equal(
+    sources.labels_of(source), [0, 1, 0, 1, 0, 1] + [-1] * 6
+  )
+  assert inputs.with_num_classes(config, source).data.num_classes == 2
+  with pytest.raises(ValueError, match='num_classes must be the number of'):
+    inputs.with_num_classes(config, [{'image': images[0], 'label': 0}])
+
+
+@pytest.mark.skipif(not GLYPHS.exists(), reason='needs ../shared')
+def test_fifty_thousand_glyphs_train_from_the_npz(tmp_path, monkeypatch):
+  config = small.digits_config(
+    str(GLYPHS),
+    data__name='npz',
+    data__num_classes=0,
+    augment__size=32,
+    model__embedding_dim=128,
+    train__log_every_steps=1,
+  )
+  steps_per_epoch = []
+
+  def few(config, steps):
+    del config
+    steps_per_epoch.append(steps)
+    return 4
+
+  monkeypatch.setattr(train, '_total_steps', few)
+  log = train_on(config, tmp_path / 'glyphs')
+  assert steps_per_epoch == [50_000 // 256]
+  assert [entry['step'] for entry in log] == [1, 2, 3, 4]
+  assert all(np.isfinite(entry['loss']) for entry in log)
+  labels = np.load(tmp_path / 'glyphs' / 'labels.npz')['labels']
+  np.testing.assert_array_equal(np.bincount(labels[labels >= 0]), [50] * 100)
