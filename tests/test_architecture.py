@@ -56,7 +56,7 @@ LIBRARIES = {
   'data.arrays': {'numpy'},
   'data.synthetic': {'numpy'},
   'data.folder': {'numpy', 'PIL'},
-  'data.reader': {'numpy'},
+  'data.reader': {'PIL', 'numpy'},
   'defaults': {'ml_collections'},
   'models.resnet': {'jax', 'flax'},
   'models.heads': {'jax', 'flax'},

@@ -27,8 +27,8 @@ def test_every_format_that_pillow_reads_is_decoded(kind, tmp_path):
     image = image.quantize()
   data = encoded(image, kind)
   decoded = images.decode(data, 'x')
-  assert decoded.shape == (5, 6, 3)
-  assert decoded.dtype == np.uint8
+  assert images.as_array(decoded).shape == (5, 6, 3)
+  assert images.as_array(decoded).dtype == np.uint8
   with Image.open(io.BytesIO(data)) as again:
     np.testing.assert_array_equal(decoded, again.convert('RGB'))
   path = tmp_path / 'image'
@@ -42,7 +42,7 @@ def test_every_format_that_pillow_reads_is_decoded(kind, tmp_path):
 )
 def test_modes_become_grey_or_rgb(mode, channels):
   image = picture(mode)
-  decoded = images.decode(encoded(image), 'x')
+  decoded = images.as_array(images.decode(encoded(image), 'x'))
   expected = np.asarray(image.convert('L' if channels == 1 else 'RGB'))
   assert decoded.shape == (5, 6, channels)
   np.testing.assert_array_equal(decoded, expected.reshape(decoded.shape))
@@ -50,13 +50,13 @@ def test_modes_become_grey_or_rgb(mode, channels):
 
 def test_cmyk_jpeg_becomes_rgb():
   decoded = images.decode(encoded(picture('CMYK'), 'JPEG'), 'x')
-  assert decoded.shape == (5, 6, 3)
+  assert images.as_array(decoded).shape == (5, 6, 3)
 
 
 def test_sixteen_bits_become_eight():
   deep = np.array([[0, 255, 256, 65535]], np.uint16)
   decoded = images.decode(encoded(Image.fromarray(deep)), 'x')
-  np.testing.assert_array_equal(decoded[..., 0], [[0, 0, 1, 255]])
+  np.testing.assert_array_equal(decoded, [[0, 0, 1, 255]])
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,43 @@ def test_grey_is_repeated_and_colour_is_kept():
     np.testing.assert_array_equal(three[..., channel], grey[..., 0])
   assert images.to_channels(grey, 1, 'x') is grey
   assert images.to_channels(three, 3, 'x') is three
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK'])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_pillow_images_are_taken_as_arrays_are(mode, channels):
+  image = picture(mode)
+  grey = mode in ('1', 'L', 'LA')
+  assert images.is_grey(image) == grey
+  pixels = images.as_array(image.convert('L' if grey else 'RGB'))
+  if channels == 1 and not grey:
+    with pytest.raises(ValueError, match='x: the image has 3 channels'):
+      images.to_channels(image, channels, 'x')
+    return
+  expected = images.to_channels(pixels, channels, 'x')
+  taken = images.to_channels(image, channels, 'x')
+  np.testing.assert_array_equal(images.as_array(taken), expected)
+  np.testing.assert_array_equal(
+    images.center_crop(taken, 4), images.center_crop(expected, 4)
+  )
+  first, second = (
+    images.random_crops(
+      kind,
+      3,
+      count=2,
+      crop_area=(0.2, 1.0),
+      crop_aspect=(0.75, 1.33),
+      rng=np.random.default_rng(0),
+    )
+    for kind in (taken, expected)
+  )
+  np.testing.assert_array_equal(first, second)
+
+
+def test_pillow_image_of_no_known_range_is_named():
+  deep = Image.fromarray(np.zeros((2, 2), np.float32))
+  with pytest.raises(ValueError, match=r'^x: pixels of mode .F. .* convert it'):
+    images.to_channels(deep, 1, 'x')
 
 
 @pytest.mark.parametrize(

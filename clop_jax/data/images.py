@@ -16,7 +16,7 @@ class CorruptImageError(ValueError):
   """An image that cannot be decoded; the message names it."""
 
 
-def decode(data: bytes | str, name: str) -> np.ndarray:
+def decode(data: bytes | str, name: str) -> Image.Image:
   """Decodes an image.
 
   Args:
@@ -24,8 +24,8 @@ def decode(data: bytes | str, name: str) -> np.ndarray:
     name: how an error calls it: a path, or a data set's split and number.
 
   Returns:
-    `[height, width, channels]` uint8; one channel where the image is grey, else
-    RGB. Transparency is dropped; 16 bits become 8.
+    The image in Pillow's mode 'L' (grey) or 'RGB'. Transparency is dropped;
+    16 bits become 8.
 
   Raises:
     CorruptImageError: if it cannot be decoded.
@@ -33,7 +33,8 @@ def decode(data: bytes | str, name: str) -> np.ndarray:
   try:
     file = data if isinstance(data, str) else io.BytesIO(data)
     with Image.open(file) as image:
-      return _to_uint8(image)
+      image.load()
+      return _grey_or_rgb(image)
   except FileNotFoundError:
     raise
   # Pillow's plugins raise almost anything on a damaged file.
@@ -44,59 +45,90 @@ def decode(data: bytes | str, name: str) -> np.ndarray:
     ) from error
 
 
-def _to_uint8(image):
+def _grey_or_rgb(image):
+  if image.mode in ('L', 'RGB'):
+    return image
   if image.mode.startswith('I;16'):
-    pixels = (np.asarray(image) >> 8).astype(np.uint8)
-  elif image.mode in ('1', 'L', 'LA', 'La'):
-    pixels = np.asarray(image.convert('L'))
-  elif image.mode in ('I', 'F'):
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  if image.mode in ('I', 'F'):
     raise ValueError(f'pixels of mode {image.mode!r} have no known range')
-  else:
-    pixels = np.asarray(image.convert('RGB'))
-  return pixels[..., None] if pixels.ndim == 2 else pixels
+  return image.convert('L' if is_grey(image) else 'RGB')
 
 
-def to_channels(image: np.ndarray, channels: int, name: str) -> np.ndarray:
+def is_grey(image: np.ndarray | Image.Image) -> bool:
+  """Whether `to_channels` repeats it for a network of three channels."""
+  if isinstance(image, Image.Image):
+    return image.mode in ('1', 'L', 'LA', 'La') or image.mode.startswith('I;16')
+  return image.shape[-1] == 1
+
+
+def to_channels(
+  image: np.ndarray | Image.Image, channels: int, name: str
+) -> np.ndarray | Image.Image:
   """A grey image for a network of three channels; anything else as it is.
 
+  Args:
+    image: uint8 `[height, width, channels]`, or a Pillow image.
+    channels: 1 or 3.
+    name: how an error calls it.
+
+  Returns:
+    The image with so many channels, of the kind that was given.
+
   Raises:
-    ValueError: if the image is not uint8 `[height, width, channels]`, or is
-      coloured and the network is grey.
+    ValueError: if the image is of another dtype or shape, or is coloured and
+      the network is grey.
   """
-  if image.dtype != np.uint8 or image.ndim != 3:
+  if isinstance(image, Image.Image):
+    try:
+      image = _grey_or_rgb(image)
+    except ValueError as error:
+      raise ValueError(f"{name}: {error}; convert it to 'L' or 'RGB'") from None
+    found = len(image.getbands())
+  elif image.dtype != np.uint8 or image.ndim != 3:
     raise ValueError(
-      f'{name}: images must be uint8 [height, width, channels], got '
-      f'{image.dtype} {image.shape}'
+      f'{name}: images must be uint8 [height, width, channels] or Pillow '
+      f'images, got {image.dtype} {image.shape}'
     )
-  if image.shape[-1] == channels:
+  else:
+    found = image.shape[-1]
+  if found == channels:
     return image
-  if image.shape[-1] == 1:
+  if found == 1:
+    if isinstance(image, Image.Image):
+      return image.convert('RGB')
     return np.repeat(image, channels, axis=-1)
   raise ValueError(
-    f'{name}: the image has {image.shape[-1]} channels, expected '
-    f'config.data.channels={channels}; set it to {image.shape[-1]} (1 and 3 '
+    f'{name}: the image has {found} channels, expected '
+    f'config.data.channels={channels}; set it to {found} (1 and 3 '
     'are possible), and config.augment.mean and std likewise'
   )
 
 
+def as_array(image: np.ndarray | Image.Image) -> np.ndarray:
+  """`[height, width, channels]` uint8 of an array or a Pillow image."""
+  pixels = np.asarray(image)
+  return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
 def center_crop(
-  image: np.ndarray, size: int, *, share: float = 1.0
+  image: np.ndarray | Image.Image, size: int, *, share: float = 1.0
 ) -> np.ndarray:
   """The middle square, `share` of the shorter side wide, at `size` x `size`.
 
   Returns:
     `[size, size, channels]` uint8.
   """
-  height, width = image.shape[:2]
-  side = share * min(height, width)
-  if (height, width) == (size, size) and share == 1:
-    return image
-  top, left = (height - side) / 2, (width - side) / 2
-  return _resize(image, size, (top, left, side, side))
+  picture = _as_picture(image)
+  side = share * min(picture.size)
+  if picture.size == (size, size) and share == 1:
+    return as_array(image)
+  top, left = (picture.height - side) / 2, (picture.width - side) / 2
+  return _resize(picture, size, (top, left, side, side))
 
 
 def random_crops(
-  image: np.ndarray,
+  image: np.ndarray | Image.Image,
   size: int,
   *,
   count: int,
@@ -109,7 +141,7 @@ def random_crops(
   For images that are too large, or too different in size, to be kept whole.
 
   Args:
-    image: `[height, width, channels]` uint8.
+    image: uint8 `[height, width, channels]`, or a Pillow image.
     size: of the crops, pixels.
     count: number of crops.
     crop_area: range of the share of the area.
@@ -119,11 +151,12 @@ def random_crops(
   Returns:
     `[count, size, size, channels]` uint8.
   """
+  picture = _as_picture(image)
   boxes = [
-    _random_box(*image.shape[:2], crop_area, crop_aspect, rng)
+    _random_box(picture.height, picture.width, crop_area, crop_aspect, rng)
     for _ in range(count)
   ]
-  return np.stack([_resize(image, size, box) for box in boxes])
+  return np.stack([_resize(picture, size, box) for box in boxes])
 
 
 def _random_box(height, width, area_range, aspect_range, rng):
@@ -146,20 +179,23 @@ def _random_box(height, width, area_range, aspect_range, rng):
   return top, left, box_height, box_width
 
 
-def _resize(image, size, box):
+def _as_picture(image):
+  if isinstance(image, Image.Image):
+    return image
+  return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def _resize(picture, size, box):
   top, left, height, width = box
   # Rounding must not put the box a hair outside, which Pillow refuses.
-  right = min(left + width, image.shape[1])
-  bottom = min(top + height, image.shape[0])
-  grey = image.shape[-1] == 1
-  picture = Image.fromarray(image[..., 0] if grey else image)
-  picture = picture.resize(
+  right = min(left + width, picture.width)
+  bottom = min(top + height, picture.height)
+  resized = picture.resize(
     (size, size),
     Image.Resampling.BILINEAR,
     box=(max(left, 0.0), max(top, 0.0), right, bottom),
   )
-  pixels = np.asarray(picture)
-  return pixels[..., None] if grey else pixels
+  return as_array(resized)
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]], *, scale: int = 1):

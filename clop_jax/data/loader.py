@@ -309,8 +309,8 @@ def _grain_batches(examples, batch_size, num_workers, prefetch):
   dataset = grain.MapDataset.source(examples).batch(batch_size)
   threads = grain.ReadOptions(
     # With workers each batch is one process's work.
-    num_threads=1 if num_workers else prefetch,
-    prefetch_buffer_size=prefetch,
+    num_threads=0 if num_workers else prefetch,
+    prefetch_buffer_size=0 if num_workers else prefetch,
   )
   iterator = dataset.to_iter_dataset(threads)
   if num_workers:

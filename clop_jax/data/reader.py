@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+from PIL import Image
 
 from clop_jax.data import images
 from clop_jax.data import sources
@@ -90,6 +91,8 @@ class Reader:
     image, position = self._read(index)
     if self._size is not None:
       image = images.center_crop(image, self._size, share=self._share)
+    else:
+      image = images.as_array(image)
     if self.shape is not None and image.shape != self.shape:
       raise ValueError(
         f'images must all have one shape, got {self.shape} at index 0 and '
@@ -99,19 +102,23 @@ class Reader:
     return image, position
 
   def _read(self, index):
-    """The image `[height, width, channels]`, and whose it is."""
+    """The image, an array or Pillow's, and whose it is."""
     for offset in range(len(self)):
       position = (index + offset) % len(self)
       try:
-        image = np.asarray(self._source[position]['image'])
+        image = self._source[position]['image']
       except images.CorruptImageError as error:
         if not self._skip_corrupt:
           raise
         self._report(position, error)
         continue
+      # Pillow's own images are kept as they are: an array costs a copy there
+      # and another one back, a fifth of what decoding takes.
+      if not isinstance(image, Image.Image):
+        image = np.asarray(image)
       name = sources.name_of(self._source, position)
       fitted = images.to_channels(image, self._channels, name)
-      if self._tells_grey and image.shape[-1] != self._channels:
+      if self._tells_grey and images.is_grey(image):
         self._tells_grey = False
         print(
           f'note: grey images ({name}, ...) are repeated over 3 channels',

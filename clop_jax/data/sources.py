@@ -1,7 +1,8 @@
 """Random-access sources of labelled images, by name.
 
 A source is any object with `__len__` and `__getitem__(i)` that gives
-`{'image': uint8 [height, width, channels], 'label': int}`, -1 for unlabelled.
+`{'image': ..., 'label': int}`: the image uint8 `[height, width, channels]` or a
+Pillow image, the label -1 for unlabelled.
 Three attributes are used where it has them: `labels` (`[n]` integers; spares
 reading every image to learn its label), `num_classes`, and `name_of(i)` (what
 an error calls an example: its file).
@@ -27,7 +28,7 @@ class Source(Protocol):
     """Number of examples."""
 
   def __getitem__(self, index: int) -> dict:
-    """`{'image': uint8 [height, width, channels], 'label': int}`."""
+    """`{"image": an array or a Pillow image (above), "label": int}`."""
 
 
 def load(

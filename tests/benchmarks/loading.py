@@ -11,6 +11,7 @@ python -m tests.benchmarks.loading [resident] [jpeg] [memory]
 Times are taken in turns A B A B; machines are noisy, so trust the ratio.
 """
 
+import collections
 import contextlib
 import multiprocessing
 import os
@@ -164,29 +165,31 @@ def jpeg():
   with tempfile.TemporaryDirectory() as root:
     source = make_jpegs(root, 4000)
     data = make_stream(source)
-    warm = 4 * PROCESSES  # past what was read ahead while workers started
+    # Past what was read ahead while workers started, and short of the end, when
+    # some have nothing left to do.
+    warm = 4 * PROCESSES
+    total = batches + 2 * warm
+
+    def rate(stream):
+      for position, batch in enumerate(stream):
+        jax.block_until_ready(batch)
+        if position == warm - 1:
+          began = time.perf_counter()
+        if position == warm + batches - 1:
+          return batches * BATCH / (time.perf_counter() - began)
+
     ours, theirs = [], []
     pool = multiprocessing.get_context('spawn').Pool(PROCESSES)
     with pool:
       for turn in range(TURNS):
-        start = turn * (batches + warm)
-        chunks = [
-          range(start + i, start + i + 1) for i in range(batches + warm)
-        ]
+        steps = range(turn * total, (turn + 1) * total)
+        chunks = [range(step, step + 1) for step in steps]
         with contextlib.closing(data.batches(chunks)) as stream:
-          for position, batch in enumerate(stream):
-            jax.block_until_ready(batch)
-            if position == warm - 1:
-              began = time.perf_counter()
-        ours.append(batches * BATCH / (time.perf_counter() - began))
-        work = [
-          [source.paths[i] for i in data.indices(start + j)]
-          for j in range(batches + warm)
-        ]
-        for position, _ in enumerate(pool.imap(plain_pillow, work)):
-          if position == warm - 1:
-            began = time.perf_counter()
-        theirs.append(batches * BATCH / (time.perf_counter() - began))
+          ours.append(rate(stream))
+        work = [[source.paths[i] for i in data.indices(step)] for step in steps]
+        results = pool.imap(plain_pillow, work)
+        theirs.append(rate(results))
+        collections.deque(results, maxlen=0)  # none is left for the next turn
   a, b = statistics.median(ours), statistics.median(theirs)
   print(
     f'JPEG of 160-320 px to {SIZE} px, {PROCESSES} processes: streaming loader '
