@@ -286,12 +286,30 @@ def _crop_and_flip(
     planes = jnp.moveaxis(image, -1, 0)
     return jnp.where(flip, planes[..., ::-1], planes)
   top, left, box_height, box_width = box
-  rows = _resampling_weights(top, box_height, height, size)
   columns = _resampling_weights(left, box_width, width, size)
   # A third of the numbers that the picture has.
   columns = jnp.where(flip, columns[::-1], columns)
   product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-  return product('xw,ywc->cyx', columns, product('yh,hwc->ywc', rows, image))
+  if height <= size:
+    bands = _interpolate_rows(image, top, box_height, size)
+  else:
+    rows = _resampling_weights(top, box_height, height, size)
+    bands = product('yh,hwc->ywc', rows, image)
+  return product('xw,ywc->cyx', columns, bands)
+
+
+def _interpolate_rows(image, start, length, size):
+  """As `_resampling_weights` would, where nothing shrinks: of two rows each."""
+  centers = start + (jnp.arange(size) + 0.5) * (length / size) - 0.5
+  above = jnp.floor(centers)
+  share = (centers - above)[:, None, None]
+  last = image.shape[0] - 1
+
+  def rows(index):
+    index = jnp.clip(index.astype(jnp.int32), 0, last)
+    return image.at[index].get(mode='promise_in_bounds')
+
+  return (1 - share) * rows(above) + share * rows(above + 1)
 
 
 def _resampling_weights(start, length, source, size):
@@ -368,14 +386,14 @@ def _colour_jitter(
   zero = 0 * amounts[0]
   steps = jnp.zeros((num_blends * (2 if hue else 1), 3)) + zero
   steps, turn = lax.fori_loop(0, 4, place, (steps, zero))
-  for i in range(num_blends):
-    planes = _blend(planes, *steps[i])
+  planes = _blends(planes, steps[:num_blends])
   if hue:
-    planes = _turn_hue(planes, turn)
-    planes, _ = lax.scan(
-      lambda x, step: (_blend(x, *step), None), planes, steps[num_blends:]
-    )
+    planes = _blends(_turn_hue(planes, turn), steps[num_blends:])
   return planes
+
+
+def _blends(planes, steps):
+  return lax.scan(lambda x, step: (_blend(x, *step), None), planes, steps)[0]
 
 
 def _blend(planes, brightness, contrast, saturation):
@@ -411,9 +429,9 @@ def _turn_hue(planes, turn):
   )
   hue += 6 * turn
   hue -= 6 * jnp.floor(hue / 6)
-  shares = jnp.stack(
-    [jnp.abs(hue - 3) - 1, 2 - jnp.abs(hue - 2), 2 - jnp.abs(hue - 4)]
-  )
+  distance = jnp.abs(hue - jnp.array([3.0, 2.0, 4.0])[:, None, None])
+  first = (jnp.arange(3) == 0)[:, None, None]
+  shares = jnp.where(first, distance - 1, 2 - distance)
   turned = low + spread * jnp.clip(shares, 0.0, 1.0)
   # To the hue and back is not exact.
   return jnp.where(turn == 0, planes, turned)

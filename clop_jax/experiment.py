@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from clop_jax import defaults
 from clop_jax import loss
 from clop_jax import optimizer
 from clop_jax import parallel
@@ -294,6 +295,9 @@ def save_config(config: ml_collections.ConfigDict, workdir: str) -> None:
 def load_config(workdir: str) -> ml_collections.ConfigDict:
   """The config of a workdir.
 
+  Fields that this version of the code has and the workdir's did not get their
+  defaults, which train as before there was such a field.
+
   Raises:
     ValueError: if the folder is missing, or is not a workdir, or its config
       cannot be read.
@@ -311,10 +315,25 @@ def load_config(workdir: str) -> ml_collections.ConfigDict:
     )
   try:
     with open(path) as file:
-      # Dictionaries become groups by themselves; lists stay lists.
-      return ml_collections.ConfigDict(json.load(file)).lock()
+      saved = json.load(file)
   except json.JSONDecodeError as error:
     raise ValueError(f'{path} is not JSON ({error})') from error
+  if not isinstance(saved, dict):
+    raise ValueError(f'{path} is not a config: it holds {saved!r:.50}')
+  # Dictionaries become groups by themselves; lists stay lists.
+  return ml_collections.ConfigDict(
+    _completed(saved, to_json(defaults.get_config()))
+  ).lock()
+
+
+def _completed(saved, default):
+  """The saved fields, and those of the defaults that are missing there."""
+  fields = default | saved
+  for name, value in saved.items():
+    # What a source's options may be is the source's own matter.
+    if isinstance(value, dict) and name in default and name != 'options':
+      fields[name] = _completed(value, default[name])
+  return fields
 
 
 def _differences(old, new, prefix=''):

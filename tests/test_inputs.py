@@ -1,11 +1,14 @@
 """From a config to batches, and whole trainings on them."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
+from clop_jax import evaluate
 from clop_jax import inputs
 from clop_jax import parallel
 from clop_jax import train
@@ -13,6 +16,7 @@ from clop_jax.data import arrays
 from clop_jax.data import loader
 from clop_jax.data import sources
 from tests import small
+from tests.test_commands import call
 
 GLYPHS = small.ROOT.parent / 'shared' / 'data' / 'glyphs100.npz'
 
@@ -119,3 +123,122 @@ def test_fifty_thousand_glyphs_train_from_the_npz(tmp_path, monkeypatch):
   assert all(np.isfinite(entry['loss']) for entry in log)
   labels = np.load(tmp_path / 'glyphs' / 'labels.npz')['labels']
   np.testing.assert_array_equal(np.bincount(labels[labels >= 0]), [50] * 100)
+
+
+def striped(rng, label, side=20):
+  """Noise with a bright band where the class has it."""
+  pixels = rng.integers(0, 100, size=(side, side + 4, 3))
+  pixels[4 * label : 4 * label + 4] += 150
+  return pixels.astype(np.uint8)
+
+
+def make_folder(root, *, train=24, test=8, classes=4):
+  rng = np.random.default_rng(0)
+  for split, count in (('train', train), ('test', test)):
+    for index in range(count):
+      label = index % classes
+      folder = root / split / f'class{label}'
+      folder.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(striped(rng, label)).save(folder / f'{index:02}.png')
+  return root
+
+
+def folder_config(root, **changes):
+  options = {
+    'data__name': 'folder',
+    'data__num_classes': 0,
+    'data__channels': 3,
+    'data__label_fraction': 1.0,
+    'augment__mean': (0.4,) * 3,
+    'augment__std': (0.3,) * 3,
+    'train__batch_size': 8,
+    'train__num_epochs': 1,
+    'train__log_every_steps': 1,
+    'eval__batch_size': 16,
+  }
+  return small.digits_config(str(root), **(options | changes))
+
+
+def test_a_run_on_crops_of_the_host_trains_resumes_and_is_evaluated(tmp_path):
+  config = folder_config(
+    make_folder(tmp_path / 'data'),
+    data__host_crops=True,
+    data__num_workers=0,
+    train__num_epochs=2,
+  )
+  log = train_on(config, tmp_path / 'run')
+  assert [entry['step'] for entry in log] == [1, 2, 3, 4, 5, 6]
+  # What was cut out depends on the step alone: a part is made again equal.
+  shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '6')
+  assert train_on(config, tmp_path / 'run') == log
+  result, arrays = evaluate.evaluate(
+    str(tmp_path / 'run'), devices=jax.devices()[:1]
+  )
+  # Images of 20 x 24 pixels were brought to the view's size.
+  assert result['num_train'] == 24 and result['num_test'] == 8
+  assert np.isfinite(arrays['embeddings']).all()
+  assert 0 <= result['knn_top1'] <= 1
+
+
+def test_a_run_on_sources_of_ones_own_is_evaluated_on_them(tmp_path):
+  rng = np.random.default_rng(0)
+
+  def own(count):
+    labels = np.arange(count) % 4
+    return [
+      {'image': striped(rng, label), 'label': int(label)} for label in labels
+    ]
+
+  config = folder_config(
+    tmp_path, data__image_size=8, train__num_epochs=8
+  ).unlock()
+  config.data.num_classes = 4
+  workdir = tmp_path / 'run'
+  device = jax.devices()[:1]
+  train.train(config.lock(), str(workdir), source=own(40), devices=device)
+  test = own(20)
+  test[3] |= {'label': -1}
+  result, arrays = evaluate.evaluate(
+    str(workdir), given={'train': own(40), 'test': test}, devices=device
+  )
+  assert (result['num_train'], result['num_test']) == (40, 19)
+  expected = [entry['label'] for entry in test if entry['label'] >= 0]
+  np.testing.assert_array_equal(arrays['labels'], expected)
+  # The band's place is plain to see, also for a network of eight epochs.
+  assert result['linear_top1'] > 0.5
+  with pytest.raises(ValueError, match='no labelled example to evaluate'):
+    unlabelled = sources.Unlabelled(test)
+    evaluate.evaluate(str(workdir), given={'train': test, 'test': unlabelled})
+
+
+def test_a_corrupt_image_stops_the_command_unless_it_may_be_skipped(tmp_path):
+  root = make_folder(tmp_path / 'data', train=16)
+  broken = root / 'train' / 'class1' / '05.png'
+  broken.write_bytes(broken.read_bytes()[:60])
+  arguments = [
+    f'--config={small.ROOT}/configs/folder.py',
+    f'--config.data.data_dir={root}',
+    '--config.data.image_size=8',
+    '--config.augment.size=8',
+    '--config.model.depth=8',
+    '--config.train.batch_size=8',
+    '--config.train.num_epochs=1',
+  ]
+  workdir = tmp_path / 'run'
+  result = call('clop_jax.train', *arguments, f'--workdir={workdir}')
+  assert result.returncode == 1
+  (line,) = result.stderr.splitlines()
+  assert line.startswith(f'error: {broken} cannot be decoded as an image (')
+  assert 'set config.data.skip_corrupt=True' in line
+  assert not workdir.exists()
+  result = call(
+    'clop_jax.train',
+    *arguments,
+    f'--workdir={workdir}',
+    '--config.data.skip_corrupt=True',
+  )
+  assert result.returncode == 0, result.stderr
+  (line,) = result.stderr.splitlines()
+  assert line.startswith(f'warning: {broken} cannot be decoded')
+  assert line.endswith('the next one takes its place')
+  assert (workdir / 'checkpoints' / '2').is_dir()

@@ -310,11 +310,6 @@ def test_apply_puts_policies_one_after_the_other(policies, per_class):
       r"class_fractions='0:0.5,1:0.5' and unlabelled_classes=\(2, 1\) both "
       'name class 1; leave it out of one of them',
     ),
-    (
-      np.array([0, 1, -1, 3]),
-      {'unlabelled_classes': (2,)},
-      'unlabelled_classes must name classes that have labels, got 2',
-    ),
     (BALANCED, {'class_fractions': '1:nan'}, 'got nan for class 1'),
     (BALANCED, {'label_noise': 1.5}, r'label_noise must be in \[0, 1\]'),
     (BALANCED, {'class_fractions': '1:1.5'}, 'got 1.5 for class 1'),
@@ -566,18 +561,21 @@ def test_apply_keeps_the_rounded_share_of_every_class(
       'example has; leave it out',
     ),
     (
-      lambda x: labels_lib.drop_classes(x, (0, 2)),
-      'unlabelled_classes must name classes that have labels, got 2, ',
-    ),
-    (
-      lambda x: labels_lib.drop_classes(x, (-1,)),
-      'unlabelled_classes must name classes that have labels, got -1, ',
+      lambda x: labels_lib.keep_class_fractions(x, {-1: 0.5}, seed=0),
+      'class_fractions must name classes that have labels, got -1, ',
     ),
   ],
 )
 def test_class_that_no_example_has_is_named(policy, message):
   with pytest.raises(ValueError, match=message):
     policy(np.array([0, 1, -1, 3]))
+
+
+def test_a_class_that_nobody_has_labelled_may_be_named_unlabelled():
+  labels = np.array([0, 1, -1, 3])
+  np.testing.assert_array_equal(
+    apply(labels, unlabelled_classes=(2, 3)), [0, 1, -1, -1]
+  )
 
 
 def test_classes_may_be_named_where_nothing_is_labelled():

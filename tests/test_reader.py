@@ -58,8 +58,9 @@ def test_images_are_brought_to_one_size():
 
 
 def test_grey_images_are_repeated_over_three_channels_and_it_is_said_once(
-  capsys,
+  capsys, monkeypatch
 ):
+  monkeypatch.setattr(reader, '_noted_grey', set())
   data = source(100)
   data[0]['image'] = np.zeros((4, 6, 3), np.uint8)
   read = reader.Reader(data, np.zeros(100), channels=3)
@@ -68,7 +69,9 @@ def test_grey_images_are_repeated_over_three_channels_and_it_is_said_once(
   )
   output = capsys.readouterr().out
   assert output.count('note: grey images (file 3, ...) are repeated') == 1
-  # Not again by every worker.
+  # Not again by another reader, nor by every worker.
+  reader.Reader(data, np.zeros(100), channels=3)
+  monkeypatch.setattr(reader, '_noted_grey', set())
   pickle.loads(pickle.dumps(read)).example(0, 5)
   assert not capsys.readouterr().out
 

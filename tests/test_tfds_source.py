@@ -1,12 +1,15 @@
 """Data sets of TFDS: builders, preparing, reading without TensorFlow."""
 
 import errno
+import functools
+import http.server
 import io
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import ClassVar
 import zipfile
@@ -409,3 +412,29 @@ def test_an_unreadable_zip_is_named_with_the_way_out(tmp_path):
   make_zip(path)
   assert len(sources.load('tiny_imagenet', 'train', str(tmp_path))) == 9
   assert tiny_imagenet.TinyImagenet.VERSION == '1.0.0'
+
+
+def test_the_zip_is_downloaded_where_it_is_not_given(tmp_path, monkeypatch):
+  (tmp_path / 'site').mkdir()
+  make_zip(tmp_path / 'site' / 'tiny-imagenet-200.zip')
+  handler = functools.partial(
+    http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'site'
+  )
+  monkeypatch.setattr(handler.func, 'log_message', lambda *_: None)
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+  thread = threading.Thread(target=server.serve_forever)
+  thread.start()
+  address = f'http://127.0.0.1:{server.server_port}/tiny-imagenet-200.zip'
+  try:
+    monkeypatch.setattr(tiny_imagenet, '_URL', address + '.gone')
+    with pytest.raises(
+      ValueError, match=r'cannot be prepared .*once the cause'
+    ):
+      sources.load('tiny_imagenet', 'train', str(tmp_path / 'data'))
+    monkeypatch.setattr(tiny_imagenet, '_URL', address)
+    data = sources.load('tiny_imagenet', 'train', str(tmp_path / 'data'))
+  finally:
+    server.shutdown()
+    thread.join()
+    server.server_close()
+  assert len(data) == 9

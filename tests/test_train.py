@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from clop_jax import checkpoint
+from clop_jax import defaults
 from clop_jax import evaluate
 from clop_jax import experiment
 from clop_jax import parallel
@@ -238,6 +239,27 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(copy):
   with pytest.raises(ValueError, match=message):
     run(config, workdir)
   assert sorted(os.listdir(workdir)) == before
+
+
+def test_fields_that_are_newer_than_a_workdir_get_their_defaults(copy):
+  config, workdir = copy
+  path = workdir / 'config.json'
+  saved = json.loads(path.read_text())
+  del saved['data']['skip_corrupt'], saved['augment']['solarize_threshold']
+  del saved['eval']
+  path.write_text(json.dumps(saved))
+  loaded = experiment.load_config(str(workdir))
+  assert loaded.data.skip_corrupt is False
+  assert loaded.augment.solarize_threshold == 0.5
+  assert loaded.eval.batch_size == defaults.get_config().eval.batch_size
+  assert loaded.model.width_multiplier == 0.25  # its own
+  # And training goes on there: nothing that it trains with is different.
+  config = config.copy_and_resolve_references()
+  config.eval = defaults.get_config().eval
+  run(config, workdir)
+  path.write_text('[]')
+  with pytest.raises(ValueError, match='is not a config'):
+    experiment.load_config(str(workdir))
 
 
 def test_a_workdir_made_from_other_data_is_refused(copy):

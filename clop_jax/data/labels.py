@@ -79,12 +79,14 @@ def apply(
     _check_class('unlabelled_classes', label, num_classes)
   kept = drop_classes(labels, unlabelled_classes)
   before = counts(labels, num_classes)
-  empty = np.flatnonzero(before == 0)
+  # An open set has classes that nobody has labelled yet.
+  empty = np.setdiff1d(np.flatnonzero(before == 0), unlabelled_classes)
   if empty.size and before.any():
     raise ValueError(
       f'class {empty[0]} has no labelled example ({empty.size} of the '
-      f'{num_classes} classes have none); label some, or set data.num_classes '
-      'to the classes that there are'
+      f'{num_classes} classes have none); label some, name the classes that '
+      'are to have none in unlabelled_classes, or set data.num_classes to the '
+      'classes that there are'
     )
   tail = long_tail_fractions(num_classes, imbalance_factor)
   kept = _keep_shares(kept, tail, seed, _LONG_TAIL)
@@ -198,8 +200,19 @@ def keep_class_fractions(
       raise ValueError(
         f'class_fractions must be in [0, 1], got {fraction} for class {label}'
       )
-  _check_present('class_fractions', fractions, labels)
+  _check_present(fractions, labels)
   return _keep_shares(labels, fractions, seed, _CLASS_FRACTIONS)
+
+
+def _check_present(classes, labels):
+  present = {*np.unique(labels[labels != UNLABELLED]).tolist()}
+  for label in classes:
+    # -1 is in the labels and is no class.
+    if label < 0 or (present and label not in present):
+      raise ValueError(
+        f'class_fractions must name classes that have labels, got {label}, '
+        'which no example has; leave it out'
+      )
 
 
 def _keep_shares(labels, fractions, seed, purpose):
@@ -291,16 +304,11 @@ def drop_classes(labels: np.ndarray, classes: Sequence[int]) -> np.ndarray:
 
   Args:
     labels: `[n]` integers, -1 is unlabelled already.
-    classes: those that lose their labels.
+    classes: those that lose their labels, if they have any.
 
   Returns:
     `[n]` int32.
-
-  Raises:
-    ValueError: if no example has one of the classes (unless nothing is labelled
-      at all).
   """
-  _check_present('unlabelled_classes', classes, labels)
   dropped = np.isin(labels, list(classes))
   return np.where(dropped, UNLABELLED, labels).astype(np.int32)
 
@@ -310,17 +318,6 @@ def _check_class(name, label, num_classes):
     raise ValueError(
       f'{name} must name classes in [0, {num_classes}), got {label}'
     )
-
-
-def _check_present(name, classes, labels):
-  present = {*np.unique(labels[labels != UNLABELLED]).tolist()}
-  for label in classes:
-    # -1 is in the labels and is no class.
-    if label < 0 or (present and label not in present):
-      raise ValueError(
-        f'{name} must name classes that have labels, got {label}, which no '
-        'example has; leave it out'
-      )
 
 
 def add_noise(

@@ -8,6 +8,8 @@ from PIL import Image
 from clop_jax.data import images
 from clop_jax.data import sources
 
+_noted_grey = set()  # not empty once this process has said it
+
 
 class Reader:
   """A source's images at one shape, with the labels that training sees.
@@ -118,8 +120,8 @@ class Reader:
         image = np.asarray(image)
       name = sources.name_of(self._source, position)
       fitted = images.to_channels(image, self._channels, name)
-      if self._tells_grey and images.is_grey(image):
-        self._tells_grey = False
+      if self._tells_grey and not _noted_grey and images.is_grey(image):
+        _noted_grey.add(name)
         print(
           f'note: grey images ({name}, ...) are repeated over 3 channels',
           flush=True,

@@ -293,7 +293,13 @@ def _prepare(made, name, data_dir, progress):
       f'preparing {name} needs {_TENSORFLOW} ({error}). Then: '
       f'{_command(name, data_dir)}'
     ) from error
-  except (OSError, ValueError, AssertionError, RuntimeError) as error:
+  except (
+    tfds.download.DownloadError,
+    OSError,
+    ValueError,
+    AssertionError,
+    RuntimeError,
+  ) as error:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
       raise
     raise ValueError(
