@@ -140,7 +140,10 @@ def nt_xent_loss(
     block_size: rows of the similarity matrix that exist at one time. None makes
       it whole: memory grows with the square of the batch. A number makes it
       block by block, and each block's part of the gradient with it: memory
-      grows with the batch, the value is the same. (Reverse mode only.)
+      grows with the batch, the value is the same. With `axis_name` the rows are
+      as many fewer as the devices are more, so that a device never holds more
+      than its own rows times `block_size` numbers of the matrix. (Reverse mode
+      only.)
     axis_name: the mapped axis over which the batch is split, or None.
 
   Returns:
@@ -453,11 +456,15 @@ def _supervised_contrastive(
     column_labels = jnp.tile(_all_gather(labels, axis_name, axis=0), views)
   numbered = (row_ids, row_labels), (column_ids, column_labels)
   rows = rows / temperature
-  if block_size is None or block_size >= rows.shape[0]:
+  num_rows, num_columns = rows.shape[0], columns.shape[0]
+  if block_size is None or block_size >= num_columns:
     total, count = _anchor_sum(rows, columns, *numbered, variant)
   else:
+    # The columns are of all devices: with a fixed number of rows a block would
+    # grow with the number of devices.
+    rows_at_once = -(-block_size * num_rows // num_columns)
     total, count = _blocked_anchor_sum(
-      rows, columns, *numbered, variant, block_size
+      rows, columns, *numbered, variant, rows_at_once
     )
   return _mean(total, count, axis_name)
 
