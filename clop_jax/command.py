@@ -4,6 +4,7 @@ from collections.abc import Callable
 import errno
 import os
 import sys
+import time
 import traceback
 
 from absl import app
@@ -125,6 +126,10 @@ def _fail(message):
     f'error: {whose}{" ".join(message.split())}', file=sys.stderr, flush=True
   )
   if whose:
+    if parallel.is_main():
+      # The end of this process ends the others roughly; those that are about to
+      # say the same get the time to.
+      time.sleep(3)
     # Not by way of JAX's farewell, which waits for processes that may be dead.
     sys.stdout.flush()
     os._exit(1)

@@ -143,13 +143,14 @@ def replicate(mesh: Mesh, tree):
   Every process passes the same ones.
   """
   sharding = replicated(mesh)
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding)
 
+  # `device_put` is for the devices of this process.
   def place(x):
-    if sharding.is_fully_addressable or jax.dtypes.issubdtype(
-      x.dtype, jax.dtypes.prng_key
-    ):
-      return jax.device_put(x, sharding)
-    # `device_put` would compare the arrays of all processes, over the network.
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      data = place(np.asarray(jax.random.key_data(x)))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
   return jax.tree.map(place, tree)

@@ -83,56 +83,87 @@ def train(
   program.lower(longest)
   _check_best(config, program.metric_names(longest), total_steps, save_every)
 
-  with workdir_lib.claim(config, workdir, labels, true_labels):
-    with workdir_lib.open_checkpoints(config, workdir) as checkpoints:
-      state = checkpoints.restore_latest(target, warn=_warn)
-      if state is None:
-        shardings = jax.tree.map(lambda x: x.sharding, target)
-        state = jax.jit(run.create_state, out_shardings=shardings)()
-      start = int(state.step)
-      _print_summary(config, state, program(longest), mesh, total_steps)
-      _say(label_policy.summary(true_labels, labels, config.data.num_classes))
-      if start >= total_steps:
-        _say(f'step {start} of {total_steps}: already trained')
-        return
-      if start:
-        _say(f'going on from step {start} of {total_steps}')
-      log = metrics_log.Silent()
-      if parallel.is_main():
-        log = metrics_log.MetricsLog(
-          os.path.join(workdir, 'metrics.jsonl'),
-          start=start,
-          total_steps=total_steps,
-          batch_size=config.train.batch_size,
+  with (
+    workdir_lib.claim(config, workdir, labels, true_labels),
+    workdir_lib.open_checkpoints(config, workdir) as checkpoints,
+  ):
+    state = checkpoints.restore_latest(target, warn=_warn)
+    if state is None:
+      shardings = jax.tree.map(lambda x: x.sharding, target)
+      state = jax.jit(run.create_state, out_shardings=shardings)()
+    start = int(state.step)
+    _print_summary(config, state, program(longest), mesh, total_steps)
+    _say(label_policy.summary(true_labels, labels, config.data.num_classes))
+    if start >= total_steps:
+      _say(f'step {start} of {total_steps}: already trained')
+      return
+    if start:
+      _say(f'going on from step {start} of {total_steps}')
+    log = metrics_log.Silent()
+    if parallel.is_main():
+      log = metrics_log.MetricsLog(
+        os.path.join(workdir, 'metrics.jsonl'),
+        start=start,
+        total_steps=total_steps,
+        batch_size=config.train.batch_size,
+      )
+    chunks = _chunks(start, total_steps, chunk, (log_every, save_every))
+    batches = data.batches(chunks)
+    with log, contextlib.closing(batches):
+      _run(
+        program,
+        state,
+        data.resident,
+        zip(chunks, batches, strict=True),
+        key,
+        total_steps=total_steps,
+        log_every=log_every,
+        save_every=save_every,
+        log=log,
+        checkpoints=checkpoints,
+      )
+
+
+def _run(
+  program,
+  state,
+  resident,
+  chunks,
+  key,
+  *,
+  total_steps,
+  log_every,
+  save_every,
+  log,
+  checkpoints,
+):
+  """The steps of `chunks`, `(steps, batch)` each, logged and saved."""
+  losses, logged = [], []
+  with preemption.Notice() as notice:
+    for steps, batch in chunks:
+      state, metrics = program(len(steps))(state, resident, batch, key)
+      losses.append(metrics['loss'])
+      done = steps.stop
+      told = notice.reached(steps)
+      saves = done % save_every == 0 or done == total_steps or told
+      if done % log_every == 0 or saves:
+        # Only here does the host wait for the devices.
+        _check_finite(losses, done, checkpoints)
+        losses.clear()
+      if done % log_every == 0:
+        last = jax.tree.map(lambda x: x[-1], metrics)
+        logged.append(metrics_log.to_floats(last))
+        log.write(done, logged[-1])
+      if saves:
+        checkpoints.save(state, done, _means(logged))
+        logged.clear()
+      if told and done < total_steps:
+        checkpoints.wait()
+        raise preemption.Preempted(
+          f'told to end: saved step {done} of {total_steps}; the same command '
+          'goes on from there'
         )
-      chunks = _chunks(start, total_steps, chunk, (log_every, save_every))
-      losses, logged = [], []
-      batches = data.batches(chunks)
-      with log, contextlib.closing(batches), preemption.Notice() as notice:
-        for steps, batch in zip(chunks, batches, strict=True):
-          state, metrics = program(len(steps))(state, data.resident, batch, key)
-          losses.append(metrics['loss'])
-          done = steps.stop
-          told = notice.reached(steps)
-          saves = done % save_every == 0 or done == total_steps or told
-          if done % log_every == 0 or saves:
-            # Only here does the host wait for the devices.
-            _check_finite(losses, done, checkpoints)
-            losses.clear()
-          if done % log_every == 0:
-            last = jax.tree.map(lambda x: x[-1], metrics)
-            logged.append(metrics_log.to_floats(last))
-            log.write(done, logged[-1])
-          if saves:
-            checkpoints.save(state, done, _means(logged))
-            logged.clear()
-          if told and done < total_steps:
-            checkpoints.wait()
-            raise preemption.Preempted(
-              f'told to end: saved step {done} of {total_steps}; the same '
-              'command goes on from there'
-            )
-      checkpoints.wait()
+    checkpoints.wait()
 
 
 class _Program:
