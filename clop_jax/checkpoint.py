@@ -13,6 +13,7 @@ import functools
 import gc
 import math
 import os
+import re
 import sys
 
 from absl import logging
@@ -74,7 +75,7 @@ class Checkpoints:
     score = None
     if best_metric is not None:
       score = functools.partial(_score, best_metric, best_mode)
-      preserved.append(policies.BestN(score, n=1))
+      preserved.append(policies.BestN(get_metric_fn=score, n=1))
     self._has_best = best_metric is not None
     self._options = ocp.CheckpointManagerOptions(
       preservation_policy=(
@@ -121,20 +122,39 @@ class Checkpoints:
       OSError: if an earlier save failed, on a full disk for example.
     """
     checkpoint = {'state': state, 'checksum': _checksum(state)}
-    self._manager.save(
-      step,
-      args=ocp.args.StandardSave(checkpoint),
-      metrics=dict(metrics) if metrics else None,
-      force=True,
-    )
+    with self._os_errors():
+      self._manager.save(
+        step,
+        args=ocp.args.StandardSave(checkpoint),
+        metrics=dict(metrics) if metrics else None,
+        force=True,
+      )
 
   def wait(self) -> None:
-    """Returns when everything that `save` was given is on disk."""
-    self._manager.wait_until_finished()
+    """Returns when everything that `save` was given is on disk.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    with self._os_errors():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and lets go of the folder."""
-    self._manager.close()
+    with self._os_errors():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _os_errors(self):
+    """What the system refused is an OSError, which Orbax hides in its own."""
+    try:
+      yield
+    except ValueError as error:
+      code = re.search(r"os_error_code='(\d+)'", str(error))
+      if code is None:
+        raise
+      number = int(code.group(1))
+      raise OSError(number, os.strerror(number), self._directory) from error
 
   def restore(
     self, step: int, target: train_state.TrainState
@@ -204,7 +224,7 @@ class Checkpoints:
     )
 
   def _restore(self, step, target):
-    """`(state, None)` or `(None, what is wrong)`, the same for all processes."""
+    """`(state, None)` or `(None, what is wrong)`, alike on all processes."""
     scalar = jax.tree.leaves(target)[0].sharding
     wanted = {
       'state': target,

@@ -55,8 +55,9 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
 def _guarded(main):
   values = flags.FLAGS
   if not values['verbosity'].present:
-    # Orbax and TFDS tell of every file they touch; --verbosity=0 shows it.
-    logging.set_verbosity(logging.ERROR)
+    # Orbax and TFDS tell of every file they touch, and print the traceback of
+    # what they raise as well; --verbosity=0 shows it.
+    logging.set_verbosity(logging.FATAL)
   try:
     parallel.start(
       values.coordinator_address,
@@ -65,7 +66,7 @@ def _guarded(main):
       peer_timeout_seconds=values.peer_timeout_seconds,
     )
     main()
-  except preemption.Preempted as notice:
+  except preemption.PreemptionError as notice:
     if parallel.is_main():
       print(notice, flush=True)
     sys.exit(preemption.EXIT_CODE)

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 EXIT_CODE = 75
 
 
-class Preempted(Exception):
+class PreemptionError(Exception):
   """The run was told to end, and has saved; the same command goes on."""
 
 

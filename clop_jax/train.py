@@ -52,7 +52,7 @@ def train(
     ValueError: for a wrong config, data that do not fit it, a batch that the
       devices cannot share, or a workdir of another config or that another run
       is using; nothing has been written then.
-    preemption.Preempted: after SIGTERM, when the state has been saved.
+    preemption.PreemptionError: after SIGTERM, when the state has been saved.
     FloatingPointError: if the loss is not finite; names the step and the last
       checkpoint.
     checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
@@ -159,7 +159,7 @@ def _run(
         logged.clear()
       if told and done < total_steps:
         checkpoints.wait()
-        raise preemption.Preempted(
+        raise preemption.PreemptionError(
           f'told to end: saved step {done} of {total_steps}; the same command '
           'goes on from there'
         )
