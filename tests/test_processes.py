@@ -522,7 +522,9 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay_whole(
     flags.append('--config.train.keep_checkpoints=100')
     codes, _, errors = finish(start(flags))
     assert codes == [1], errors
-    (line,) = errors[0].splitlines()
+    lines = errors[0].splitlines()
+    assert len(lines) == 1, errors[0][:3000]
+    line = lines[0]
     assert line.startswith('error: ') and 'No space left on device' in line
     assert line.endswith('free some space and run the same command again')
     found = checkpoint.verify(str(workdir))
