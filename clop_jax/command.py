@@ -2,14 +2,19 @@
 
 from collections.abc import Callable
 import errno
+import os
 import sys
+import time
 import traceback
 
 from absl import app
 from absl import flags
 from absl import logging
+import jax
 
 from clop_jax import checkpoint
+from clop_jax import parallel
+from clop_jax import preemption
 
 # What a user can cause: wrong values, files and folders, a diverged run, a
 # damaged checkpoint. Anything else is our own fault and keeps its traceback.
@@ -22,7 +27,10 @@ _USER_ERRORS = (
 
 
 def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
-  """Parses the flags and calls `main`; a user's error is one line and exit 1.
+  """Parses the flags, joins the other processes if any, and calls `main`.
+
+  A user's error is one line and exit 1; a run that was told to end and saved
+  leaves with `preemption.EXIT_CODE`.
 
   Args:
     main: takes nothing; it reads the flags.
@@ -30,19 +38,51 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
   """
   define_flags()
   flags.DEFINE_bool('traceback', False, 'Print the traceback of an error.')
+  flags.DEFINE_string(
+    'coordinator_address', None, 'HOST:PORT of process 0 (several processes).'
+  )
+  flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
+  flags.DEFINE_integer('process_id', None, 'Which one this is, from 0.')
+  flags.DEFINE_integer(
+    'peer_timeout_seconds',
+    60,
+    'After so long without a sign a process counts as dead.',
+    lower_bound=1,
+  )
   app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
 def _guarded(main):
-  if not flags.FLAGS['verbosity'].present:
-    # Orbax and TFDS tell of every file they touch; --verbosity=0 shows it.
-    logging.set_verbosity(logging.ERROR)
+  values = flags.FLAGS
+  if not values['verbosity'].present:
+    # Orbax and TFDS tell of every file they touch, and print the traceback of
+    # what they raise as well; --verbosity=0 shows it.
+    logging.set_verbosity(logging.FATAL)
   try:
+    parallel.start(
+      values.coordinator_address,
+      values.num_processes,
+      values.process_id,
+      peer_timeout_seconds=values.peer_timeout_seconds,
+    )
     main()
-  except _USER_ERRORS as error:
-    if flags.FLAGS.traceback:
+  except preemption.PreemptionError as notice:
+    if parallel.is_main():
+      print(notice, flush=True)
+    sys.exit(preemption.EXIT_CODE)
+  except Exception as error:
+    if parallel.is_lost_peer(error):
+      message = (
+        'another process of this run has ended or cannot be reached '
+        f'({" ".join(str(error).split()):.200}); start all of them again: '
+        'training goes on from the last checkpoint'
+      )
+    elif isinstance(error, _USER_ERRORS):
+      message = str(error)
+    else:
+      raise
+    if values.traceback:
       traceback.print_exc()
-    message = str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
       message += '; free some space and run the same command again'
     _fail(message)
@@ -80,5 +120,18 @@ def _unknown_field(argv):
 
 
 def _fail(message):
-  print(f'error: {" ".join(message.split())}', file=sys.stderr)
+  whose = ''
+  if jax.distributed.is_initialized():
+    whose = f'process {jax.process_index()}: '
+  print(
+    f'error: {whose}{" ".join(message.split())}', file=sys.stderr, flush=True
+  )
+  if whose:
+    if parallel.is_main():
+      # The end of this process ends the others roughly; those that are about to
+      # say the same get the time to.
+      time.sleep(3)
+    # Not by way of JAX's farewell, which waits for processes that may be dead.
+    sys.stdout.flush()
+    os._exit(1)
   sys.exit(1)

@@ -119,7 +119,11 @@ def get_config() -> ml_collections.ConfigDict:
   train.steps_per_dispatch = 1
   train.log_every_steps = 10
   train.checkpoint_every_epochs = 5
-  train.keep_checkpoints = 3
+  train.keep_checkpoints = 3  # the newest ones
+  # The best checkpoint by this metric (as metrics.jsonl has it, its mean since
+  # the last checkpoint) is kept as well; None: none is.
+  train.keep_best = ml_collections.config_dict.placeholder(str)
+  train.keep_best_mode = 'max'  # max or min is better
 
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.batch_size = 512  # images over all devices

@@ -15,6 +15,7 @@ import os
 import sys
 
 from absl import flags
+from etils import epath
 import jax
 import numpy as np
 
@@ -28,6 +29,7 @@ from clop_jax import parallel
 from clop_jax import probe
 from clop_jax import report
 from clop_jax import train_state
+from clop_jax import workdir as workdir_lib
 from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
 from clop_jax.data import sources
@@ -40,6 +42,7 @@ def evaluate(
   workdir: str,
   *,
   given: dict[str, sources.Source] | None = None,
+  which: str = 'latest',
   devices=None,
 ) -> tuple[dict, dict]:
   """Restores a run and measures it by the protocol of `probe`.
@@ -51,7 +54,8 @@ def evaluate(
     workdir: of a run.
     given: examples of your own as 'train' and 'test', instead of those that the
       run's config names.
-    devices: default: all.
+    which: checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
+    devices: default: all, of all processes.
 
   Returns:
     `(result, arrays)`: what `eval.json` gets, and `embeddings`, `labels` and
@@ -61,7 +65,7 @@ def evaluate(
     ValueError: if the workdir is missing or holds no run or no checkpoint.
     checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
   """
-  config = experiment.load_config(workdir)
+  config = workdir_lib.load_config(workdir)
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.eval.batch_size, mesh)
   readers, labels = {}, {}
@@ -86,10 +90,10 @@ def evaluate(
   run = experiment.build(
     config, total_steps=config.train.num_epochs, steps_per_epoch=0
   )
-  state = _restore(workdir, run, mesh)
+  state = _restore(config, workdir, run, mesh, which)
 
   before = probe.fingerprint((state.params, state.batch_stats))
-  apply = _frozen(run, state, config.augment)
+  apply = _frozen(run, state, config.augment, mesh)
   features, embeddings = {}, {}
   for split, reader in readers.items():
     batches = loader.in_order(
@@ -134,7 +138,7 @@ def evaluate(
     'linear_held_out_top1': linear['held_out_top1'],
     'knn_top1': neighbours[config.eval.knn_neighbours[0]],
     **{f'knn{k}_top1': value for k, value in neighbours.items()},
-    **_collapse_measures(unit, labels['test'], state.prototypes),
+    **_collapse_measures(unit, labels['test'], np.asarray(state.prototypes)),
     'features_effective_rank': float(collapse.effective_rank(features['test'])),
     'features_within_between_ratio': float(
       collapse.within_between_ratio(
@@ -145,7 +149,7 @@ def evaluate(
     'num_train': len(labels['train']),
     'num_test': len(labels['test']),
     'seed': config.seed,
-    'config': experiment.to_json(config),
+    'config': workdir_lib.to_json(config),
     'commit': experiment.commit(),
     'versions': {x: importlib.metadata.version(x) for x in _LIBRARIES},
     'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
@@ -159,14 +163,18 @@ def evaluate(
   return result, arrays
 
 
-def _restore(workdir, run, mesh):
-  directory = os.path.join(workdir, 'checkpoints')
+def _restore(config, workdir, run, mesh, which):
+  directory = epath.Path(workdir) / checkpoint.FOLDER
   state = None
-  if os.path.isdir(directory):
-    with checkpoint.Checkpoints(directory, read_only=True) as checkpoints:
-      state = checkpoints.restore_latest(
-        experiment.abstract_state(run, mesh), warn=_warn
-      )
+  if directory.is_dir():
+    with workdir_lib.open_checkpoints(
+      config, workdir, read_only=True
+    ) as checkpoints:
+      target = experiment.abstract_state(run, mesh)
+      if which == 'latest':
+        state = checkpoints.restore_latest(target, warn=_warn)
+      else:
+        state = checkpoints.restore(_step(checkpoints, which), target)
   if state is None:
     raise ValueError(
       f'--workdir={workdir} holds no checkpoint yet; train first: python -m '
@@ -175,10 +183,28 @@ def _restore(workdir, run, mesh):
   return state
 
 
-def _frozen(run, state, recipe):
+def _step(checkpoints, which):
+  if which == 'best':
+    step = checkpoints.best_step()
+    if step is None:
+      raise ValueError(
+        "--checkpoint='best' needs a run that kept it: train with "
+        '--config.train.keep_best=METRIC'
+      )
+    return step
+  if not which.isdigit():
+    raise ValueError(
+      f"--checkpoint must be 'latest', 'best' or a step of "
+      f'{checkpoints.steps()}, got {which!r}'
+    )
+  return int(which)
+
+
+def _frozen(run, state, recipe, mesh):
   """Jitted: uint8 images to (features, embeddings), in evaluation mode."""
 
-  @jax.jit
+  # Whole on every device, so that every process has them.
+  @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
   def apply(params, batch_stats, images):
     x = augment.resize(augment.unit_range(images), recipe.size)
     x = augment.normalize(x, mean=recipe.mean, std=recipe.std)
@@ -218,12 +244,8 @@ def _collapse_measures(unit, labels, prototypes):
 
 
 def _write(workdir, result):
-  path = os.path.join(workdir, 'eval.json')
-  partial = f'{path}.partial'
-  with open(partial, 'w') as file:
-    json.dump(result, file, indent=2)
-    file.write('\n')
-  os.replace(partial, path)
+  text = json.dumps(result, indent=2) + '\n'
+  workdir_lib.write_whole(os.path.join(workdir, 'eval.json'), text.encode())
 
 
 def _draw(path, workdirs, results, arrays):
@@ -243,7 +265,8 @@ def _name(workdir):
 
 
 def _warn(message):
-  print(f'warning: {message}', file=sys.stderr, flush=True)
+  if parallel.is_main():
+    print(f'warning: {message}', file=sys.stderr, flush=True)
 
 
 def define_flags() -> None:
@@ -254,6 +277,9 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'figure', None, 'PNG that compares the runs (several workdirs).'
   )
+  flags.DEFINE_string(
+    'checkpoint', 'latest', 'latest, best (by train.keep_best) or a step.'
+  )
 
 
 def main() -> None:
@@ -262,15 +288,19 @@ def main() -> None:
   if not workdirs:
     raise ValueError('--workdir must name the folder of a run, got none')
   for workdir in workdirs:
-    experiment.load_config(workdir)  # complain before the first long work
+    workdir_lib.load_config(workdir)  # complain before the first long work
   results, arrays = [], []
   for workdir in workdirs:
-    result, run_arrays = evaluate(workdir)
-    _write(workdir, result)
+    result, run_arrays = evaluate(workdir, which=flags.FLAGS.checkpoint)
     results.append(result)
     arrays.append(run_arrays)
+    if not parallel.is_main():
+      continue
+    _write(workdir, result)
     path = os.path.join(workdir, 'figures', 'embeddings.png')
     _draw(path, [workdir], [result], [run_arrays])
+  if not parallel.is_main():
+    return
   print(report.table([_name(workdir) for workdir in workdirs], results))
   if figure:
     if any(len(a['labels']) != len(arrays[0]['labels']) for a in arrays):

@@ -6,7 +6,6 @@ meaning of every field. Nothing below it reads a config.
 
 import dataclasses
 import functools
-import json
 import os
 import subprocess
 from collections.abc import Callable
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from clop_jax import defaults
 from clop_jax import loss
 from clop_jax import optimizer
 from clop_jax import parallel
@@ -262,90 +260,6 @@ def abstract_state(experiment: Experiment, mesh) -> train_state.TrainState:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     jax.eval_shape(experiment.create_state),
   )
-
-
-def to_json(config: ml_collections.ConfigDict) -> dict:
-  """The config as JSON has it: tuples are lists."""
-  return json.loads(json.dumps(config.to_dict()))
-
-
-def save_config(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Writes `config.json`, or checks that the workdir's is the same.
-
-  Raises:
-    ValueError: if the workdir was made with another config, naming the fields.
-  """
-  path = os.path.join(workdir, 'config.json')
-  if os.path.exists(path):
-    differences = _differences(to_json(load_config(workdir)), to_json(config))
-    if differences:
-      raise ValueError(
-        f'--workdir={workdir} was made with another config: '
-        f'{"; ".join(differences)}. Use another --workdir, or the same config'
-      )
-    return
-  os.makedirs(workdir, exist_ok=True)
-  partial = f'{path}.partial'
-  with open(partial, 'w') as file:
-    json.dump(to_json(config), file, indent=2)
-    file.write('\n')
-  os.replace(partial, path)
-
-
-def load_config(workdir: str) -> ml_collections.ConfigDict:
-  """The config of a workdir.
-
-  Fields that this version of the code has and the workdir's did not get their
-  defaults, which train as before there was such a field.
-
-  Raises:
-    ValueError: if the folder is missing, or is not a workdir, or its config
-      cannot be read.
-  """
-  if not os.path.isdir(workdir):
-    raise ValueError(
-      f'--workdir={workdir} does not exist; train first: python -m '
-      f'clop_jax.train --config=configs/digits.py --workdir={workdir}'
-    )
-  path = os.path.join(workdir, 'config.json')
-  if not os.path.exists(path):
-    raise ValueError(
-      f'--workdir={workdir} holds no config.json, so it is not the workdir of '
-      'a run; it has: ' + (', '.join(sorted(os.listdir(workdir))) or 'nothing')
-    )
-  try:
-    with open(path) as file:
-      saved = json.load(file)
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{path} is not JSON ({error})') from error
-  if not isinstance(saved, dict):
-    raise ValueError(f'{path} is not a config: it holds {saved!r:.50}')
-  # Dictionaries become groups by themselves; lists stay lists.
-  return ml_collections.ConfigDict(
-    _completed(saved, to_json(defaults.get_config()))
-  ).lock()
-
-
-def _completed(saved, default):
-  """The saved fields, and those of the defaults that are missing there."""
-  fields = default | saved
-  for name, value in saved.items():
-    # What a source's options may be is the source's own matter.
-    if isinstance(value, dict) and name in default and name != 'options':
-      fields[name] = _completed(value, default[name])
-  return fields
-
-
-def _differences(old, new, prefix=''):
-  lines = []
-  for name in sorted({*old, *new}):
-    field = f'{prefix}{name}'
-    before, after = old.get(name, 'missing'), new.get(name, 'missing')
-    if isinstance(before, dict) and isinstance(after, dict):
-      lines += _differences(before, after, f'{field}.')
-    elif before != after:
-      lines.append(f'{field} is {before!r} there and {after!r} here')
-  return lines
 
 
 def commit() -> str | None:

@@ -5,8 +5,10 @@ The only file that knows how many devices there are. The mesh has one axis,
 """
 
 from collections.abc import Callable, Sequence
+import os
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -14,6 +16,99 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 DATA_AXIS = 'data'
+
+# What JAX says where there is no cluster that it knows.
+_NO_CLUSTER = 'coordinator_address should be defined'
+
+# Of what the layers below raise when another process has gone.
+_LOST = ('gloo', 'nccl', 'connection', 'heartbeat', 'coordination', 'socket')
+
+
+def start(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  *,
+  peer_timeout_seconds: int = 60,
+) -> None:
+  """Joins the processes of one run; call it before anything else of JAX.
+
+  Without arguments JAX looks for SLURM, a TPU pod (Cloud or GKE), Open MPI and
+  others, and where it finds none there is one process and nothing to do.
+
+  Args:
+    coordinator_address: `host:port` of process 0, the same for all.
+    num_processes: how many there are.
+    process_id: which one this is, from 0.
+    peer_timeout_seconds: after which a process that is not heard of counts as
+      dead, which ends the others.
+
+  Raises:
+    ValueError: if only some of the three are given, or make no sense.
+    RuntimeError: if the others do not come, or a cluster cannot be joined.
+  """
+  timeouts = {
+    'heartbeat_timeout_seconds': peer_timeout_seconds,
+    'shutdown_timeout_seconds': peer_timeout_seconds,
+  }
+  given = {
+    '--coordinator_address': coordinator_address,
+    '--num_processes': num_processes,
+    '--process_id': process_id,
+  }
+  missing = [name for name, value in given.items() if value is None]
+  if not missing:
+    if not 0 <= process_id < num_processes:
+      raise ValueError(
+        f'--process_id must be in [0, --num_processes={num_processes}), got '
+        f'{process_id}'
+      )
+    if num_processes > 1:
+      jax.distributed.initialize(
+        coordinator_address,
+        num_processes,
+        process_id,
+        cluster_detection_method='deactivate',
+        **timeouts,
+      )
+    return
+  if len(missing) < len(given):
+    raise ValueError(
+      f'{", ".join(given)} go together, got no {" and no ".join(missing)}; '
+      'give all three, or none of them on one process and where JAX finds '
+      'the cluster'
+    )
+  tasks = int(os.environ.get('SLURM_NTASKS', 0))
+  if tasks == 1:
+    return
+  devices = None
+  if tasks and tasks == int(os.environ.get('SLURM_STEP_NUM_NODES', 0)):
+    # One task a node: JAX would take one device a task, and leave the others
+    # of the node idle.
+    devices = list(range(int(os.environ.get('SLURM_GPUS_ON_NODE', 1))))
+  try:
+    jax.distributed.initialize(local_device_ids=devices, **timeouts)
+  except ValueError as error:
+    if _NO_CLUSTER not in str(error):
+      raise
+
+
+def is_main() -> bool:
+  """Whether this process is the one that writes and talks."""
+  return jax.process_index() == 0
+
+
+def all_agree(fine: bool) -> bool:
+  """Whether `fine` holds on every process; all wait for one another here."""
+  if jax.process_count() == 1:
+    return fine
+  return bool(multihost_utils.process_allgather(np.bool_(fine)).all())
+
+
+def is_lost_peer(error: Exception) -> bool:
+  """Whether an error can come from another process of the run that has gone."""
+  text = str(error).lower()
+  return jax.distributed.is_initialized() and any(x in text for x in _LOST)
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -43,8 +138,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(mesh: Mesh, tree):
-  """Puts a tree of arrays (or PRNG keys) whole on every device."""
-  return jax.device_put(tree, replicated(mesh))
+  """Puts a tree of arrays (or PRNG keys) whole on every device.
+
+  Every process passes the same ones.
+  """
+  sharding = replicated(mesh)
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding)
+
+  # `device_put` is for the devices of this process.
+  def place(x):
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      data = place(np.asarray(jax.random.key_data(x)))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+  return jax.tree.map(place, tree)
 
 
 def split(mesh: Mesh, *, axis: int = 0) -> NamedSharding:

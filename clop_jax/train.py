@@ -7,11 +7,9 @@ bit that of a run that was never stopped.
 """
 
 import contextlib
-import json
 import math
 import os
 import sys
-import time
 
 from absl import flags
 import jax
@@ -19,13 +17,15 @@ from jax import lax
 import ml_collections
 from ml_collections import config_flags
 import numpy as np
-import tqdm
 
 from clop_jax import checkpoint
 from clop_jax import command
 from clop_jax import experiment
 from clop_jax import inputs
+from clop_jax import metrics_log
 from clop_jax import parallel
+from clop_jax import preemption
+from clop_jax import workdir as workdir_lib
 from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
 from clop_jax.data import sources
@@ -43,15 +43,16 @@ def train(
   Args:
     config: see `defaults`.
     workdir: made if missing. Gets `config.json`, `labels.npz`,
-      `checkpoints/<step>/` and `metrics.jsonl`.
+      `checkpoints/<step>/` and `metrics.jsonl`. The same for all processes.
     source: training examples of your own, instead of those that `config.data`
       names; see `clop_jax.data.sources`.
     devices: default: all.
 
   Raises:
     ValueError: for a wrong config, data that do not fit it, a batch that the
-      devices cannot share, or a workdir of another config; nothing has been
-      written then.
+      devices cannot share, or a workdir of another config or that another run
+      is using; nothing has been written then.
+    preemption.PreemptionError: after SIGTERM, when the state has been saved.
     FloatingPointError: if the loss is not finite; names the step and the last
       checkpoint.
     checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
@@ -80,50 +81,88 @@ def train(
   chunks = _chunks(0, total_steps, chunk, (log_every, save_every))
   longest = max(len(steps) for steps in chunks)
   program.lower(longest)
+  _check_best(config, program.metric_names(longest), total_steps, save_every)
 
-  experiment.save_config(config, workdir)
-  _save_labels(os.path.join(workdir, 'labels.npz'), labels, true_labels)
-  with checkpoint.Checkpoints(
-    os.path.join(workdir, 'checkpoints'), keep=config.train.keep_checkpoints
-  ) as checkpoints:
+  with (
+    workdir_lib.claim(config, workdir, labels, true_labels),
+    workdir_lib.open_checkpoints(config, workdir) as checkpoints,
+  ):
     state = checkpoints.restore_latest(target, warn=_warn)
     if state is None:
       shardings = jax.tree.map(lambda x: x.sharding, target)
       state = jax.jit(run.create_state, out_shardings=shardings)()
     start = int(state.step)
     _print_summary(config, state, program(longest), mesh, total_steps)
-    print(
-      label_policy.summary(true_labels, labels, config.data.num_classes),
-      flush=True,
-    )
+    _say(label_policy.summary(true_labels, labels, config.data.num_classes))
     if start >= total_steps:
-      print(f'step {start} of {total_steps}: already trained')
+      _say(f'step {start} of {total_steps}: already trained')
       return
     if start:
-      print(f'going on from step {start} of {total_steps}')
-    logger = _MetricsLog(
-      os.path.join(workdir, 'metrics.jsonl'),
-      start=start,
-      total_steps=total_steps,
-      batch_size=config.train.batch_size,
-    )
+      _say(f'going on from step {start} of {total_steps}')
+    log = metrics_log.Silent()
+    if parallel.is_main():
+      log = metrics_log.MetricsLog(
+        os.path.join(workdir, 'metrics.jsonl'),
+        start=start,
+        total_steps=total_steps,
+        batch_size=config.train.batch_size,
+      )
     chunks = _chunks(start, total_steps, chunk, (log_every, save_every))
-    losses = []
     batches = data.batches(chunks)
-    with logger, contextlib.closing(batches):
-      for steps, batch in zip(chunks, batches, strict=True):
-        state, metrics = program(len(steps))(state, data.resident, batch, key)
-        losses.append(metrics['loss'])
-        done = steps.stop
-        saves = done % save_every == 0 or done == total_steps
-        if done % log_every == 0 or saves:
-          # Only here does the host wait for the devices.
-          _check_finite(losses, done, checkpoints)
-          losses.clear()
-        if done % log_every == 0:
-          logger.write(done, jax.tree.map(lambda x: x[-1], metrics))
-        if saves:
-          checkpoints.save(state, done)
+    with log, contextlib.closing(batches):
+      _run(
+        program,
+        state,
+        data.resident,
+        zip(chunks, batches, strict=True),
+        key,
+        total_steps=total_steps,
+        log_every=log_every,
+        save_every=save_every,
+        log=log,
+        checkpoints=checkpoints,
+      )
+
+
+def _run(
+  program,
+  state,
+  resident,
+  chunks,
+  key,
+  *,
+  total_steps,
+  log_every,
+  save_every,
+  log,
+  checkpoints,
+):
+  """The steps of `chunks`, `(steps, batch)` each, logged and saved."""
+  losses, logged = [], []
+  with preemption.Notice() as notice:
+    for steps, batch in chunks:
+      state, metrics = program(len(steps))(state, resident, batch, key)
+      losses.append(metrics['loss'])
+      done = steps.stop
+      told = notice.reached(steps)
+      saves = done % save_every == 0 or done == total_steps or told
+      if done % log_every == 0 or saves:
+        # Only here does the host wait for the devices.
+        _check_finite(losses, done, checkpoints)
+        losses.clear()
+      if done % log_every == 0:
+        last = jax.tree.map(lambda x: x[-1], metrics)
+        logged.append(metrics_log.to_floats(last))
+        log.write(done, logged[-1])
+      if saves:
+        checkpoints.save(state, done, _means(logged))
+        logged.clear()
+      if told and done < total_steps:
+        checkpoints.wait()
+        raise preemption.PreemptionError(
+          f'told to end: saved step {done} of {total_steps}; the same command '
+          'goes on from there'
+        )
     checkpoints.wait()
 
 
@@ -155,6 +194,11 @@ class _Program:
       self._lowered[count] = self._steps.lower(
         *self._arguments, structure, self._key
       )
+
+  def metric_names(self, count):
+    """What a lowered program reports."""
+    _, metrics = self._lowered[count].out_info
+    return sorted(metrics)
 
   def __call__(self, count):
     """`(state, resident, batches, key) -> (state, metrics)`, compiled."""
@@ -189,15 +233,34 @@ def _chunks(start, stop, size, boundaries):
   return chunks
 
 
-def _save_labels(path, labels, true_labels):
-  if not os.path.exists(path):
-    label_policy.save(path, labels, true_labels)
-  elif not np.array_equal(label_policy.load(path), labels):
+def _check_best(config, names, total_steps, save_every):
+  """Refuses to keep the best by what nothing is logged of."""
+  best, log_every = config.train.keep_best, config.train.log_every_steps
+  if config.train.keep_best_mode not in checkpoint.MODES:
     raise ValueError(
-      f'{path} was made from other data than config.data gives now '
-      f'({label_policy.load(path).size:,} examples there, {labels.size:,} '
-      'here); use another --workdir, or the same data'
+      'config.train.keep_best_mode must be one of '
+      f'{list(checkpoint.MODES)}, got {config.train.keep_best_mode!r}'
     )
+  if best is not None and best not in names:
+    raise ValueError(
+      f'config.train.keep_best must be one of {names}, or None; got {best!r}'
+    )
+  if best is not None and log_every > min(save_every, total_steps):
+    raise ValueError(
+      f'config.train.log_every_steps={log_every} logs nothing between two '
+      f'checkpoints ({save_every} steps), and config.train.keep_best={best!r} '
+      'goes by the log; lower log_every_steps'
+    )
+
+
+def _means(logged):
+  """Mean of each metric over the lines of the log since the last checkpoint."""
+  if not logged:
+    return {}
+  return {
+    name: float(np.mean([entry[name] for entry in logged]))
+    for name in logged[0]
+  }
 
 
 def _check_finite(losses, step, checkpoints):
@@ -216,93 +279,27 @@ def _check_finite(losses, step, checkpoints):
   )
 
 
-class _MetricsLog:
-  """`metrics.jsonl`, and the progress for a person to see."""
-
-  def __init__(self, path, *, start, total_steps, batch_size):
-    _drop_after(path, start)
-    self._file = open(path, 'a')  # noqa: SIM115 (closed by __exit__)
-    self._batch_size = batch_size
-    self._total_steps = total_steps
-    self._is_terminal = sys.stderr.isatty()
-    self._bar = tqdm.tqdm(
-      total=total_steps,
-      initial=start,
-      unit='step',
-      disable=not self._is_terminal,
-    )
-    self._start, self._began = start, time.monotonic()
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exception):
-    self._bar.close()
-    self._file.close()
-
-  def write(self, step, metrics):
-    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    # NaN is not JSON; a diagnostic may be NaN where the loss is not.
-    line = {'step': step} | {
-      k: v if math.isfinite(v) else None for k, v in sorted(values.items())
-    }
-    self._file.write(json.dumps(line) + '\n')
-    self._file.flush()
-    seconds = time.monotonic() - self._began
-    steps_per_second = (step - self._start) / seconds
-    images_per_second = steps_per_second * self._batch_size
-    shown = {
-      'loss': f'{values["loss"]:.4f}',
-      'clop': f'{values["clop_loss"]:.4f}',
-      'effective rank': f'{values["effective_rank"]:.1f}',
-      'images/s': f'{images_per_second:,.0f}',
-    }
-    if self._is_terminal:
-      self._bar.set_postfix(shown, refresh=False)
-      self._bar.update(step - self._bar.n)
-      return
-    left = (self._total_steps - step) / steps_per_second
-    parts = ', '.join(f'{name} {value}' for name, value in shown.items())
-    print(
-      f'step {step}/{self._total_steps}: {parts}, {left:.0f} s left', flush=True
-    )
-
-
-def _drop_after(path, step):
-  """Cuts the log back to `step`: what was logged later is trained again."""
-  if not os.path.exists(path):
-    return
-  kept = []
-  with open(path) as file:
-    for line in file:
-      try:
-        entry = json.loads(line)
-      except json.JSONDecodeError:
-        break  # a line that a kill cut short is the last one
-      if entry['step'] <= step:
-        kept.append(line)
-  partial = f'{path}.partial'
-  with open(partial, 'w') as file:
-    file.writelines(kept)
-  os.replace(partial, path)
-
-
 def _print_summary(config, state, compiled, mesh, total_steps):
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
   # The compiler counts one device's program, and a loop's body once.
   flops = (compiled.cost_analysis() or {}).get('flops', math.nan) * mesh.size
   device = mesh.devices.flat[0]
-  print(
+  _say(
     f'{config.data.name}: {parameters:,} parameters, {flops / 1e9:.2f} GFLOP a '
     f'step of {config.train.batch_size} images (two views each), '
     f'{total_steps:,} steps\n'
-    f'{mesh.size} device(s): {device.device_kind}; jax {jax.__version__}',
-    flush=True,
+    f'{mesh.size} device(s): {device.device_kind}; jax {jax.__version__}'
   )
 
 
+def _say(message):
+  if parallel.is_main():
+    print(message, flush=True)
+
+
 def _warn(message):
-  print(f'warning: {message}', file=sys.stderr, flush=True)
+  if parallel.is_main():
+    print(f'warning: {message}', file=sys.stderr, flush=True)
 
 
 def define_flags() -> None:

@@ -163,3 +163,97 @@ def test_the_checksum_sees_any_changed_entry_and_any_swap():
 def test_keep_below_one_is_refused(tmp_path):
   with pytest.raises(ValueError, match='keep must be at least 1, got 0'):
     checkpoint.Checkpoints(str(tmp_path), keep=0)
+
+
+def save_all(path, mesh, metrics, **options):
+  with checkpoint.Checkpoints(str(path), **options) as checkpoints:
+    for step, values in enumerate(metrics, 1):
+      checkpoints.save(make_state(step, mesh), step, values)
+    checkpoints.wait()
+    return checkpoints.steps(), checkpoints.best_step()
+
+
+@pytest.mark.parametrize(
+  ('mode', 'best'),
+  [('max', 2), ('min', 3)],
+)
+def test_the_best_is_kept_beside_the_newest(mode, best, tmp_path, mesh):
+  accuracies = [0.5, 0.9, 0.1, 0.4, 0.6]
+  metrics = [{'accuracy': value, 'loss': 1.0} for value in accuracies]
+  options = {'keep': 1, 'best_metric': 'accuracy', 'best_mode': mode}
+  assert save_all(tmp_path, mesh, metrics, **options) == ([best, 5], best)
+  # It is known again when the folder is opened again, and can be restored.
+  target = target_of(make_state(0, mesh), mesh)
+  with checkpoint.Checkpoints(
+    str(tmp_path), read_only=True, **options
+  ) as checkpoints:
+    assert checkpoints.best_step() == best
+    assert_equal(checkpoints.restore(best, target), make_state(best, mesh))
+    with pytest.raises(ValueError, match=r'no checkpoint of step 4 .*5\]'):
+      checkpoints.restore(4, target)
+
+
+def test_a_metric_that_is_missing_or_nan_is_never_the_best(tmp_path, mesh):
+  metrics = [{}, {'loss': 2.0}, {'loss': float('nan')}, None, {'loss': 3.0}]
+  steps, best = save_all(
+    tmp_path, mesh, metrics, keep=5, best_metric='loss', best_mode='min'
+  )
+  assert (steps, best) == ([1, 2, 3, 4, 5], 2)
+
+
+def test_without_a_metric_there_is_no_best(tmp_path, mesh):
+  assert save_all(tmp_path, mesh, [None, None]) == ([1, 2], None)
+  with pytest.raises(ValueError, match=r"one of \['max', 'min'\], got 'most'"):
+    checkpoint.Checkpoints(str(tmp_path), best_mode='most')
+
+
+def test_verify_tells_what_is_there_and_whether_it_is_whole(tmp_path, mesh):
+  folder = tmp_path / 'checkpoints'
+  metrics = [{'loss': 3.0}, {'loss': 2.0}, {'loss': 1.0}]
+  save_all(folder, mesh, metrics, keep=3, best_metric='loss')
+  found = checkpoint.verify(str(tmp_path))
+  assert [entry.step for entry in found] == [1, 2, 3]
+  assert [entry.fault for entry in found] == [None] * 3
+  assert [entry.metrics for entry in found] == metrics
+  flip_a_bit(data_files(folder / '2')[0])
+  truncate(data_files(folder / '3')[0])
+  before = sorted(os.listdir(folder))
+  first, second, third = checkpoint.verify(str(tmp_path))
+  assert first.fault is None
+  assert second.fault is not None and third.fault is not None
+  assert sorted(os.listdir(folder)) == before
+  with pytest.raises(ValueError, match='has no folder checkpoints'):
+    checkpoint.verify(str(folder))
+
+
+def test_verify_reads_on_one_device_what_eight_have_saved(tmp_path):
+  mesh = parallel.make_mesh()
+  save_all(tmp_path / 'checkpoints', mesh, [None])
+  (found,) = checkpoint.verify(str(tmp_path))
+  assert found.fault is None
+
+
+@pytest.mark.parametrize('devices', [1, 2, 4])
+def test_what_eight_devices_saved_is_restored_on_fewer(tmp_path, devices):
+  everything = parallel.make_mesh()
+  save_all(tmp_path, everything, [None])
+  few = parallel.make_mesh(jax.devices()[:devices])
+  state, warnings = restore(tmp_path, few)
+  assert not warnings
+  assert_equal(state, make_state(1, few))
+  assert state.params['w'].sharding == parallel.replicated(few)
+
+
+def test_a_remote_folder_goes_to_orbax_as_it_is(monkeypatch):
+  seen = []
+
+  class Manager:
+    def __init__(self, directory, options):
+      seen.append(directory)
+
+  monkeypatch.setattr(checkpoint.ocp, 'CheckpointManager', Manager)
+  for path in ('gs://bucket/run/checkpoints', 's3://bucket/checkpoints'):
+    checkpoint.Checkpoints(path)
+    assert seen.pop() == path
+  checkpoint.Checkpoints('runs/a')
+  assert seen.pop() == os.path.abspath('runs/a')

@@ -13,6 +13,7 @@ from clop_jax import evaluate
 from clop_jax import experiment
 from clop_jax import parallel
 from clop_jax import train
+from clop_jax import workdir as workdir_lib
 from clop_jax.data import labels as label_policy
 from tests import small
 
@@ -55,11 +56,16 @@ def copy(trained, tmp_path):
 def test_a_workdir_holds_what_the_design_says(trained):
   config, workdir = trained
   names = {path.name for path in workdir.iterdir()}
-  assert names == {'config.json', 'labels.npz', 'metrics.jsonl', 'checkpoints'}
+  assert names == {
+    'config.json',
+    'labels.npz',
+    'metrics.jsonl',
+    'checkpoints',
+  } | {'.lock'}
   steps = {path.name for path in (workdir / 'checkpoints').iterdir()}
   assert steps == {'5', '10'}
-  assert experiment.load_config(str(workdir)).to_dict() == (
-    experiment.to_json(config)
+  assert workdir_lib.load_config(str(workdir)).to_dict() == (
+    workdir_lib.to_json(config)
   )
   with np.load(workdir / 'labels.npz') as labels:
     assert labels['labels'].shape == (1438,)
@@ -248,7 +254,7 @@ def test_fields_that_are_newer_than_a_workdir_get_their_defaults(copy):
   del saved['data']['skip_corrupt'], saved['augment']['solarize_threshold']
   del saved['eval']
   path.write_text(json.dumps(saved))
-  loaded = experiment.load_config(str(workdir))
+  loaded = workdir_lib.load_config(str(workdir))
   assert loaded.data.skip_corrupt is False
   assert loaded.augment.solarize_threshold == 0.5
   assert loaded.eval.batch_size == defaults.get_config().eval.batch_size
@@ -259,14 +265,15 @@ def test_fields_that_are_newer_than_a_workdir_get_their_defaults(copy):
   run(config, workdir)
   path.write_text('[]')
   with pytest.raises(ValueError, match='is not a config'):
-    experiment.load_config(str(workdir))
+    workdir_lib.load_config(str(workdir))
 
 
 def test_a_workdir_made_from_other_data_is_refused(copy):
   config, workdir = copy
-  labels = label_policy.load(str(workdir / 'labels.npz'))
+  path = workdir / 'labels.npz'
+  labels = label_policy.unpack(path.read_bytes())
   labels[0] = 9 - labels[0]
-  label_policy.save(str(workdir / 'labels.npz'), labels)
+  path.write_bytes(label_policy.pack(labels, labels))
   with pytest.raises(ValueError, match=r'labels.npz was made from other data'):
     run(config, workdir)
 
@@ -300,7 +307,7 @@ def test_evaluation_needs_the_workdir_alone_and_freezes_the_backbone(
   result, arrays = evaluate.evaluate(str(workdir), devices=jax.devices()[ONE])
   assert result['protocol_version'] == 1
   assert result['step'] == 10
-  assert result['config'] == experiment.to_json(config)
+  assert result['config'] == workdir_lib.to_json(config)
   assert 0.5 < result['linear_top1'] <= 1
   assert result['linear_top1'] <= result['linear_top5'] <= 1
   assert result['knn_top1'] == result['knn20_top1'] > 0.5

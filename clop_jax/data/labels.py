@@ -5,7 +5,7 @@ alone: what happens to one class does not change what happens to another.
 """
 
 from collections.abc import Mapping, Sequence, Set
-import os
+import io
 
 import numpy as np
 
@@ -408,29 +408,27 @@ def summary(before: np.ndarray, after: np.ndarray, num_classes: int) -> str:
   return '\n'.join(lines)
 
 
-def save(
-  path: str, labels: np.ndarray, true_labels: np.ndarray | None = None
-) -> None:
-  """Writes the labels that training sees, whole or not at all.
+def pack(labels: np.ndarray, true_labels: np.ndarray) -> bytes:
+  """An npz file of the labels that training sees.
 
-  The file has `labels` (`[n]` int32, -1 is unlabelled), `labelled` (`[n]` bool)
-  and, if given, `true_labels`, in the order of the data set.
+  It has `labels` (`[n]` int32, -1 is unlabelled), `labelled` (`[n]` bool) and
+  `true_labels`, in the order of the data set.
 
   Args:
-    path: of the file, which is replaced if there is one.
     labels: `[n]` int32.
     true_labels: `[n]` labels as the data set has them.
   """
-  arrays = {'labels': labels, 'labelled': labels != UNLABELLED}
-  if true_labels is not None:
-    arrays['true_labels'] = true_labels
-  partial = f'{path}.partial'
-  with open(partial, 'wb') as file:
-    np.savez_compressed(file, **arrays)
-  os.replace(partial, path)
+  file = io.BytesIO()
+  np.savez_compressed(
+    file,
+    labels=labels,
+    labelled=labels != UNLABELLED,
+    true_labels=true_labels,
+  )
+  return file.getvalue()
 
 
-def load(path: str) -> np.ndarray:
-  """The labels that `save` wrote, `[n]` int32."""
-  with np.load(path) as arrays:
+def unpack(data: bytes) -> np.ndarray:
+  """The labels that training saw, `[n]` int32, from what `pack` made."""
+  with np.load(io.BytesIO(data)) as arrays:
     return arrays['labels']

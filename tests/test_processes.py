@@ -1,0 +1,533 @@
+"""Real processes over loopback: the same numbers, and nothing lost."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from clop_jax import checkpoint
+from clop_jax import evaluate
+from tests import small
+
+CONFIG = str(small.ROOT / 'configs' / 'digits.py')
+
+
+def free_port():
+  with socket.socket() as listener:
+    listener.bind(('127.0.0.1', 0))
+    return listener.getsockname()[1]
+
+
+def environment(devices):
+  # As the tests themselves: what is compiled once need not be fast.
+  names = small.environment(devices)
+  names['XLA_FLAGS'] += (
+    ' --xla_backend_optimization_level=0'
+    ' --xla_llvm_disable_expensive_passes=true'
+  )
+  return names
+
+
+def start(arguments, *, processes=1, devices=1, peer_timeout=60):
+  """Processes of one run, `python` with the arguments of each."""
+  address = f'127.0.0.1:{free_port()}'
+  started = []
+  for process_id in range(processes):
+    flags = []
+    if processes > 1:
+      flags = [
+        f'--coordinator_address={address}',
+        f'--num_processes={processes}',
+        f'--process_id={process_id}',
+        f'--peer_timeout_seconds={peer_timeout}',
+      ]
+    started.append(
+      subprocess.Popen(
+        [sys.executable, *arguments, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=small.ROOT,
+        env=environment(devices),
+      )
+    )
+  return started
+
+
+def finish(started, timeout=240):
+  """`(exit codes, outputs, errors)` of all, none of which is left behind."""
+  try:
+    results = [process.communicate(timeout=timeout) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  codes = [process.returncode for process in started]
+  return codes, [out for out, _ in results], [errors for _, errors in results]
+
+
+# --- the same numbers -------------------------------------------------------
+
+# Twenty steps of the real step; only the first quarter of each batch, which is
+# all on process 0, is labelled.
+_STEPS = """
+import sys
+from absl import flags
+import numpy as np
+import sklearn.datasets
+from clop_jax import command, parallel
+
+flags.DEFINE_string('digits_dir', None, '')
+flags.DEFINE_string('out', None, '')
+
+def main():
+  import jax
+  from clop_jax import experiment
+  from clop_jax.data import loader
+  from tests import small
+  config = small.digits_config(
+    flags.FLAGS.digits_dir,
+    train__batch_size=64,
+    loss__block_size=32,
+    optimizer__name='sgd',
+    optimizer__momentum=0.0,
+    optimizer__weight_decay=0.0,
+    optimizer__warmup_epochs=0.0,
+  )
+  mesh = parallel.make_mesh()
+  digits = sklearn.datasets.load_digits()
+  images = (15 * digits.images[:256, ..., None]).astype(np.uint8)
+  data = loader.ResidentLoader(
+    images, digits.target[:256], batch_size=64, seed=1, mesh=mesh
+  )
+  run = experiment.build(config, total_steps=1000, steps_per_epoch=4)
+  target = experiment.abstract_state(run, mesh)
+  shardings = jax.tree.map(lambda x: x.sharding, target)
+  state = jax.jit(run.create_state, out_shardings=shardings)()
+  key = parallel.replicate(mesh, experiment.training_key(config))
+
+  def step(state, resident, batch, key):
+    batch = loader.unpack(resident, jax.tree.map(lambda x: x[0], batch))
+    rows = batch['label'].shape[0]
+    first = jax.lax.axis_index('data') * rows
+    labelled = first + jax.numpy.arange(rows) < 16
+    batch['label'] = jax.numpy.where(labelled, batch['label'], -1)
+    return run.step(state, batch, key)
+
+  program = parallel.map_step(step, mesh, batch_axes=(None, None, 1, None))
+  begin = jax.device_get(state.params)
+  losses, norms, order = [], [], []
+  for i, batch in enumerate(data.batches([range(i, i + 1) for i in range(20)])):
+    if mesh.size > len(mesh.local_devices) and i == 0:
+      assert not batch['index'].is_fully_addressable
+    order.append([
+      [s.index[1].start or 0, np.asarray(s.data)[0].tolist()]
+      for s in batch['index'].addressable_shards
+    ])
+    state, metrics = program(state, data.resident, batch, key)
+    losses.append(float(metrics['loss']))
+    if i == 0:
+      one = jax.device_get(state.params)
+  # Plain SGD: the first update is the gradient times the rate.
+  rate = config.optimizer.learning_rate * 64 / 256
+  gradient = jax.tree.map(lambda a, b: (a - b) / rate, begin, one)
+  arrays = {'losses': losses, 'order': np.concatenate(
+    [np.concatenate([row for _, row in sorted(step)]) for step in order]
+  )}
+  for name, tree in (('gradient', gradient), ('params', state.params)):
+    leaves = jax.tree.leaves(jax.device_get(tree))
+    arrays[name] = np.concatenate([np.ravel(x) for x in leaves])
+  np.savez(f'{flags.FLAGS.out}.{jax.process_index()}.npz', **arrays)
+
+command.run(main, lambda: None)
+"""
+
+
+@pytest.fixture(scope='module')
+def single_device(digits_dir, tmp_path_factory):
+  """What one process with one device computes."""
+  out = tmp_path_factory.mktemp('steps') / 'one'
+  return run_steps(digits_dir, out, 1, 1)[0]
+
+
+def run_steps(digits_dir, out, processes, devices):
+  arguments = ['-c', _STEPS, f'--digits_dir={digits_dir}', f'--out={out}']
+  started = start(arguments, processes=processes, devices=devices)
+  codes, _, errors = finish(started)
+  assert codes == [0] * processes, errors
+  return [dict(np.load(f'{out}.{i}.npz')) for i in range(processes)]
+
+
+@pytest.mark.parametrize(('processes', 'devices'), [(1, 4), (2, 2), (4, 1)])
+def test_processes_and_devices_do_not_change_the_numbers(
+  processes, devices, single_device, digits_dir, tmp_path
+):
+  results = run_steps(digits_dir, tmp_path / 'out', processes, devices)
+  for result in results:
+    for name in ('losses', 'gradient', 'params'):
+      scale = abs(single_device[name]).max()
+      np.testing.assert_allclose(
+        result[name], single_device[name], rtol=1e-4, atol=1e-4 * scale
+      )
+  # It trains, so equal numbers are not those of nothing happening.
+  losses = single_device['losses']
+  assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+  # Row by row the processes have the batches of one device.
+  rows = [result['order'].reshape(20, -1) for result in results]
+  together = np.concatenate(rows, axis=1)
+  np.testing.assert_array_equal(
+    together, single_device['order'].reshape(20, -1)
+  )
+
+
+# --- nothing lost -----------------------------------------------------------
+
+
+def flags_of(digits_dir, workdir, epochs=6):
+  """A training of 5 steps an epoch, saved after each epoch."""
+  return [
+    '-m',
+    'clop_jax.train',
+    f'--config={CONFIG}',
+    f'--workdir={workdir}',
+    f'--config.data.data_dir={digits_dir}',
+    '--config.model.width_multiplier=0.25',
+    '--config.model.embedding_dim=16',
+    '--config.model.head_hidden_dim=16',
+    '--config.train.batch_size=256',
+    f'--config.train.num_epochs={epochs}',
+    '--config.train.log_every_steps=1',
+    '--config.train.checkpoint_every_epochs=1',
+    '--config.eval.probe_iterations=30',
+  ]
+
+
+def logged_step(workdir):
+  path = pathlib.Path(workdir, 'metrics.jsonl')
+  if not path.exists():
+    return 0
+  lines = path.read_text().splitlines()
+  return len(lines)
+
+
+def wait_until(condition, started, timeout=120):
+  deadline = time.monotonic() + timeout
+  while not condition():
+    ended = [p for p in started if p.poll() is not None]
+    assert not ended, ended[0].communicate()
+    assert time.monotonic() < deadline, 'it never came to that'
+    time.sleep(0.005)
+
+
+def final_arrays(workdir, step):
+  """Every array of the last checkpoint, by Orbax alone."""
+  with checkpoint.Checkpoints(
+    str(pathlib.Path(workdir, 'checkpoints')), read_only=True
+  ) as checkpoints:
+    assert checkpoints.steps()[-1] == step
+    restored, fault = checkpoints._read(
+      step,
+      checkpoint.ocp.args.StandardRestore(fallback_sharding=checkpoint._here()),
+    )
+  assert fault is None
+  return jax.tree.map(np.asarray, restored['state'])
+
+
+def assert_same_end(workdir, other, step):
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_arrays(workdir, step),
+    final_arrays(other, step),
+  )
+  logs = [
+    pathlib.Path(x, 'metrics.jsonl').read_text() for x in (workdir, other)
+  ]
+  assert logs[0] == logs[1]
+
+
+@pytest.fixture(scope='module')
+def unbroken(digits_dir, tmp_path_factory):
+  """One process, one device, never stopped: 30 steps."""
+  workdir = tmp_path_factory.mktemp('runs') / 'unbroken'
+  codes, _, errors = finish(start(flags_of(digits_dir, workdir)))
+  assert codes == [0], errors
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def unbroken_pair(digits_dir, tmp_path_factory):
+  """Two processes of two devices, never stopped: 30 steps."""
+  workdir = tmp_path_factory.mktemp('runs') / 'pair'
+  started = start(flags_of(digits_dir, workdir), processes=2, devices=2)
+  codes, outputs, errors = finish(started)
+  assert codes == [0, 0], errors
+  # Only one of them talks.
+  assert 'step 30/30: loss' in outputs[0]
+  assert 'step' not in outputs[1]
+  return workdir
+
+
+# A process that has imported everything and starts trainings by forking, which
+# spares each of them the imports; no thread of XLA's runs before the fork.
+_FORKING = """
+import os, random, shutil, signal, sys, time
+from absl import flags
+from clop_jax import train
+from tests import small
+import orbax.checkpoint, sklearn.linear_model, tensorflow_datasets
+from clop_jax.data import digits
+
+digits_dir, workdir, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
+config = small.digits_config(
+  digits_dir,
+  train__num_epochs=12,
+  train__log_every_steps=1,
+  train__keep_checkpoints=2,
+)
+rng = random.Random(0)
+
+def logged():
+  try:
+    with open(f'{workdir}/metrics.jsonl') as file:
+      return len(file.readlines())
+  except FileNotFoundError:
+    return 0
+
+def saving():
+  try:
+    return any('tmp' in x for x in os.listdir(f'{workdir}/checkpoints'))
+  except FileNotFoundError:
+    return False
+
+def child():
+  flags.FLAGS.mark_as_parsed()
+  try:
+    train.train(config, workdir)
+  except BaseException as error:
+    print(repr(error), flush=True)
+    os._exit(1)
+  os._exit(0)
+
+done = 0
+for kill in range(kills):
+  pid = os.fork()
+  if not pid:
+    child()
+  # Every other time while a checkpoint is being written.
+  target = min(59, done + rng.randrange(3, 7))
+  deadline = time.monotonic() + 120
+  while time.monotonic() < deadline:
+    if os.waitpid(pid, os.WNOHANG)[0]:
+      sys.exit(f'it ended by itself before kill {kill}')
+    if (kill % 2 and saving()) or (logged() >= target):
+      break
+    time.sleep(0.0005)
+  was_saving = saving()
+  os.kill(pid, signal.SIGKILL)
+  os.waitpid(pid, 0)
+  done = logged()
+  print(f'killed at {done} saving {was_saving}', flush=True)
+pid = os.fork()
+if not pid:
+  child()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_ten_kills_cost_nothing_but_time(digits_dir, tmp_path):
+  environ = environment(1)
+  command = [sys.executable, '-c', _FORKING, digits_dir]
+  for name, kills in (('never', 0), ('killed', 10)):
+    result = subprocess.run(
+      [*command, str(tmp_path / name), str(kills)],
+      capture_output=True,
+      text=True,
+      cwd=small.ROOT,
+      env=environ,
+      timeout=500,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+  killed = [x for x in result.stdout.splitlines() if x.startswith('killed')]
+  assert len(killed) == 10
+  # Some of them while a checkpoint was being written, some while none was.
+  assert {line.split()[-1] for line in killed} == {'True', 'False'}
+  assert_same_end(tmp_path / 'killed', tmp_path / 'never', 60)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+  digits_dir, unbroken, tmp_path
+):
+  flags = flags_of(digits_dir, tmp_path)
+  started = start(flags)
+  # In the middle of an epoch, where no checkpoint is due.
+  wait_until(lambda: logged_step(tmp_path) >= 7, started)
+  started[0].send_signal(signal.SIGTERM)
+  codes, outputs, errors = finish(started)
+  assert codes == [75], errors
+  assert not errors[0]
+  last = outputs[0].splitlines()[-1]
+  step = int(last.split('saved step ')[1].split()[0])
+  assert last.endswith('the same command goes on from there')
+  saved = checkpoint.verify(str(tmp_path))[-1]
+  assert (saved.step, saved.fault) == (step, None) and step < 30
+  codes, outputs, errors = finish(start(flags))
+  assert codes == [0], errors
+  assert f'going on from step {step} of 30' in outputs[0]
+  assert_same_end(tmp_path, unbroken, 30)
+
+
+def test_a_second_sigterm_ends_at_once_without_harm(
+  digits_dir, unbroken, tmp_path
+):
+  flags = flags_of(digits_dir, tmp_path)
+  started = start(flags)
+  wait_until(lambda: logged_step(tmp_path) >= 7, started)
+  started[0].send_signal(signal.SIGTERM)
+  began = time.monotonic()
+  while started[0].poll() is None and time.monotonic() - began < 20:
+    started[0].send_signal(signal.SIGTERM)
+    time.sleep(0.001)
+  codes, _, errors = finish(started)
+  assert codes == [75], errors
+  assert time.monotonic() - began < 10
+  # Whatever was being written, what is there is whole.
+  assert all(found.fault is None for found in checkpoint.verify(str(tmp_path)))
+  codes, _, errors = finish(start(flags))
+  assert codes == [0], errors
+  assert_same_end(tmp_path, unbroken, 30)
+
+
+def test_sigterm_to_one_of_two_stops_both_which_go_on_together(
+  digits_dir, unbroken_pair, tmp_path
+):
+  flags = flags_of(digits_dir, tmp_path)
+  started = start(flags, processes=2, devices=2)
+  wait_until(lambda: logged_step(tmp_path) >= 7, started)
+  began = time.monotonic()
+  started[1].send_signal(signal.SIGTERM)
+  codes, outputs, errors = finish(started)
+  assert codes == [75, 75], errors
+  assert time.monotonic() - began < 30
+  assert 'saved step' in outputs[0] and not outputs[1].strip().endswith('there')
+  codes, _, errors = finish(start(flags, processes=2, devices=2))
+  assert codes == [0, 0], errors
+  assert_same_end(tmp_path, unbroken_pair, 30)
+
+
+@pytest.mark.parametrize('dies', [0, 1])
+def test_a_peer_that_dies_ends_the_others_in_bounded_time(
+  dies, digits_dir, tmp_path
+):
+  flags = flags_of(digits_dir, tmp_path, epochs=1000)
+  started = start(flags, processes=2, peer_timeout=10)
+  wait_until(lambda: logged_step(tmp_path) >= 7, started)
+  began = time.monotonic()
+  started[dies].kill()
+  codes, _, errors = finish(started)
+  assert time.monotonic() - began < 40
+  survivor = 1 - dies
+  assert codes[dies] == -signal.SIGKILL
+  assert codes[survivor] not in (0, 75)
+  # JAX's own word where its service has gone with process 0, else ours.
+  assert (
+    'another process of this run has ended' in errors[survivor]
+    or 'another task died' in errors[survivor]
+  )
+  # What was saved before is whole.
+  found = checkpoint.verify(str(tmp_path))
+  assert found and all(entry.fault is None for entry in found)
+
+
+def test_two_processes_go_on_from_one_and_one_evaluates_what_two_saved(
+  digits_dir, unbroken, tmp_path
+):
+  flags = flags_of(digits_dir, tmp_path)
+  started = start(flags)
+  wait_until(lambda: logged_step(tmp_path) >= 7, started)
+  started[0].send_signal(signal.SIGTERM)
+  codes, _, errors = finish(started)
+  assert codes == [75], errors
+  started = start(flags, processes=2, devices=2)
+  codes, outputs, errors = finish(started)
+  assert codes == [0, 0], errors
+  assert 'going on from step' in outputs[0]
+  ours, theirs = final_arrays(tmp_path, 30), final_arrays(unbroken, 30)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02),
+    ours['params'],
+    theirs['params'],
+  )
+  one = jax.devices()[:1]
+  result, _ = evaluate.evaluate(str(tmp_path), devices=one)
+  assert result['step'] == 30 and result['knn_top1'] > 0.5
+  # And two processes evaluate together, with the same figures.
+  command = ['-m', 'clop_jax.evaluate', f'--workdir={tmp_path}']
+  codes, outputs, errors = finish(start(command, processes=2))
+  assert codes == [0, 0], errors
+  together = json.loads((tmp_path / 'eval.json').read_text())
+  assert together['knn_top1'] == pytest.approx(result['knn_top1'], abs=0.01)
+  assert together['parameters_sha256'] == result['parameters_sha256']
+  assert 'linear top-1' in outputs[0] and 'linear top-1' not in outputs[1]
+
+
+def test_the_second_run_in_a_workdir_is_refused(digits_dir, tmp_path):
+  flags = flags_of(digits_dir, tmp_path, epochs=1000)
+  first = start(flags)
+  wait_until(lambda: logged_step(tmp_path) >= 1, first)
+  codes, _, errors = finish(start(flags))
+  assert codes == [1]
+  (line,) = errors[0].splitlines()
+  assert f'--workdir={tmp_path} is in use by another run (process ' in line
+  assert f'process {first[0].pid} on ' in line
+  assert first[0].poll() is None
+  first[0].kill()
+  finish(first)
+  # A dead run's claim is free.
+  again = start(flags)
+  wait_until(lambda: logged_step(tmp_path) >= 6, again)
+  again[0].kill()
+  finish(again)
+
+
+def test_what_only_some_processes_are_told_is_refused(digits_dir, tmp_path):
+  flags = [*flags_of(digits_dir, tmp_path), '--num_processes=2']
+  codes, _, errors = finish(start(flags))
+  assert codes == [1]
+  (line,) = errors[0].splitlines()
+  assert 'got no --coordinator_address and no --process_id; give all' in line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root mounts a small disk')
+def test_a_full_disk_is_named_and_older_checkpoints_stay_whole(
+  digits_dir, tmp_path
+):
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  mounted = subprocess.run(
+    ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', str(disk)],
+    capture_output=True,
+  )
+  if mounted.returncode:
+    pytest.skip('this machine mounts no tmpfs')
+  try:
+    workdir = disk / 'run'
+    flags = flags_of(digits_dir, workdir, epochs=100)
+    flags.append('--config.train.keep_checkpoints=100')
+    codes, _, errors = finish(start(flags))
+    assert codes == [1], errors
+    lines = errors[0].splitlines()
+    assert len(lines) == 1, errors[0][:3000]
+    line = lines[0]
+    assert line.startswith('error: ') and 'No space left on device' in line
+    assert line.endswith('free some space and run the same command again')
+    found = checkpoint.verify(str(workdir))
+    assert found and all(entry.fault is None for entry in found)
+  finally:
+    subprocess.run(['umount', '-l', str(disk)], check=True)
