@@ -141,9 +141,10 @@ def nt_xent_loss(
       it whole: memory grows with the square of the batch. A number makes it
       block by block, and each block's part of the gradient with it: memory
       grows with the batch, the value is the same. With `axis_name` the rows are
-      as many fewer as the devices are more, so that a device never holds more
-      than its own rows times `block_size` numbers of the matrix. (Reverse mode
-      only.)
+      as many fewer as the devices are more (and at least one), so that a device
+      never holds more than its own rows times `block_size` numbers of the
+      matrix, if `block_size` is not below the devices. docs/scaling.md says how
+      to choose it for many devices. (Reverse mode only.)
     axis_name: the mapped axis over which the batch is split, or None.
 
   Returns:
@@ -461,8 +462,8 @@ def _supervised_contrastive(
     total, count = _anchor_sum(rows, columns, *numbered, variant)
   else:
     # The columns are of all devices: with a fixed number of rows a block would
-    # grow with the number of devices.
-    rows_at_once = -(-block_size * num_rows // num_columns)
+    # grow with the number of devices. Rounded down, to hold no more than said.
+    rows_at_once = max(1, block_size * num_rows // num_columns)
     total, count = _blocked_anchor_sum(
       rows, columns, *numbered, variant, rows_at_once
     )

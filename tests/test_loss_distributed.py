@@ -10,6 +10,7 @@ import pytest
 
 from clop_jax import loss
 from clop_jax import parallel
+from tests.benchmarks import scaling
 
 AXIS = parallel.DATA_AXIS
 DEVICES = 8
@@ -115,6 +116,80 @@ def test_a_global_array_under_plain_jit_gives_the_same():
   expected = jax.value_and_grad(loss_of('supcon out', None))(w, x, y)
   np.testing.assert_allclose(value, expected[0], rtol=1e-5)
   np.testing.assert_allclose(gradient, expected[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('name', 'devices', 'block_size'),
+  [
+    # 80 embeddings: none of the blocks fits a whole number of times.
+    *((name, n, 27) for name in ('out', 'in', None) for n in (1, 2, 4, 8)),
+    (None, 8, 3),  # less than a row for each device
+    (None, 8, 79),
+  ],
+)
+def test_blocks_of_odd_sizes_give_the_dense_loss_and_gradient(
+  name, devices, block_size
+):
+  rng = np.random.default_rng(1)
+  w = rng.normal(size=(4, DIM)).astype(np.float32)
+  x = rng.normal(size=(2, 40, 4)).astype(np.float32)
+  y = rng.integers(-1, 5, size=40).astype(np.int32)
+
+  def function(w, x, y, **keywords):
+    if name is None:
+      return loss.nt_xent_loss(jnp.tanh(x @ w), **keywords)
+    return loss.supcon_loss(jnp.tanh(x @ w), y, variant=name, **keywords)
+
+  expected = jax.value_and_grad(function)(w, x, y)
+  mapped = jax.jit(
+    jax.shard_map(
+      jax.value_and_grad(
+        functools.partial(function, block_size=block_size, axis_name=AXIS)
+      ),
+      mesh=parallel.make_mesh(jax.devices()[:devices]),
+      in_specs=(P(), P(None, AXIS), P(AXIS)),
+      out_specs=(P(), P()),
+      check_vma=True,
+    )
+  )
+  value, gradient = mapped(w, x, y)
+  np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+  scale = float(np.abs(expected[1]).max())
+  np.testing.assert_allclose(gradient, expected[1], atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize('labelled', [False, True])
+def test_with_more_devices_only_the_gathered_arrays_grow(labelled):
+  local_batch, dim, block_size = 40, 4, 110
+  local_rows = scaling.VIEWS * local_batch
+  temporaries, gathered = {}, {}
+  for devices in (2, 4, 8):
+    compiled = scaling.compile_loss(
+      devices,
+      local_batch * devices,
+      block_size,
+      labelled=labelled,
+      dim=dim,
+    )
+    text = compiled.as_text()
+    # The gathered arrays of this problem are smaller than a block.
+    largest = max(elements for elements, _ in scaling.array_sizes(text))
+    assert largest <= local_rows * block_size
+    assert largest > local_rows * block_size * 0.9  # the block itself
+    # All that is communicated stands outside the loop over blocks.
+    found = scaling.collectives(text)
+    assert all(c.times == 1 for c in found)
+    assert scaling.payload(found, 'all-gather') == 4 * devices * (
+      local_rows * dim + (local_batch if labelled else 0)
+    )
+    temporaries[devices] = compiled.memory_analysis().temp_size_in_bytes
+    # Embeddings, their gradient, and a block's part of it; ids and labels.
+    gathered[devices] = 4 * devices * local_rows * (3 * dim + 4)
+  for devices in (2, 4):
+    growth = temporaries[2 * devices] - temporaries[devices]
+    assert growth <= gathered[2 * devices] - gathered[devices]
+  # Guards the sums above: a block more or less would be seen.
+  assert gathered[8] - gathered[4] < 4 * local_rows * block_size
 
 
 def test_a_mean_of_local_means_would_be_seen():

@@ -1,0 +1,109 @@
+"""The counting of collectives in compiled programs, on known ones."""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import pytest
+
+from clop_jax import parallel
+from tests.benchmarks import scaling
+
+AXIS = parallel.DATA_AXIS
+
+
+def found_in(function, devices=8, **keywords):
+  mapped = jax.shard_map(
+    function,
+    mesh=parallel.make_mesh(jax.devices()[:devices]),
+    in_specs=P(AXIS),
+    out_specs=P(AXIS),
+    **keywords,
+  )
+  x = jax.ShapeDtypeStruct((8 * 16, 3), jnp.float32)
+  return scaling.collectives(jax.jit(mapped).lower(x).compile().as_text())
+
+
+@pytest.mark.parametrize('devices', [2, 8])
+def test_each_kind_is_counted_by_its_whole_array(devices):
+  def function(x):
+    whole = lax.all_gather(x, AXIS, axis=0, tiled=True)
+    back = lax.psum_scatter(jnp.sin(whole), AXIS, tiled=True)
+    return back + lax.psum(jnp.sum(x, axis=0), AXIS)
+
+  found = {c.kind: c for c in found_in(function, devices)}
+  assert sorted(found) == ['all-gather', 'all-reduce', 'reduce-scatter']
+  whole, one_row = 8 * 16 * 3 * 4, 3 * 4
+  assert found['all-gather'].payload == whole
+  assert found['reduce-scatter'].payload == whole
+  assert found['all-reduce'].payload == one_row
+  share = (devices - 1) / devices
+  assert found['all-gather'].sent == share * whole
+  assert found['reduce-scatter'].sent == share * whole
+  assert found['all-reduce'].sent == 2 * share * one_row
+  assert not any(c.conditional for c in found.values())
+
+
+def test_several_arrays_in_one_collective_are_all_counted():
+  def function(x):
+    a, b = lax.psum((jnp.sum(x, axis=0), jnp.sum(x * x)), AXIS)
+    return x * a + b
+
+  assert scaling.payload(found_in(function), 'all-reduce') == (3 + 1) * 4
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
+  def function(x):
+    def body(x, _):
+      return x + lax.psum(jnp.sin(x), AXIS), None
+
+    return lax.scan(body, x, length=5)[0]
+
+  (only,) = found_in(function)
+  assert only.times == 5
+  assert scaling.payload([only], 'all-reduce') == 5 * 16 * 3 * 4
+
+
+def test_a_loop_of_unknown_length_is_refused():
+  def function(x):
+    def body(x):
+      return x + lax.psum(jnp.abs(x), AXIS)
+
+    return lax.while_loop(lambda x: lax.psum(x[0, 0], AXIS) < 9, body, x)
+
+  with pytest.raises(ValueError, match='unknown length'):
+    found_in(function)
+
+
+def test_a_collective_in_a_branch_is_kept_apart():
+  def function(x):
+    seen = lax.psum(jnp.max(x), AXIS)
+    return lax.cond(seen > 0, lambda: x + lax.psum(jnp.sin(x), AXIS), lambda: x)
+
+  found = found_in(function)
+  assert scaling.payload(found, 'all-reduce') == 4
+  assert scaling.payload(found, 'all-reduce', conditional=True) == 16 * 3 * 4
+
+
+def test_one_device_sends_nothing():
+  found = found_in(lambda x: x * lax.psum(jnp.sum(x), AXIS), devices=1)
+  assert sum(c.sent for c in found) == 0
+  assert scaling.payload(found, 'all-reduce') == 0
+
+
+def test_sizes_of_arrays_in_a_type():
+  text = '(f32[2,3]{1,0}, pred[4], /*index=2*/s64[], bf16[5])'
+  assert scaling.array_sizes(text) == [(6, 24), (4, 4), (1, 8), (5, 10)]
+
+
+def test_reduced_types_of_a_lowered_program():
+  def function(x):
+    low = lax.psum(x.astype(jnp.bfloat16), AXIS)
+    return x + low.astype(jnp.float32) + lax.psum(jnp.sum(x), AXIS)
+
+  mapped = jax.shard_map(
+    function, mesh=parallel.make_mesh(), in_specs=P(AXIS), out_specs=P(AXIS)
+  )
+  x = jax.ShapeDtypeStruct((8 * 16, 3), jnp.float32)
+  text = jax.jit(mapped).lower(x).as_text()
+  assert scaling.reduced_types(text) == {'f32': 4, 'bf16': 16 * 3 * 2}
