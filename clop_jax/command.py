@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import errno
 import os
+import re
 import sys
 import time
 import traceback
@@ -13,6 +14,7 @@ from absl import logging
 import jax
 
 from clop_jax import checkpoint
+from clop_jax import defaults
 from clop_jax import parallel
 from clop_jax import preemption
 
@@ -66,6 +68,8 @@ def _guarded(main):
       peer_timeout_seconds=values.peer_timeout_seconds,
     )
     main()
+  except KeyboardInterrupt:
+    _fail('interrupted', code=130)
   except preemption.PreemptionError as notice:
     if parallel.is_main():
       print(notice, flush=True)
@@ -89,13 +93,36 @@ def _guarded(main):
 
 
 def _parse(argv):
+  unset = [a for a in argv if _is_unset(a)]
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS([a for a in argv if a not in unset])
+    for override in unset:
+      _unset(override)
+    return rest
   except (AttributeError, KeyError) as error:
     # ml_collections tells of an unknown config field in this way.
     _fail(_unknown_field(argv) or str(error))
   except (flags.Error, ValueError, TypeError, OSError) as error:
     _fail(str(error))
+
+
+def _is_unset(argument):
+  """Whether it is `--config.some.field=None`, which absl takes for a text."""
+  return re.fullmatch(r'--?config\.[\w.]+=None', argument) is not None
+
+
+def _unset(override):
+  """Sets an optional field to None."""
+  path = override.lstrip('-').removesuffix('=None').split('.')[1:]
+  config, defaults_ = flags.FLAGS['config'].value, defaults.get_config()
+  for name in path[:-1]:
+    config, defaults_ = config[name], defaults_[name]
+  if defaults_[path[-1]] is not None:
+    raise ValueError(
+      f'--config.{".".join(path)} must have a value, got None; its default is '
+      f'{defaults_[path[-1]]!r}'
+    )
+  config[path[-1]] = None
 
 
 def _unknown_field(argv):
@@ -119,7 +146,7 @@ def _unknown_field(argv):
   return None
 
 
-def _fail(message):
+def _fail(message, code=1):
   whose = ''
   if jax.distributed.is_initialized():
     whose = f'process {jax.process_index()}: '
@@ -133,5 +160,5 @@ def _fail(message):
       time.sleep(3)
     # Not by way of JAX's farewell, which waits for processes that may be dead.
     sys.stdout.flush()
-    os._exit(1)
-  sys.exit(1)
+    os._exit(code)
+  sys.exit(code)

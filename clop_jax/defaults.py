@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Keyword arguments of the source; see clop_jax/data/sources.py.
   data.options = ml_collections.ConfigDict()
   data.train_split = 'train'
-  data.test_split = 'test'
+  data.test_split = 'test'  # of evaluation; '': there is none
   # Further training images whose labels, if any, are not used; None: none.
   data.unlabelled_split = ml_collections.config_dict.placeholder(str)
   data.num_classes = 10  # 0: as many as the source says

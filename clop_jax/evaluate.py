@@ -30,7 +30,6 @@ from clop_jax import probe
 from clop_jax import report
 from clop_jax import train_state
 from clop_jax import workdir as workdir_lib
-from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
 from clop_jax.data import sources
 
@@ -70,22 +69,10 @@ def evaluate(
   parallel.check_batch_size(config.eval.batch_size, mesh)
   readers, labels = {}, {}
   for split in _SPLITS:
-    source = (given or {}).get(split)
-    if source is None:
-      source = inputs.source(config, config.data[f'{split}_split'])
-    # The true ones: what training was not told does not matter here.
-    known = sources.labels_of(source)
-    label_policy.check_range(known, config.data.num_classes)
-    if (known < 0).any():
-      source = sources.Subset(source, np.flatnonzero(known >= 0))
-      known = known[known >= 0]
-    if not known.size:
-      raise ValueError(
-        f'the {split} split has no labelled example to evaluate with; name '
-        f'another one in config.data.{split}_split'
-      )
+    source, known = inputs.labelled_source(
+      config, split, (given or {}).get(split)
+    )
     readers[split] = inputs.evaluation_reader(config, source, known)
-    labels[split] = known
   # The schedule's length is no part of the state: any will do here.
   run = experiment.build(
     config, total_steps=config.train.num_epochs, steps_per_epoch=0
@@ -101,7 +88,7 @@ def evaluate(
       batch_size=config.eval.batch_size,
       num_workers=inputs.num_workers(config, reader),
     )
-    features[split], embeddings[split] = probe.extract(
+    features[split], embeddings[split], labels[split] = probe.extract(
       apply, batches, batch_size=config.eval.batch_size, mesh=mesh
     )
   linear = probe.linear_probe(

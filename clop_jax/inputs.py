@@ -33,6 +33,68 @@ def training_source(config: ml_collections.ConfigDict) -> sources.Source:
   return sources.Union([labelled, sources.Unlabelled(other)])
 
 
+def labelled_source(
+  config: ml_collections.ConfigDict,
+  split: str,
+  given: sources.Source | None = None,
+) -> tuple[sources.Source, np.ndarray]:
+  """What evaluation reads of 'train' or 'test', and its true labels.
+
+  Args:
+    config: see `defaults`; `data.num_classes` is known.
+    split: 'train' or 'test', whose name in the data set the config has.
+    given: examples to take instead of those of the config.
+
+  Returns:
+    The labelled examples, and their labels `[n]` int32.
+
+  Raises:
+    ValueError: if the split is missing, has no label, or one out of range.
+  """
+  name = config.data[f'{split}_split']
+  where = f'config.data.{split}_split={name!r}'
+  if given is not None:
+    where = f'given[{split!r}]'
+  elif not name:
+    raise ValueError(
+      f'{where}: this run was trained without one, and evaluation '
+      'needs it; evaluate from Python with examples of your own, '
+      'evaluate.evaluate(workdir, given=...)'
+    )
+  try:
+    evaluated = source(config, name) if given is None else given
+    # The true ones: what training was not told does not matter here.
+    known = sources.labels_of(evaluated)
+    label_policy.check_range(known, config.data.num_classes)
+  except ValueError as error:
+    raise ValueError(f'{where}: {error}') from error
+  if (known < 0).any():
+    evaluated = sources.Subset(evaluated, np.flatnonzero(known >= 0))
+    known = known[known >= 0]
+  if not known.size:
+    raise ValueError(
+      f'{where} has no labelled example to evaluate with; name another one'
+    )
+  return evaluated, known
+
+
+def check_evaluation(config: ml_collections.ConfigDict) -> None:
+  """Refuses, before the training, what could not be evaluated after it.
+
+  Raises:
+    ValueError: as `labelled_source` and `evaluation_reader`. An empty
+      `data.test_split` passes.
+  """
+  if not config.data.test_split:
+    return
+  try:
+    evaluation_reader(config, *labelled_source(config, 'test'))
+  except ValueError as error:
+    raise ValueError(
+      f'{error} (--config.data.test_split= trains without one to evaluate on)'
+    ) from error
+
+
 def with_num_classes(
   config: ml_collections.ConfigDict, training: sources.Source
 ) -> ml_collections.ConfigDict:

@@ -37,35 +37,39 @@ def fingerprint(tree) -> str:
 
 def extract(
   apply: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-  batches: Iterable[np.ndarray],
+  batches: Iterable[tuple[np.ndarray, np.ndarray]],
   *,
   batch_size: int,
   mesh: Mesh,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Features and embeddings of all images, batch by batch.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Features, embeddings and labels of all images, batch by batch.
 
   Args:
-    apply: jitted; uint8 images `[batch, ...]` to (features, embeddings).
-    batches: images `[batch_size or less, height, width, channels]` uint8.
+    apply: jitted; uint8 images `[batch, ...]` to (features, embeddings), which
+      every process has whole.
+    batches: `(images, labels)` of `batch_size` examples or less, images
+      `[batch, height, width, channels]` uint8.
     batch_size: images at one time, a multiple of the devices.
     mesh: see `parallel.make_mesh`.
 
   Returns:
-    `(features [n, feature_dim], embeddings [n, dim])`, float32 on the host.
+    `(features [n, feature_dim], embeddings [n, dim], labels [n])` on the host,
+    float32 and int32.
 
   Raises:
     ValueError: if the batch size does not fit the devices.
   """
   parallel.check_batch_size(batch_size, mesh)
-  features, embeddings = [], []
-  for batch in batches:
-    size = len(batch)
+  columns = ([], [], [])
+  for images, labels in batches:
+    size = len(images)
     # One shape, one compilation: the last batch is filled up and cut again.
-    batch = np.pad(batch, [(0, batch_size - size)] + [(0, 0)] * 3)
-    outputs = apply(parallel.shard(mesh, batch))
-    for kept, output in zip((features, embeddings), outputs, strict=True):
-      kept.append(np.asarray(output, np.float32)[:size])
-  return np.concatenate(features), np.concatenate(embeddings)
+    images = np.pad(images, [(0, batch_size - size)] + [(0, 0)] * 3)
+    outputs = apply(parallel.shard(mesh, images))
+    outputs = [np.asarray(output, np.float32)[:size] for output in outputs]
+    for column, part in zip(columns, (*outputs, labels), strict=True):
+      column.append(part)
+  return tuple(np.concatenate(column) for column in columns)
 
 
 def linear_probe(

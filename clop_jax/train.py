@@ -60,9 +60,12 @@ def train(
   """
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.train.batch_size, mesh)
-  if source is None:
+  named = source is None
+  if named:
     source = inputs.training_source(config)
   config = inputs.with_num_classes(config, source)
+  if named:
+    inputs.check_evaluation(config)
   true_labels = sources.labels_of(source)
   labels = inputs.training_labels(config, true_labels)
   reader = inputs.training_reader(config, source, labels)

@@ -54,6 +54,10 @@ def call(*arguments, cwd=None):
       [f'--config={CONFIG}', '--config.data.name=cifra10', '--workdir=w'],
       "or a data set of TFDS, got 'cifra10'; near it: cifar10",
     ),
+    (
+      [f'--config={CONFIG}', '--config.train.batch_size=None', '--workdir=w'],
+      '--config.train.batch_size must have a value, got None; its default is',
+    ),
     (['--config=nowhere.py', '--workdir=w'], 'nowhere.py'),
     ([f'--config={CONFIG}'], '--workdir must name a folder'),
     (['--workdir=w'], '--config must name a file'),
@@ -70,6 +74,63 @@ def test_train_refuses_in_one_clear_line(arguments, message, tmp_path):
   assert result.stderr.startswith('error: ')
   assert len(result.stderr.strip().splitlines()) == 1
   assert not os.listdir(tmp_path)
+
+
+def test_an_optional_field_can_be_unset(tmp_path):
+  argv = ['train', f'--config={CONFIG}', '--config.data.image_size=32']
+  code = (
+    'import sys\n'
+    'from absl import flags\n'
+    'from clop_jax import command, train\n'
+    'train.define_flags()\n'
+    f'sys.argv = {argv!r} + sys.argv[1:]\n'
+    'command._parse(sys.argv)\n'
+    'print(flags.FLAGS.config.data.image_size)\n'
+  )
+  for unset, expected in (
+    ([], '32'),
+    (['--config.data.image_size=None'], 'None'),
+  ):
+    result = subprocess.run(
+      [sys.executable, '-c', code, *unset],
+      capture_output=True,
+      text=True,
+      cwd=tmp_path,
+    )
+    assert result.stdout.strip() == expected, result.stderr
+
+
+def test_an_interrupt_is_one_line(tmp_path):
+  code = (
+    'from clop_jax import command\n'
+    'def main():\n'
+    '  raise KeyboardInterrupt\n'
+    'command.run(main, lambda: None)\n'
+  )
+  result = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path
+  )
+  assert result.returncode == 130
+  assert result.stderr == 'error: interrupted\n'
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--name=folder'], '--name=folder needs no preparing; train with it'),
+    (['--name=npz'], '--name=npz needs no preparing'),
+    (
+      ['--name=digits', f'--data_dir={CONFIG}'],
+      f'--data_dir must be a folder, got the file {CONFIG}',
+    ),
+    ([], '--name must name a data set'),
+  ],
+)
+def test_prepare_refuses_in_one_clear_line(arguments, message, tmp_path):
+  result = call('clop_jax.data.prepare', *arguments, cwd=tmp_path)
+  assert result.returncode == 1
+  assert message in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -242,3 +242,91 @@ def test_a_corrupt_image_stops_the_command_unless_it_may_be_skipped(tmp_path):
   assert line.startswith(f'warning: {broken} cannot be decoded')
   assert line.endswith('the next one takes its place')
   assert (workdir / 'checkpoints' / '2').is_dir()
+  # Evaluation gives the example in its place that one's own label: the last of
+  # a class is followed by the first of the next class.
+  broken = root / 'test' / 'class0' / '04.png'
+  broken.write_bytes(broken.read_bytes()[:60])
+  _, arrays = evaluate.evaluate(str(workdir), devices=jax.devices()[:1])
+  np.testing.assert_array_equal(arrays['labels'], [0, 1, 1, 1, 2, 2, 3, 3])
+
+
+def test_a_streamed_run_with_workers_leaves_nothing_on_stderr(tmp_path):
+  root = make_folder(tmp_path / 'data')
+  result = call(
+    'clop_jax.train',
+    f'--config={small.ROOT}/configs/folder.py',
+    f'--config.data.data_dir={root}',
+    f'--workdir={tmp_path / "run"}',
+    '--config.data.loader=stream',
+    '--config.data.num_workers=2',
+    '--config.data.image_size=8',
+    '--config.augment.size=8',
+    '--config.model.depth=8',
+    '--config.train.batch_size=8',
+    '--config.train.num_epochs=2',
+  )
+  assert result.returncode == 0
+  assert not result.stderr
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'data__test_split': 'nowhere'}, r"test_split='nowhere': split must be"),
+    (
+      {'data__test_split': 'bad'},
+      r"'bad': labels must be in .*got 9 at index 1",
+    ),
+    ({'data__test_split': 'free'}, 'has no labelled example to evaluate with'),
+    ({'eval__crop_share': 3.0}, r'crop_share must be in \(0, 1\], got 3'),
+  ],
+)
+def test_what_could_not_be_evaluated_is_refused_before_the_training(
+  changes, message, tmp_path
+):
+  images = np.zeros((8, 8, 8, 1), np.uint8)
+  path = tmp_path / 'set.npz'
+  np.savez(
+    path,
+    train_images=images,
+    train_labels=np.arange(8) % 2,
+    bad_images=images[:2],
+    bad_labels=np.array([0, 9]),
+    free_images=images,
+    test_images=images,
+    test_labels=np.arange(8) % 2,
+  )
+  options = {
+    'data__name': 'npz',
+    'data__num_classes': 2,
+    'data__label_fraction': 1.0,
+    'train__batch_size': 8,
+    'train__num_epochs': 1,
+  }
+  config = small.digits_config(str(path), **(options | changes))
+  with pytest.raises(ValueError, match=message):
+    train.train(config, str(tmp_path / 'run'), devices=jax.devices()[:1])
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_without_a_test_split_trains_and_says_why_it_has_no_figures(
+  tmp_path,
+):
+  path = tmp_path / 'set.npz'
+  np.savez(
+    path,
+    train_images=np.zeros((8, 8, 8, 1), np.uint8),
+    train_labels=np.arange(8) % 2,
+  )
+  config = small.digits_config(
+    str(path),
+    data__name='npz',
+    data__num_classes=2,
+    data__label_fraction=1.0,
+    data__test_split='',
+    train__batch_size=8,
+    train__num_epochs=1,
+  )
+  train.train(config, str(tmp_path / 'run'), devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match=r"test_split='': this run was trained"):
+    evaluate.evaluate(str(tmp_path / 'run'), devices=jax.devices()[:1])

@@ -71,8 +71,11 @@ def test_keep_fraction_refuses_what_is_no_fraction(fraction):
 @pytest.mark.parametrize(
   ('labels', 'message'),
   [
-    ([0, 3, 4, 4], r'\[-1, num_classes=3\), got 3 at index 1 \(3 of 4 '),
-    ([-1, 0, -2], r'got -2 at index 2 \(1 of 3 '),
+    (
+      [0, 3, 4, 4],
+      r'got 3 at index 1 \(3 of 4 .*set config.data.num_classes',
+    ),
+    ([-1, 0, -2], r'got -2 at index 2 \(1 of 3 .*; unlabelled is -1'),
   ],
 )
 def test_check_range_names_the_first_wrong_label(labels, message):
@@ -168,7 +171,7 @@ def test_long_tail_of_one_class_and_of_no_imbalance():
 def test_noise_makes_its_share_of_every_class_wrong(labels, rate, kind, seed):
   labels = np.array(labels)
   noisy = labels_lib.add_noise(
-    labels, rate, kind=kind, num_classes=5, seed=seed
+    labels, rate, kind=kind, classes=range(5), seed=seed
   )
   np.testing.assert_array_equal(noisy == -1, labels == -1)
   labels_lib.check_range(noisy, 5)
@@ -183,7 +186,7 @@ def test_noise_makes_its_share_of_every_class_wrong(labels, rate, kind, seed):
 def test_symmetric_noise_draws_every_other_class_alike():
   labels = np.full(8000, 2)
   noisy = labels_lib.add_noise(
-    labels, 1.0, kind='symmetric', num_classes=5, seed=0
+    labels, 1.0, kind='symmetric', classes=range(5), seed=0
   )
   counts = np.bincount(noisy, minlength=5)
   assert counts[2] == 0
@@ -191,11 +194,33 @@ def test_symmetric_noise_draws_every_other_class_alike():
   np.testing.assert_allclose(counts[[0, 1, 3, 4]], 2000, atol=195)
 
 
+def test_there_must_be_a_class():
+  with pytest.raises(
+    ValueError, match='num_classes must be at least 1, got -1'
+  ):
+    labels_lib.check_range(np.array([-1]), -1)
+
+
+def test_noise_never_gives_a_label_of_a_class_that_is_to_have_none():
+  for kind in ('symmetric', 'asymmetric'):
+    noisy = apply(
+      unlabelled_classes=(1,), label_noise=0.5, label_noise_kind=kind
+    )
+    per_class = labels_lib.counts(noisy, 4)
+    assert per_class[1] == 0 and (per_class[[0, 2, 3]] > 0).all()
+    assert per_class.sum() == 300
+  # The next class of those that there are.
+  next_ones = labels_lib.add_noise(
+    np.array([0, 2, 3]), 1.0, kind='asymmetric', classes=(0, 2, 3), seed=0
+  )
+  np.testing.assert_array_equal(next_ones, [2, 3, 0])
+
+
 def test_noise_does_not_fall_on_the_examples_that_were_kept_first():
   labels = np.zeros(1000, int)
   kept = labels_lib.keep_fraction(labels, 0.5, seed=0)
   noisy = labels_lib.add_noise(
-    labels, 0.5, kind='asymmetric', num_classes=2, seed=0
+    labels, 0.5, kind='asymmetric', classes=range(2), seed=0
   )
   both = np.mean((kept == 0) & (noisy == 1))
   assert both == pytest.approx(0.25, abs=0.05)
@@ -314,6 +339,12 @@ def test_apply_puts_policies_one_after_the_other(policies, per_class):
       {'unlabelled_classes': (7,)},
       r'unlabelled_classes must name classes in \[0, 4\), got 7',
     ),
+    (
+      BALANCED,
+      {'unlabelled_classes': ('a',)},
+      r"unlabelled_classes must be integers, as \(3, 7\), got 'a'",
+    ),
+    (BALANCED, {'unlabelled_classes': (1.5,)}, 'integers, .* got 1.5'),
     (BALANCED, {'label_noise': -0.1}, r'label_noise must be in \[0, 1\]'),
     (
       BALANCED,
@@ -419,10 +450,10 @@ POLICIES = {
     x, {1: 0.4}, seed=seed
   ),
   'symmetric': lambda x, seed: labels_lib.add_noise(
-    x, 0.4, kind='symmetric', num_classes=3, seed=seed
+    x, 0.4, kind='symmetric', classes=range(3), seed=seed
   ),
   'asymmetric': lambda x, seed: labels_lib.add_noise(
-    x, 0.4, kind='asymmetric', num_classes=3, seed=seed
+    x, 0.4, kind='asymmetric', classes=range(3), seed=seed
   ),
   'long tail': lambda x, seed: labels_lib.keep_class_fractions(
     x, {1: labels_lib.long_tail_fractions(3, 10.0)[1]}, seed=seed
@@ -503,7 +534,7 @@ def test_apply_is_the_policies_in_the_documented_order():
   expected = labels_lib.keep_fraction(expected, 0.4, seed=0)
   np.testing.assert_array_equal(labels_lib.counts(expected, 4), [40, 10, 10, 0])
   expected = labels_lib.add_noise(
-    expected, 0.5, kind='symmetric', num_classes=4, seed=0
+    expected, 0.5, kind='symmetric', classes=range(3), seed=0
   )
   actual = apply(
     unlabelled_classes=(3,),

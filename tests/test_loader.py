@@ -185,9 +185,12 @@ def test_what_a_worker_cannot_decode_is_named_in_the_main_process(num_workers):
 
 
 def test_in_order_gives_every_image_once():
-  batches = list(loader.in_order(make_reader(), batch_size=16))
-  assert [len(batch) for batch in batches] == [16, 16, 16, 2]
-  np.testing.assert_array_equal(np.concatenate(batches), make_images())
+  read = make_reader()
+  batches = list(loader.in_order(read, batch_size=16))
+  images, labels = zip(*batches, strict=True)
+  assert [len(batch) for batch in images] == [16, 16, 16, 2]
+  np.testing.assert_array_equal(np.concatenate(images), make_images())
+  np.testing.assert_array_equal(np.concatenate(labels), read.labels)
 
 
 @pytest.mark.parametrize('kind', ['resident', 'stream'])
@@ -208,7 +211,7 @@ def test_batch_that_does_not_fit_is_refused(kind, batch_size, message):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ({'num_workers': -2}, 'num_workers must be at least 0, got -2'),
+    ({'num_workers': -2}, 'num_workers must be at least 0, .*got -2'),
     ({'num_workers': 0, 'prefetch': 0}, 'prefetch must be at least 1, got 0'),
   ],
 )

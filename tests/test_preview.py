@@ -124,6 +124,7 @@ def test_the_command_writes_a_png_and_says_once_what_it_repeats(tmp_path):
     f'--config={small.ROOT}/configs/npz.py',
     f'--config.data.data_dir={path}',
     '--config.data.channels=3',
+    '--config.data.num_classes=1',
     '--config.augment.mean=(.1,.1,.1)',
     '--config.augment.std=(.2,.2,.2)',
   ]
@@ -136,3 +137,13 @@ def test_the_command_writes_a_png_and_says_once_what_it_repeats(tmp_path):
   result = call('clop_jax.data.preview', *arguments, '--count=-1')
   assert result.returncode == 1
   assert result.stderr == 'error: --count must be at least 1, got -1\n'
+  # What training would refuse is refused here.
+  result = call(
+    'clop_jax.data.preview', *arguments, '--config.data.label_fraction=7'
+  )
+  assert result.returncode == 1
+  assert 'label_fraction must be in [0, 1], got 7' in result.stderr
+  result = call('clop_jax.data.preview', *arguments, f'--out={tmp_path}')
+  assert f'--out must be the PNG to write, got the folder {tmp_path}' in (
+    result.stderr
+  )

@@ -334,9 +334,12 @@ def test_extract_gives_each_image_its_own_row(devices, n):
     x = batch.astype(jnp.float32).reshape(len(batch), -1)
     return x, 2 * x[:, :1]
 
-  features, embeddings = probe.extract(
-    apply, np.split(images, [8, 16]), batch_size=8, mesh=mesh
+  own = np.arange(n, dtype=np.int32)
+  batches = zip(np.split(images, [8, 16]), np.split(own, [8, 16]), strict=True)
+  features, embeddings, labels = probe.extract(
+    apply, batches, batch_size=8, mesh=mesh
   )
+  np.testing.assert_array_equal(labels, own)
   expected = images.reshape(n, -1).astype(np.float32)
   np.testing.assert_array_equal(features, expected)
   np.testing.assert_array_equal(embeddings, 2 * expected[:, :1])
@@ -345,6 +348,5 @@ def test_extract_gives_each_image_its_own_row(devices, n):
 
 
 def test_extract_refuses_a_batch_that_does_not_fit_the_devices():
-  images = np.zeros((20, 2, 2, 1), np.uint8)
   with pytest.raises(ValueError, match='multiple of the 8 devices, got 12'):
-    probe.extract(None, [images], batch_size=12, mesh=parallel.make_mesh())
+    probe.extract(None, [], batch_size=12, mesh=parallel.make_mesh())

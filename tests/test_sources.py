@@ -128,6 +128,41 @@ def test_npz_that_cannot_be_read_is_named(npz, tmp_path):
       sources.load('npz', 'train', str(broken))
 
 
+@pytest.mark.parametrize('dtype', [np.uint8, np.int8, np.uint64, np.int64])
+def test_integers_of_any_kind_are_labels(dtype, tmp_path):
+  labels = np.array([2, 0, 1], dtype)
+  made = arrays.Arrays(np.zeros((3, 2, 2), np.uint8), labels)
+  np.testing.assert_array_equal(made.labels, [2, 0, 1])
+  assert made.labels.dtype == np.int32 and made.num_classes == 3
+  np.savez(
+    tmp_path / 'set.npz',
+    train_images=np.zeros((3, 2, 2), np.uint8),
+    train_labels=labels,
+  )
+  read = sources.load('npz', 'train', str(tmp_path / 'set.npz'))
+  np.testing.assert_array_equal(read.labels, [2, 0, 1])
+
+
+def test_a_label_beyond_32_bits_is_refused_and_not_wrapped_around():
+  images = np.zeros((2, 2, 2), np.uint8)
+  with pytest.raises(
+    ValueError, match='fit 32 bits, got 4294967297 at index 1'
+  ):
+    arrays.Arrays(images, np.array([0, 2**32 + 1]))
+  own = [{'image': images[..., None][0], 'label': 2**31 + 7}]
+  with pytest.raises(
+    ValueError, match='fit 32 bits, got 2147483655 at index 0'
+  ):
+    sources.labels_of(own)
+
+
+def test_what_is_wrong_with_an_array_names_the_file(tmp_path):
+  path = tmp_path / 'set.npz'
+  np.savez(path, train_images=np.zeros((2, 3, 3)))
+  with pytest.raises(ValueError, match=r"set\.npz, split 'train': images must"):
+    sources.load('npz', 'train', str(path))
+
+
 @pytest.mark.parametrize(
   ('images', 'labels', 'message'),
   [

@@ -34,6 +34,14 @@ def python(code, **options):
   )
 
 
+def test_splits_can_be_joined_and_cut_as_tfds_has_it(digits_dir):
+  both = sources.load('digits', 'train+test', digits_dir)
+  assert len(both) == len(both.labels) == 1797
+  assert len(sources.load('digits', 'test[:10]+train[:5]', digits_dir)) == 15
+  with pytest.raises(ValueError, match=r"'test'.* of digits, got 'train\+val'"):
+    sources.load('digits', 'train+val', digits_dir)
+
+
 def test_digits_equal_scikit_learns_and_are_split_by_class(digits_dir):
   digits = sklearn.datasets.load_digits()
   expected = np.round(digits.images * 255 / 16).astype(np.uint8)

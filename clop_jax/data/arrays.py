@@ -38,14 +38,29 @@ class Arrays:
         f'{labels.dtype} {labels.shape}'
       )
     self._images = images
-    self.labels = labels.astype(np.int32)
-    self.num_classes = int(labels.max(initial=-1)) + 1
+    self.labels = as_int32(labels)
+    self.num_classes = int(self.labels.max(initial=-1)) + 1
 
   def __len__(self):
     return len(self._images)
 
   def __getitem__(self, index):
     return {'image': self._images[index], 'label': int(self.labels[index])}
+
+
+def as_int32(labels: np.ndarray) -> np.ndarray:
+  """Integers of any kind as int32; none is wrapped around.
+
+  Raises:
+    ValueError: if one does not fit.
+  """
+  limits = np.iinfo(np.int32)
+  wrong = np.flatnonzero((labels < limits.min) | (labels > limits.max))
+  if wrong.size:
+    raise ValueError(
+      f'labels must fit 32 bits, got {labels[wrong[0]]} at index {wrong[0]}'
+    )
+  return labels.astype(np.int32)
 
 
 def load_npz(split: str, path: str | None) -> Arrays:
@@ -94,7 +109,10 @@ def load_npz(split: str, path: str | None) -> Arrays:
     if 'pickle' not in str(error):
       raise
     raise ValueError(f'{path} cannot be read as a npz file') from error
-  source = Arrays(images, labels)
+  try:
+    source = Arrays(images, labels)
+  except ValueError as error:
+    raise ValueError(f'{path}, split {split!r}: {error}') from error
   if other is not None and other.size:
     # A split may lack the last class.
     source.num_classes = max(source.num_classes, int(other.max()) + 1)

@@ -24,14 +24,25 @@ def check_range(labels: np.ndarray, num_classes: int) -> None:
   """Refuses labels that are no class and not -1.
 
   Raises:
-    ValueError: naming the first wrong label and its index.
+    ValueError: naming the first wrong label and its index; or if there is no
+      class.
   """
+  if num_classes < 1:
+    raise ValueError(
+      f'config.data.num_classes must be at least 1, got {num_classes}'
+    )
   wrong = np.flatnonzero((labels < UNLABELLED) | (labels >= num_classes))
   if wrong.size:
+    first = labels[wrong[0]]
+    way_out = (
+      'set config.data.num_classes to the number of classes'
+      if first >= num_classes
+      else 'unlabelled is -1'
+    )
     raise ValueError(
-      f'labels must be in [-1, num_classes={num_classes}), got '
-      f'{labels[wrong[0]]} at index {wrong[0]} ({wrong.size} of {labels.size} '
-      'labels are wrong); set data.num_classes to the number of classes'
+      f'labels must be in [-1, config.data.num_classes={num_classes}), got '
+      f'{first} at index {wrong[0]} ({wrong.size} of {labels.size} labels are '
+      f'wrong); {way_out}'
     )
 
 
@@ -76,6 +87,10 @@ def apply(
       f'{labels_per_class} exclude each other; leave one of them out'
     )
   for label in unlabelled_classes:
+    if not isinstance(label, (int, np.integer)):
+      raise ValueError(
+        f'unlabelled_classes must be integers, as (3, 7), got {label!r}'
+      )
     _check_class('unlabelled_classes', label, num_classes)
   kept = drop_classes(labels, unlabelled_classes)
   before = counts(labels, num_classes)
@@ -108,8 +123,10 @@ def apply(
   emptied = {*map(int, unlabelled_classes)}
   emptied |= {label for label, fraction in fractions.items() if not fraction}
   check_enough(kept, num_classes, emptied=emptied)
+  # Nobody takes an example for a class that nobody labels.
+  confused = [c for c in range(num_classes) if c not in emptied]
   return add_noise(
-    kept, label_noise, kind=label_noise_kind, num_classes=num_classes, seed=seed
+    kept, label_noise, kind=label_noise_kind, classes=confused, seed=seed
   )
 
 
@@ -325,7 +342,7 @@ def add_noise(
   rate: float,
   *,
   kind: str,
-  num_classes: int,
+  classes: Sequence[int],
   seed: int,
 ) -> np.ndarray:
   """Makes a share of each class's labels wrong.
@@ -334,8 +351,9 @@ def add_noise(
     labels: `[n]` integers, -1 stays -1.
     rate: in [0, 1], of each class's labelled examples, rounded.
     kind: 'symmetric' gives a uniformly drawn other class, 'asymmetric' the next
-      one, `(label + 1) mod num_classes`.
-    num_classes: number of classes.
+      one (the first after the last).
+    classes: those that are confused with one another, ascending; all that have
+      labels are among them.
     seed: of the choice.
 
   Returns:
@@ -351,17 +369,17 @@ def add_noise(
     )
   if not 0 <= rate <= 1:
     raise ValueError(f'label_noise must be in [0, 1], got {rate}')
-  if rate and num_classes < 2:
+  if rate and len(classes) < 2:
     raise ValueError(f'label_noise={rate} needs a second class to confuse with')
   noisy = labels.astype(np.int32)
-  for label in np.unique(labels[labels != UNLABELLED]).tolist():
+  for position, label in enumerate(classes):
     members = np.flatnonzero(labels == label)
     rng = np.random.default_rng([seed, label, *_NOISE])
     chosen = rng.permutation(members)[: round(rate * members.size)]
     shift = 1
     if kind == 'symmetric':
-      shift = rng.integers(1, max(num_classes, 2), size=chosen.size)
-    noisy[chosen] = (label + shift) % num_classes
+      shift = rng.integers(1, max(len(classes), 2), size=chosen.size)
+    noisy[chosen] = np.asarray(classes)[(position + shift) % len(classes)]
   return noisy
 
 

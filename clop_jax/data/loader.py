@@ -9,6 +9,7 @@ step sees what an unbroken one would have seen.
 import collections
 from collections.abc import Iterable, Iterator
 from concurrent import futures
+import gc
 import sys
 from typing import Protocol
 
@@ -205,7 +206,8 @@ class StreamLoader:
     parallel.check_batch_size(batch_size, mesh)
     if num_workers < 0:
       raise ValueError(
-        f'config.data.num_workers must be at least 0, got {num_workers}'
+        'config.data.num_workers must be at least 0, or -1 for one per core, '
+        f'got {num_workers}'
       )
     if prefetch < 1:
       raise ValueError(
@@ -232,8 +234,7 @@ class StreamLoader:
     ready = collections.deque()
     try:
       for chunk in chunks:
-        steps = [next(host) for _ in chunk]
-        batch = {name: np.stack([s[name] for s in steps]) for name in steps[0]}
+        batch = _stacked([next(host) for _ in chunk])
         # The transfer is asynchronous: it runs while the devices compute.
         ready.append(parallel.shard_local(self._mesh, batch, axis=1))
         if len(ready) > self._prefetch:
@@ -258,6 +259,11 @@ class StreamLoader:
     }
 
 
+def _stacked(steps):
+  """A leading axis over the steps; a copy of what may be shared memory."""
+  return {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+
+
 class _Examples:
   """This process's examples of steps `start` to `stop`, one after the other."""
 
@@ -277,11 +283,18 @@ class _Examples:
 
 def in_order(
   reader: reader_lib.Reader, *, batch_size: int, num_workers: int = 0
-) -> Iterator[np.ndarray]:
-  """All images once, `[batch_size or less, height, width, channels]` uint8."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """All examples once, in order.
+
+  Yields:
+    `(images, labels)`, `[batch_size or less, height, width, channels]` uint8
+    and `[batch_size or less]` int32. The label goes with the image: where a
+    corrupt one is skipped it is that of the example in its place.
+  """
   examples = _Straight(reader)
   for batch in _grain_batches(examples, batch_size, num_workers, prefetch=2):
-    yield batch['image']
+    # Labels are kept, and must not keep a worker's shared memory.
+    yield batch['image'], np.array(batch['label'])
 
 
 class _Straight:
@@ -323,6 +336,11 @@ def _grain_batches(examples, batch_size, num_workers, prefetch):
     yield from iterator
   finally:
     iterator.close()
+    if num_workers:
+      # The iterator is a cycle of references and holds the workers' last
+      # batches, in shared memory that somebody has to give back.
+      del iterator
+      gc.collect()
 
 
 def unpack(

@@ -6,9 +6,12 @@ Downloads what can be downloaded and writes array_record files for random
 access. Safe to interrupt, and to start several times at once.
 """
 
+import os
+
 from absl import flags
 
 from clop_jax import command
+from clop_jax.data import sources
 from clop_jax.data import tfds_source
 
 
@@ -30,6 +33,10 @@ def main() -> None:
       '--name must name a data set, as cifar10, cifar100, tiny_imagenet or '
       'imagenet2012; got none'
     )
+  if name in sources.WITHOUT_PREPARING:
+    raise ValueError(f'--name={name} needs no preparing; train with it')
+  if data_dir and os.path.exists(data_dir) and not os.path.isdir(data_dir):
+    raise ValueError(f'--data_dir must be a folder, got the file {data_dir}')
   if tfds_source.builder(name, data_dir).is_prepared():
     print(f'{name} was prepared before')
   made = tfds_source.prepared(name, data_dir, progress=True)

@@ -45,7 +45,8 @@ def contact_sheet(
   if count < 1:
     raise ValueError(f'--count must be at least 1, got {count}')
   source = inputs.training_source(config)
-  labels = sources.labels_of(source)
+  config = inputs.with_num_classes(config, source)
+  labels = inputs.training_labels(config, sources.labels_of(source))
   reader = inputs.training_reader(config, source, labels)
   plain = inputs.evaluation_reader(config, source, labels)
   order = loader.Order(
@@ -93,6 +94,8 @@ def main() -> None:
   if flags.FLAGS.config is None:
     raise ValueError('--config must name a file of configs/, got none')
   out = flags.FLAGS.out
+  if os.path.isdir(out):
+    raise ValueError(f'--out must be the PNG to write, got the folder {out}')
   sheet = contact_sheet(flags.FLAGS.config, count=flags.FLAGS.count)
   if folder := os.path.dirname(out):
     os.makedirs(folder, exist_ok=True)

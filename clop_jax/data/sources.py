@@ -77,6 +77,9 @@ _SOURCES = {
 }
 
 
+WITHOUT_PREPARING = tuple(_SOURCES)
+
+
 def labels_of(source: Source) -> np.ndarray:
   """All labels of a source, `[n]` int32."""
   labels = getattr(source, 'labels', None)
@@ -91,7 +94,7 @@ def labels_of(source: Source) -> np.ndarray:
       f'a source must have one integer label for each of its {len(source)} '
       f'examples (-1: unlabelled), got {labels.dtype} {labels.shape}'
     )
-  return labels.astype(np.int32)
+  return arrays.as_int32(labels)
 
 
 def name_of(source: Source, index: int) -> str:

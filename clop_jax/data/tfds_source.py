@@ -40,7 +40,8 @@ class TfdsSource:
 
     self._name, self._split = builder.info.full_name, split
     splits = list(builder.info.splits)
-    if split.partition('[')[0] not in splits:
+    parts = [part.partition('[')[0].strip() for part in split.split('+')]
+    if not {*parts} <= {*splits}:
       raise ValueError(
         f'split must be one of {splits} of {builder.name}, got {split!r}'
       )
