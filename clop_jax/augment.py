@@ -20,6 +20,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from clop_jax import randaugment
+from clop_jax.data import images as images_lib
 
 
 def example_keys(
@@ -126,7 +127,9 @@ def view(
     `[size, size, channels]` float32.
 
   Raises:
-    ValueError: if the image's shape or dtype or a number is out of its range.
+    ValueError: while tracing, if the image's shape or dtype or a number is out
+      of its range, also of an operation that is off; the error calls a number
+      by its field of the config.
 
   Reference:
     Chen et al., arXiv 2002.05709, appendix A; solarize: Grill et al., arXiv
@@ -145,12 +148,17 @@ def view(
     'solarize_probability': solarize_probability,
   }
   for name, probability in probabilities.items():
-    if not 0 <= probability <= 1:
-      raise ValueError(f'{name} must be in [0, 1], got {probability}')
-  if not 0 <= solarize_threshold <= 1:
-    raise ValueError(
-      f'solarize_threshold must be in [0, 1], got {solarize_threshold}'
-    )
+    _check_number(name, probability, highest=1)
+  _check_number('solarize_threshold', solarize_threshold, highest=1)
+  _check_number('brightness', brightness)
+  _check_number('contrast', contrast)
+  _check_number('saturation', saturation)
+  # Half a turn either way is the whole circle.
+  _check_number('hue', hue, highest=0.5)
+  images_lib.check_crops(
+    size=size, crop_area=crop_area, crop_aspect=crop_aspect
+  )
+  images_lib.check_range('config.augment.blur_sigma', blur_sigma)
   randaugment.check(randaugment_layers, randaugment_magnitude)
   coloured = image.shape[-1] == 3
   draws = _draw(key, randaugment_layers)
@@ -190,6 +198,17 @@ def view(
   return normalize(jnp.moveaxis(x, 0, -1), mean=mean, std=std)
 
 
+def _check_number(name, value, highest=None):
+  try:
+    fits = 0 <= value <= (math.inf if highest is None else highest)
+    fits = fits and math.isfinite(value)
+  except (TypeError, ValueError):  # no number, or several
+    fits = False
+  if not fits:
+    expected = 'a number >= 0' if highest is None else f'in [0, {highest}]'
+    raise ValueError(f'config.augment.{name} must be {expected}, got {value!r}')
+
+
 def unit_range(images: jax.Array) -> jax.Array:
   """uint8 images of any shape to float32 in [0, 1].
 
@@ -207,14 +226,20 @@ def normalize(
   """`(images - mean) / std` per channel; images are float32 in [0, 1].
 
   Raises:
-    ValueError: if there is not one mean and one std for each channel.
+    ValueError: if there is not one mean and one positive std for each channel.
   """
   channels = images.shape[-1]
-  for name, values in (('mean', mean), ('std', std)):
-    if len(values) != channels:
+  for name, values, above in (('mean', mean, None), ('std', std, 0)):
+    try:
+      fits = len(values) == channels and all(map(math.isfinite, values))
+      fits = fits and (above is None or min(values) > above)
+    except TypeError:  # one number, or something else
+      fits = False
+    if not fits:
+      which = 'number' if above is None else f'number > {above}'
       raise ValueError(
-        f'{name} must have one number for each of the {channels} channels, got '
-        f'{tuple(values)}'
+        f'config.augment.{name} must have one {which} for each of the '
+        f'{channels} channels, got {values!r}'
       )
   return (images - jnp.asarray(mean)) / jnp.asarray(std)
 

@@ -498,9 +498,20 @@ def test_normalize_is_per_channel():
   [
     ((0.5,), STD, 'mean must have one number for each of the 3 channels'),
     (MEAN, (0.5, 0.5), r'std must have one .* 3 channels, got \(0.5, 0.5\)'),
+    (0.5, STD, r'config.augment.mean must have one number for .*, got 0.5'),
+    ((0.5, np.nan, 0.5), STD, 'config.augment.mean must have one number'),
+    (MEAN, (0.2, 0.0, 0.2), r'config.augment.std must have one number > 0 for'),
+    (
+      MEAN,
+      (0.2, -0.1, 0.2),
+      r'config.augment.std must have one number > 0 for',
+    ),
+    (MEAN, (0.2, np.inf, 0.2), r'config.augment.std must have one number > 0'),
   ],
 )
-def test_normalize_refuses_a_wrong_number_of_channels(mean, std, message):
+def test_normalize_refuses_what_is_not_one_number_for_each_channel(
+  mean, std, message
+):
   with pytest.raises(ValueError, match=message):
     augment.normalize(jnp.zeros((4, 4, 3)), mean=mean, std=std)
 
@@ -523,6 +534,36 @@ def test_wrong_images_are_refused(shape, dtype, message):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
+    *(
+      ({name: value}, rf'config.augment.{name} must be a number >= 0, got')
+      for name in ('brightness', 'contrast', 'saturation')
+      for value in (-0.1, float('nan'), float('inf'), None)
+    ),
+    ({'hue': -0.1}, r'config.augment.hue must be in \[0, 0.5\], got -0.1'),
+    ({'hue': 0.6}, r'config.augment.hue must be in \[0, 0.5\], got 0.6'),
+    *(
+      (
+        {'size': size},
+        'config.augment.size must be a whole number of pixels >=',
+      )
+      for size in (0, -3, 8.5, None)
+    ),
+    *(
+      (
+        {'crop_area': value},
+        'augment.crop_area must be two numbers 0 < low <= high <= 1, got',
+      )
+      for value in ((0.4, 1.5), (0.9, 0.1), (0, 1), 0.5, (0.1,), 'ab', None)
+    ),
+    *(
+      (
+        {name: value},
+        f'config.augment.{name} must be two numbers 0 < low <= high, got',
+      )
+      for name in ('crop_aspect', 'blur_sigma')
+      for value in ((0, 1), (-1, 1), (2.0, 0.5), (1, float('inf')), 1.0, [])
+    ),
+    ({'flip_probability': '1'}, r'config.augment.flip_probability must be in'),
     ({'solarize_threshold': 1.5}, r'solarize_threshold must be in \[0, 1\]'),
     ({'randaugment_layers': -1}, 'randaugment_layers must be an integer >= 0'),
     ({'randaugment_layers': 1.5}, 'randaugment_layers must be an integer >= 0'),
@@ -542,5 +583,20 @@ def test_impossible_numbers_are_named(arguments, message):
 @pytest.mark.parametrize('probability', [-0.1, 1.1, float('nan')])
 def test_impossible_probability_is_named(name, probability):
   image = jnp.zeros((SIZE, SIZE, 3), jnp.uint8)
-  with pytest.raises(ValueError, match=rf'{name} must be in \[0, 1\], got'):
+  with pytest.raises(ValueError, match=rf'augment.{name} must be in \[0, 1\]'):
     augment.view(jax.random.key(0), image, **{**PLAIN, name: probability})
+
+
+def test_limits_of_the_ranges_are_possible():
+  limits = {
+    'size': 1,
+    'crop_area': (1.0, 1.0),
+    'crop_aspect': [0.01, 100.0],
+    'brightness': 3.0,
+    'hue': 0.5,
+    'mean': np.zeros(3, np.float32),
+    'std': np.full(3, 1e-3, np.float32),
+  }
+  image = jnp.zeros((SIZE, SIZE, 3), jnp.uint8)
+  make = functools.partial(augment.view, **limits)
+  assert jax.eval_shape(make, jax.random.key(0), image).shape == (1, 1, 3)

@@ -59,6 +59,72 @@ def test_sixteen_bits_become_eight():
   np.testing.assert_array_equal(decoded, [[0, 0, 1, 255]])
 
 
+ORIENTATION = 0x0112
+
+
+@pytest.mark.parametrize(
+  ('orientation', 'stored'),
+  [
+    (1, lambda x: x),
+    (2, lambda x: x[:, ::-1]),
+    (3, lambda x: x[::-1, ::-1]),
+    (4, lambda x: x[::-1]),
+    (5, lambda x: x.swapaxes(0, 1)),
+    (6, lambda x: np.rot90(x, 1)),
+    (7, lambda x: x[::-1, ::-1].swapaxes(0, 1)),
+    (8, lambda x: np.rot90(x, -1)),
+  ],
+)
+@pytest.mark.parametrize('mode', ['L', 'P', 'RGB', 'RGBA'])
+def test_photographs_are_turned_as_their_exif_says(orientation, stored, mode):
+  seen = picture(mode)
+  expected = images.as_array(seen.convert('L' if mode == 'L' else 'RGB'))
+  pixels = Image.fromarray(np.ascontiguousarray(stored(np.asarray(seen))))
+  if mode == 'P':
+    pixels = pixels.convert('P')
+    pixels.putdata(np.ascontiguousarray(stored(np.asarray(seen))).ravel())
+    pixels.putpalette(seen.getpalette())
+  exif = Image.Exif()
+  exif[ORIENTATION] = orientation
+  file = io.BytesIO()
+  pixels.save(file, format='PNG', exif=exif)
+  decoded = images.as_array(images.decode(file.getvalue(), 'x'))
+  np.testing.assert_array_equal(decoded, expected)
+  # Where Pillow is lossy: the size and about the pixels.
+  if mode == 'RGB':
+    file = io.BytesIO()
+    pixels.save(file, format='JPEG', exif=exif, quality=100, subsampling=0)
+    decoded = images.as_array(images.decode(file.getvalue(), 'x'))
+    assert decoded.shape == expected.shape
+    assert np.abs(decoded.astype(int) - expected).max() < 12
+
+
+def test_image_without_orientation_is_not_copied(monkeypatch):
+  def copied(*_):
+    raise AssertionError('copied')
+
+  exif = Image.Exif()
+  exif[0x0110] = 'a camera'
+  for options in ({}, {'exif': exif}):
+    file = io.BytesIO()
+    picture().save(file, format='JPEG', **options)
+    with monkeypatch.context() as patch:
+      patch.setattr(Image.Image, 'copy', copied)
+      decoded = images.decode(file.getvalue(), 'x')
+    # What Pillow copies or converts has no format any more.
+    assert decoded.format == 'JPEG'
+
+
+@pytest.mark.parametrize('exif', [b'Exif\0\0no TIFF header', b'Exif\0\0II*\0'])
+def test_damaged_exif_does_not_make_an_image_corrupt(exif):
+  file = io.BytesIO()
+  picture().save(file, format='JPEG', exif=exif)
+  decoded = images.decode(file.getvalue(), 'x')
+  np.testing.assert_array_equal(
+    decoded, images.decode(encoded(picture(), 'JPEG'), 'x')
+  )
+
+
 @pytest.mark.parametrize(
   'data', [b'', b'no image', encoded(picture(), 'JPEG')[:100]]
 )
@@ -129,6 +195,9 @@ def test_pillow_image_of_no_known_range_is_named():
     (np.zeros((2, 2, 4), np.uint8), 3, 'has 4 channels, .*channels=3; set it'),
     (np.zeros((2, 2, 3), np.float32), 3, r'x: images must be uint8 \[height'),
     (np.zeros((2, 2), np.uint8), 1, r'got uint8 \(2, 2\)'),
+    (np.zeros((0, 5, 3), np.uint8), 3, 'one pixel, got height 0 and width 5;'),
+    (np.zeros((5, 0, 1), np.uint8), 3, 'x: .* got height 5 and width 0;'),
+    (Image.new('RGB', (5, 0)), 3, 'one pixel, got height 0 and width 5;'),
   ],
 )
 def test_wrong_image_is_named(image, channels, message):

@@ -57,6 +57,11 @@ def test_folder_has_its_classes_by_name_and_the_unlabelled(tree):
       'train/c is an empty class',
     ),
     (
+      lambda t: write(t / 'train' / 'c' / 'images' / '1.png'),
+      'train',
+      r'c is an empty class: .* \(1 file .*images/1.png\): in folders below a',
+    ),
+    (
       lambda t: write(t / 'test' / 'zebra' / '1.png'),
       'test',
       r'test has classes that .*train lacks: zebra',
@@ -68,6 +73,50 @@ def test_folder_that_will_not_do_is_named(tree, break_it, split, message):
   break_it(tree)
   with pytest.raises(ValueError, match=message):
     sources.load('folder', split, str(tree))
+
+
+def test_folder_takes_no_documents_for_pictures(tree):
+  # Pillow registers all of these.
+  for suffix in ('pdf', 'palm', 'h5', 'hdf', 'mpg', 'eps', 'ps', 'wmf', 'grib'):
+    (tree / 'train' / 'a' / f'paper.{suffix}').write_bytes(b'no picture')
+  for suffix in ('jpg', 'webp', 'ppm', 'mpo', 'jp2'):
+    write(tree / 'train' / 'a' / f'x.{suffix}')
+  source = folder.Folder('train', str(tree))
+  names = [os.path.basename(source.paths[i]) for i in range(len(source))]
+  expected = ['x.bmp', 'x.jp2', 'x.jpg', 'x.mpo', 'x.ppm', 'x.webp']
+  assert [name for name in names if name[0] in 'px'] == expected
+  for index in range(len(source)):
+    source[index]
+
+
+def test_folder_tells_of_what_it_leaves_out_and_not_of_hidden_files(
+  tree, capsys
+):
+  train = tree / 'train'
+  (train / 'b' / 'notes.txt').unlink()
+  folder.Folder('train', str(tree))
+  assert not capsys.readouterr().err
+  (train / '1').write_bytes(b'')
+  folder.Folder('train', str(tree))
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == (
+    f'note: 1 file under {train} was left out (first: 1): without the suffix '
+    'of a picture: 1'
+  )
+  write(train / 'b' / 'more' / 'deep' / 'z.png')
+  write(train / 'b' / 'more' / '.hidden' / 'z.png')
+  write(train / 'b' / '.thumbnails' / 'z.png')
+  (train / 'a' / 'gone.png').symlink_to(tree / 'nowhere.png')
+  (train / 'a' / 'kept.png').symlink_to(train / 'a' / 'x.bmp')
+  for _ in range(2):  # told once
+    source = folder.Folder('train', str(tree))
+    assert len(source) == 5
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == (
+    f'note: 3 files under {train} were left out (first: 1): broken links or '
+    'special files: 1; in folders below a class: 1; without the suffix of a '
+    'picture: 1'
+  )
 
 
 @pytest.mark.parametrize(
@@ -229,6 +278,20 @@ def test_synthetic_depends_on_its_seed_alone():
   [
     ('val', {}, r"one of \['train', 'test'\], got 'val'"),
     ('train', {'size': 4}, '10 orthogonal subspaces of 2 .* = 16 pixels'),
+    *(
+      (
+        'train',
+        {name: value},
+        rf'config.data.options.{name} must be an integer',
+      )
+      for name in ('num_classes', 'num_examples', 'size', 'subspace_dim')
+      for value in (0, -1, 2.5, None)
+    ),
+    ('train', {'seed': -1}, r'options.seed must be an integer >= 0, got -1'),
+    *(
+      ('train', {'noise': value}, r'options.noise must be a number >= 0, got')
+      for value in (-1, float('nan'), float('inf'), '1')
+    ),
     ('train', {'sise': 4}, "config.data.options: 'synthetic' has no such"),
   ],
 )

@@ -1,19 +1,28 @@
 """Folders of images: `DIR/<split>/<class>/*`."""
 
+import collections
 import os
+import sys
 
 import numpy as np
 from PIL import Image
 
 from clop_jax.data import images
 
+# What Pillow knows by name only: it opens them with a program or plug-in that
+# most machines lack, or not at all.
+_NO_PICTURES = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
+_noted = set()  # what this process has said already
+
 
 class Folder:
   """A source over files, decoded when they are asked for.
 
   The classes are the folders in `DIR/train`, sorted by name; files directly
-  under `DIR/<split>` are unlabelled. Files that Pillow does not know by their
-  suffix, and hidden ones, are left out.
+  under `DIR/<split>` are unlabelled. Left out are files without the suffix of a
+  picture that Pillow opens, files in folders below a class, and broken links:
+  one line on stderr counts them. Hidden files and folders are left out too, and
+  are not spoken of.
 
   Attributes:
     paths: `[n]` strings, sorted within each class.
@@ -55,20 +64,26 @@ class Folder:
         f'{", ".join(unknown[:10])}'
       )
     self.class_names, self.num_classes = known, len(known)
-    self.paths = _images(root)
+    self.paths, left_out = _images(root)
     labels = [-1] * len(self.paths)
     for name in own:
-      paths = _images(os.path.join(root, name))
+      path = os.path.join(root, name)
+      paths, others = _images(path)
+      others += [(file, 'in folders below a class') for file in _below(path)]
       if not paths:
+        found = f' ({_summary(path, others)})' if others else ''
         raise ValueError(
-          f'{os.path.join(root, name)} is an empty class: it has no image that '
-          'Pillow can read; put some there, or remove the folder'
+          f'{path} is an empty class: it has no image that Pillow can read'
+          f'{found}; put some there, or remove the folder'
         )
+      left_out += others
       self.paths += paths
       labels += [known.index(name)] * len(paths)
     if not self.paths:
       raise ValueError(f'{root} has no images, neither in folders nor directly')
     self.labels = np.asarray(labels, np.int32)
+    if left_out:
+      _note(_summary(root, left_out))
 
   def __len__(self):
     return len(self.paths)
@@ -90,11 +105,50 @@ def _folders(root):
 
 
 def _images(root):
-  known = Image.registered_extensions()
+  """The images directly in a folder, and `(path, why)` of what is left out."""
+  known = _suffixes()
+  paths, left_out = [], []
   with os.scandir(root) as entries:
-    names = [e.name for e in entries if e.is_file()]
-  return [
-    os.path.join(root, name)
-    for name in sorted(names)
-    if os.path.splitext(name)[1].lower() in known and not name.startswith('.')
-  ]
+    for entry in entries:
+      if entry.name.startswith('.') or entry.is_dir():
+        continue
+      if not entry.is_file():
+        left_out.append((entry.path, 'broken links or special files'))
+      elif os.path.splitext(entry.name)[1].lower() in known:
+        paths.append(entry.path)
+      else:
+        left_out.append((entry.path, 'without the suffix of a picture'))
+  return sorted(paths), left_out
+
+
+def _suffixes():
+  """Of the formats that Pillow opens by itself, as '.png'."""
+  formats = Image.registered_extensions()
+  # MPO, several JPEGs in one file, is opened as JPEG.
+  opened = {*Image.OPEN, 'MPO'} - _NO_PICTURES
+  return {suffix for suffix, name in formats.items() if name in opened}
+
+
+def _below(root):
+  """The files in the folders of a folder, at any depth."""
+  for folder in _folders(root):
+    for path, folders, names in os.walk(os.path.join(root, folder)):
+      folders[:] = [name for name in folders if not name.startswith('.')]
+      for name in names:
+        if not name.startswith('.'):
+          yield os.path.join(path, name)
+
+
+def _summary(root, left_out):
+  first = os.path.relpath(min(path for path, _ in left_out), root)
+  reasons = collections.Counter(why for _, why in left_out)
+  counts = '; '.join(f'{why}: {n}' for why, n in sorted(reasons.items()))
+  files = '1 file' if len(left_out) == 1 else f'{len(left_out)} files'
+  were = 'was' if len(left_out) == 1 else 'were'
+  return f'{files} under {root} {were} left out (first: {first}): {counts}'
+
+
+def _note(text):
+  if text not in _noted:
+    _noted.add(text)
+    print(f'note: {text}', file=sys.stderr, flush=True)

@@ -5,11 +5,14 @@ process needs no accelerator.
 """
 
 from collections.abc import Sequence
+import contextlib
 import io
 import math
+import numbers
 
 import numpy as np
 from PIL import Image
+from PIL import ImageOps
 
 
 class CorruptImageError(ValueError):
@@ -24,7 +27,8 @@ def decode(data: bytes | str, name: str) -> Image.Image:
     name: how an error calls it: a path, or a data set's split and number.
 
   Returns:
-    The image in Pillow's mode 'L' (grey) or 'RGB'. Transparency is dropped;
+    The image in Pillow's mode 'L' (grey) or 'RGB', turned upright where its
+    EXIF orientation says that it was stored otherwise. Transparency is dropped;
     16 bits become 8.
 
   Raises:
@@ -34,6 +38,7 @@ def decode(data: bytes | str, name: str) -> Image.Image:
     file = data if isinstance(data, str) else io.BytesIO(data)
     with Image.open(file) as image:
       image.load()
+      _turn_upright(image)
       return _grey_or_rgb(image)
   except FileNotFoundError:
     raise
@@ -43,6 +48,14 @@ def decode(data: bytes | str, name: str) -> Image.Image:
       f'{name} cannot be decoded as an image ({error}); repair or remove it, '
       'or set config.data.skip_corrupt=True to train without it'
     ) from error
+
+
+def _turn_upright(image):
+  # Damaged EXIF, on which Pillow raises almost anything, says nothing about the
+  # pixels: they are taken as they are stored, as viewers do.
+  with contextlib.suppress(Exception):
+    # In place: an image that is upright, as nearly all are, costs no copy.
+    ImageOps.exif_transpose(image, in_place=True)
 
 
 def _grey_or_rgb(image):
@@ -76,8 +89,8 @@ def to_channels(
     The image with so many channels, of the kind that was given.
 
   Raises:
-    ValueError: if the image is of another dtype or shape, or is coloured and
-      the network is grey.
+    ValueError: if the image is of another dtype or shape, has no pixels, or is
+      coloured and the network is grey.
   """
   if isinstance(image, Image.Image):
     try:
@@ -92,6 +105,12 @@ def to_channels(
     )
   else:
     found = image.shape[-1]
+  height, width = _height_and_width(image)
+  if not height or not width:
+    raise ValueError(
+      f'{name}: the image must have at least one pixel, got height {height} '
+      f'and width {width}; repair or remove it'
+    )
   if found == channels:
     return image
   if found == 1:
@@ -103,6 +122,12 @@ def to_channels(
     f'config.data.channels={channels}; set it to {found} (1 and 3 '
     'are possible), and config.augment.mean and std likewise'
   )
+
+
+def _height_and_width(image):
+  if isinstance(image, Image.Image):
+    return image.height, image.width
+  return image.shape[:2]
 
 
 def as_array(image: np.ndarray | Image.Image) -> np.ndarray:
@@ -125,6 +150,45 @@ def center_crop(
     return as_array(image)
   top, left = (picture.height - side) / 2, (picture.width - side) / 2
   return _resize(picture, size, (top, left, side, side))
+
+
+def check_crops(
+  *, size: int, crop_area: Sequence[float], crop_aspect: Sequence[float]
+) -> None:
+  """Checks what `random_crops` and `augment.view` crop by.
+
+  Raises:
+    ValueError: if there can be no such crops; the field of the config is named.
+  """
+  check_size('config.augment.size', size)
+  check_range('config.augment.crop_area', crop_area, highest=1)
+  check_range('config.augment.crop_aspect', crop_aspect)
+
+
+def check_size(name: str, size: int) -> None:
+  """Raises ValueError if no image can be so many pixels high and wide."""
+  if not isinstance(size, numbers.Integral) or size < 1:
+    raise ValueError(
+      f'{name} must be a whole number of pixels >= 1, got {size!r}'
+    )
+
+
+def check_range(
+  name: str, values: Sequence[float], *, highest: float | None = None
+) -> None:
+  """Raises ValueError if it is no pair of positive numbers, in order."""
+  try:
+    low, high = values
+    fits = 0 < low <= high <= (math.inf if highest is None else highest)
+    fits = fits and math.isfinite(high)
+  except (TypeError, ValueError):  # one number, three, or none
+    fits = False
+  if not fits:
+    limit = '' if highest is None else f' <= {highest}'
+    raise ValueError(
+      f'{name} must be two numbers 0 < low <= high{limit}, got {values!r}; '
+      'for one value give it twice'
+    )
 
 
 def random_crops(

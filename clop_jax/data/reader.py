@@ -38,7 +38,9 @@ class Reader:
     Args:
       source: the examples.
       labels: `[n]` int32, instead of the source's own.
-      channels: 1 or 3; grey images are repeated over 3 channels.
+      channels: 1 or 3; grey images are repeated over 3 channels. A note says
+        so: once if some image looked at here is grey, else at most once in each
+        process that reads.
       size: the middle square of each image is brought to `size` x `size`; None
         takes the images as they are, all of one shape.
       share: of the shorter side that the middle square is wide.
@@ -46,23 +48,33 @@ class Reader:
         two crops that depend on the seed, the step and the example.
       seed: of the crops.
       skip_corrupt: the next readable example takes the place of one that cannot
-        be decoded, with its label, and a warning says so.
+        be decoded, with its label. A warning says so, once for each image in
+        each process that reads; worker processes do not know of one another.
 
     Raises:
-      ValueError: if the source is empty, or an image does not fit.
+      ValueError: if the source is empty, an image does not fit, or there can be
+        no such size or crops.
     """
     if not len(source):
       raise ValueError('the source has no examples')
     if channels not in (1, 3):
       raise ValueError(f'config.data.channels must be 1 or 3, got {channels}')
+    if size is not None:
+      images.check_size(
+        'config.data.image_size (if None: config.augment.size)', size
+      )
+    if crops is not None:
+      images.check_crops(**crops)
     self.labels = np.asarray(labels, np.int32)
     self._source, self._channels = source, channels
     self._size, self._share = size, share
     self._crops, self._seed = crops, seed
     self._skip_corrupt, self._reported = skip_corrupt, set()
     self._tells_grey = channels == 3
-    self.shape = None
-    self.shape = self._fitted(0)[0].shape
+    self.shape = self._shape_from = None
+    image, position = self._fitted(0)
+    self.shape = image.shape
+    self._shape_from = sources.name_of(source, position)
     if crops is not None:
       self.shape = (2, crops['size'], crops['size'], channels)
     for index in np.linspace(0, len(source) - 1, 32).astype(int).tolist():
@@ -72,8 +84,8 @@ class Reader:
     return len(self._source)
 
   def __getstate__(self):
-    # What is said once is said by the process that everything starts from.
-    return self.__dict__ | {'_tells_grey': False}
+    # Workers do not repeat what the process that starts them has said.
+    return self.__dict__ | {'_tells_grey': self._tells_grey and not _noted_grey}
 
   def example(self, step: int, index: int) -> dict:
     """`{'image', 'label', 'index'}` as training sees it at a step."""
@@ -96,10 +108,11 @@ class Reader:
     else:
       image = images.as_array(image)
     if self.shape is not None and image.shape != self.shape:
+      name = sources.name_of(self._source, position)
       raise ValueError(
-        f'images must all have one shape, got {self.shape} at index 0 and '
-        f'{image.shape} at index {index}; config.data.image_size=N brings them '
-        'all to N x N pixels'
+        f'images must all have one shape, got {self.shape} of '
+        f'{self._shape_from} and {image.shape} of {name}; '
+        'config.data.image_size=N brings them all to N x N pixels'
       )
     return image, position
 

@@ -3,6 +3,9 @@
 Reference: the synthetic experiments of arXiv 2403.18699.
 """
 
+import math
+import numbers
+
 import numpy as np
 
 _SPLITS = ('train', 'test')
@@ -47,10 +50,21 @@ class Synthetic:
       seed: of everything.
 
     Raises:
-      ValueError: for an unknown split, or subspaces that do not fit.
+      ValueError: for an unknown split, a number out of its range, or subspaces
+        that do not fit.
     """
     if split not in _SPLITS:
       raise ValueError(f'split must be one of {list(_SPLITS)}, got {split!r}')
+    counts = {
+      'num_classes': num_classes,
+      'num_examples': num_examples,
+      'size': size,
+      'subspace_dim': subspace_dim,
+    }
+    for name, count in counts.items():
+      _check(name, count, least=1, kind=numbers.Integral)
+    _check('noise', noise, least=0, kind=numbers.Real)
+    _check('seed', seed, least=0, kind=numbers.Integral)
     if num_classes * subspace_dim > size * size:
       raise ValueError(
         f'{num_classes} orthogonal subspaces of {subspace_dim} directions do '
@@ -83,3 +97,11 @@ class Synthetic:
 
   def __getitem__(self, index):
     return {'image': self._images[index], 'label': int(self.labels[index])}
+
+
+def _check(name, value, *, least, kind):
+  if not isinstance(value, kind) or not least <= value < math.inf:
+    what = 'an integer' if kind is numbers.Integral else 'a number'
+    raise ValueError(
+      f'config.data.options.{name} must be {what} >= {least}, got {value!r}'
+    )
