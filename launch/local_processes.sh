@@ -116,7 +116,8 @@ while [ "${#running[@]}" -gt 0 ]; do
     asked=1
     deadline=$((SECONDS + GRACE))
   fi
-  [ "${#running[@]}" -eq 0 ] || sleep 0.2
+  # Ctrl-C reaches the sleep as well, and must not end this script with it.
+  [ "${#running[@]}" -eq 0 ] || sleep 0.2 || true
 done
 # A signal that came before the first process.
 [ "${#pids[@]}" -gt 0 ] || status=143

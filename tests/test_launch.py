@@ -53,7 +53,12 @@ behaviour = os.environ.get(f'BEHAVIOUR_{i}', 'exit 0').split()
 record = {'argv': sys.argv[1:], 'pids': [os.getpid()]}
 record['environ'] = dict(os.environ)
 if behaviour[0] == 'save':
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+  def save(*_):
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(9))
+    time.sleep(0.5)
+    sys.exit(75)
+
+  signal.signal(signal.SIGTERM, save)
 if behaviour[0] == 'stubborn':
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if behaviour[0] in ('stubborn', 'crash'):
@@ -118,6 +123,7 @@ PYTHONPATH="$(dirname "$0")/../.." exec {sys.executable} "$@"
       text=True,
       cwd=self.folder.parent,
       env=self.environ | variables,
+      start_new_session=True,
     )
 
   def call(self, script, *arguments, **variables):
@@ -395,13 +401,17 @@ def test_the_first_failure_gives_the_status_and_the_others_end_alone(checkout):
   assert err.startswith('error: process 2 of 3 ended') and err.count('\n') == 1
 
 
+# Ctrl-C and `timeout` signal the script's whole group, `kill` the script alone.
+@pytest.mark.parametrize('send', [os.kill, os.killpg])
 @pytest.mark.parametrize('sent', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_lets_every_process_save_and_75_comes_back(sent, checkout):
+def test_a_signal_lets_every_process_save_and_75_comes_back(
+  sent, send, checkout
+):
   with checkout.start(
     'local_processes.sh', BEHAVIOUR_0='save', BEHAVIOUR_1='save'
   ) as process:
     records = checkout.wait_for(2)
-    process.send_signal(sent)
+    send(process.pid, sent)
     _, err = process.communicate(timeout=10)
   assert (process.returncode, err) == (75, '')
   assert gone(records)
