@@ -13,6 +13,14 @@ fail() {
   exit 1
 }
 
+# COMMAND names a module of clop_jax, which `python -m` can run.
+check_command() {
+  COMMAND="${COMMAND:-train}"
+  [[ "$COMMAND" =~ ^[a-z_.]+$ && -f "$ROOT/clop_jax/${COMMAND//.//}.py" ]] ||
+    fail "COMMAND must name a module of clop_jax, got '$COMMAND'; for example" \
+      "COMMAND=evaluate"
+}
+
 ensure_venv() {
   local extra="${1:-}" python3="${PYTHON3:-python3}" target="$ROOT" stamp wanted
   if [ ! -x "$PYTHON" ]; then
@@ -37,7 +45,7 @@ ensure_venv() {
   [ -n "$extra" ] || stamps=("$ROOT"/.venv/installed-*)
   if ! cat "${stamps[@]}" 2>/dev/null | grep -qxF -- "$wanted"; then
     [ -z "$extra" ] || target="${ROOT}[$extra]"
-    echo "installing clop_jax${extra:+ with the extra '$extra'}"
+    echo "installing clop_jax${extra:+ with the extra $extra}"
     "$PYTHON" -m pip install --quiet --disable-pip-version-check \
       --editable "$target" || fail "pip could not install $target"
     echo "$wanted" >"$stamp"

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Runs one command on all workers of a TPU VM: copies this checkout to each,
+# installs it there with the extra 'tpu', and starts one process a worker.
+#
+#   TPU_NAME=my-tpu ZONE=us-central2-b PROJECT=my-project \
+#     bash launch/tpu_pod.sh --config=configs/cifar10.py --workdir=/shared/run
+#
+# Any flags of the command may follow; their paths are those of the workers, and
+# relative ones start at the checkout there. The workdir must be a folder that
+# all workers share. Variables:
+#   TPU_NAME, ZONE, PROJECT  the TPU VM, as gcloud names it (no defaults)
+#   COMMAND                  module of clop_jax to run (default: train)
+#   PYTHON3                  the workers' Python, 3.11 or newer (python3)
+#
+# The workers find each other through the TPU's metadata. The exit status is
+# gcloud's.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+case "${1:-}" in
+-h | --help)
+  sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  exit
+  ;;
+esac
+
+for name in TPU_NAME ZONE PROJECT; do
+  [[ "${!name:-}" =~ ^[A-Za-z0-9][A-Za-z0-9.:_-]*$ ]] ||
+    fail "$name must be set to the TPU VM's, as gcloud names it, got" \
+      "'${!name:-}'; list them with: gcloud compute tpus tpu-vm list --zone=-"
+done
+check_command
+command -v gcloud >/dev/null ||
+  fail "gcloud was not found; install the Google Cloud CLI and log in"
+
+# One file, so that no worker is left with half a checkout.
+archive="$(mktemp -d)/clop_jax.tar.gz"
+trap 'rm -rf "$(dirname "$archive")"' EXIT
+tar -czf "$archive" -C "$ROOT" --exclude=__pycache__ \
+  LICENSE README.md pyproject.toml setup.cfg clop_jax configs launch
+
+where=(--worker=all --zone="$ZONE" --project="$PROJECT")
+gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:clop_jax.tar.gz" \
+  "${where[@]}" || fail "gcloud could not copy the checkout to $TPU_NAME"
+
+# What runs on a worker. The old code goes first, for files that are no more;
+# the environment beside it stays.
+# shellcheck disable=SC2016  # expanded there, not here
+worker='
+set -euo pipefail
+mkdir -p clop_jax_checkout
+cd clop_jax_checkout
+rm -rf clop_jax configs launch
+tar -xzf ../clop_jax.tar.gz
+source launch/venv.sh
+ensure_venv tpu
+module="$1"
+shift
+exec "$PYTHON" -m "$module" "$@"
+'
+# The worker's shell, bash, parses this line once; %q makes it see what we see.
+printf -v line '%q ' env "PYTHON3=${PYTHON3:-python3}" \
+  bash -c "$worker" tpu_pod "clop_jax.$COMMAND" "$@"
+gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --command="$line"
