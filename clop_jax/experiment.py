@@ -22,6 +22,7 @@ from clop_jax import parallel
 from clop_jax import prototypes
 from clop_jax import train_state
 from clop_jax import train_step
+from clop_jax.data import images
 from clop_jax.models import heads
 from clop_jax.models import resnet
 
@@ -187,18 +188,19 @@ def build(
   make_prototypes = _choose(
     _PROTOTYPES, 'prototypes.kind', config.prototypes.kind
   )
+  images.check_size('config.augment.size', augment.size)
   image_shape = (augment.size, augment.size, config.data.channels)
 
   def create_state():
     init_key, prototype_key = jax.random.split(jax.random.key(config.seed))
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    views = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     dim = model.embedding_dim
     if model.head_layers == 0:
       # No head: the features are the embeddings.
       features, _ = jax.eval_shape(
         functools.partial(backbone.init_with_output, train=False),
         init_key,
-        images,
+        views,
       )
       dim = features.shape[-1]
     return train_state.create(

@@ -35,11 +35,13 @@ def check(layers: int, magnitude: float):
   """Raises ValueError if there can be no such layers or magnitude."""
   if not isinstance(layers, int) or layers < 0:
     raise ValueError(
-      f'randaugment_layers must be an integer >= 0, got {layers!r}'
+      'config.augment.randaugment_layers must be an integer >= 0, got '
+      f'{layers!r}'
     )
   if not 0 <= magnitude <= MAX_MAGNITUDE:
     raise ValueError(
-      f'randaugment_magnitude must be in [0, {MAX_MAGNITUDE}], got {magnitude}'
+      'config.augment.randaugment_magnitude must be '
+      f'in [0, {MAX_MAGNITUDE}], got {magnitude}'
     )
 
 

@@ -64,10 +64,10 @@ def train(
   if named:
     source = inputs.training_source(config)
   config = inputs.with_num_classes(config, source)
-  if named:
-    inputs.check_evaluation(config)
   true_labels = sources.labels_of(source)
   labels = inputs.training_labels(config, true_labels)
+  if named:
+    inputs.check_evaluation(config)
   reader = inputs.training_reader(config, source, labels)
   data = inputs.training_loader(config, reader, mesh)
   total_steps = _total_steps(config, data.steps_per_epoch)

@@ -7,9 +7,9 @@ python -m clop_jax.train --config=configs/folder.py --workdir=runs/folder \\
 python -m clop_jax.evaluate --workdir=runs/folder
 
 Needs DIR/train/<class>/* and DIR/test/<class>/*, in any format that Pillow
-reads and any size; images directly under DIR/train are unlabelled. For large
-photographs set data.image_size and augment.size to 224, model.stem to imagenet
-and data.host_crops to True.
+opens by itself and any size; images directly under DIR/train are unlabelled.
+For large photographs set data.image_size and augment.size to 224, model.stem to
+imagenet and data.host_crops to True.
 """
 
 import ml_collections

@@ -212,11 +212,23 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
     ),
     (
       {'data__num_classes': 7},
-      r'labels must be in \[-1, num_classes=7\), got \d at index \d+',
+      r'^labels must be in \[-1, .*num_classes=7\), got \d at index \d+',
     ),
     ({'train__batch_size': 100}, 'multiple of the 8 devices, got 100'),
     ({'train__batch_size': 1440}, 'at most the 1438 examples, got 1440'),
     ({'train__log_every_steps': 0}, 'log_every_steps must be at least 1'),
+    (
+      {'train__keep_best': 'accuracy'},
+      r"keep_best must be one of \['clop_loss', .*or None; got 'accuracy'",
+    ),
+    (
+      {'train__keep_best_mode': 'most'},
+      r"keep_best_mode must be one of \['max', 'min'\], got 'most'",
+    ),
+    (
+      {'train__keep_best': 'loss', 'train__log_every_steps': 6},
+      'log_every_steps=6 logs nothing between two checkpoints',
+    ),
     (
       {'loss__contrastive': 'none', 'loss__clop_weight': 0.0},
       'nothing is left to train on',
@@ -341,3 +353,37 @@ def test_evaluation_of_a_folder_that_is_no_run_says_what_it_is(tmp_path, copy):
   (workdir / 'config.json').write_text('{')
   with pytest.raises(ValueError, match='is not JSON'):
     evaluate.evaluate(str(workdir))
+
+
+def test_the_best_checkpoint_is_kept_and_can_be_evaluated(digits_dir, tmp_path):
+  config = small.digits_config(
+    digits_dir,
+    train__num_epochs=4,
+    train__keep_checkpoints=1,
+    train__log_every_steps=1,
+    train__keep_best='effective_rank',
+  )
+  run(config, tmp_path)
+  ranks = [line['effective_rank'] for line in metrics_of(tmp_path)]
+  means = np.reshape(ranks, (4, 5)).mean(axis=1)
+  best = 5 * (int(np.argmax(means)) + 1)
+  assert best < 20  # else the newest is the best, and the test shows nothing
+  found = {entry.step: entry for entry in checkpoint.verify(str(tmp_path))}
+  assert {*found} == {best, 20}
+  assert found[best].metrics['effective_rank'] == pytest.approx(means.max())
+  for which, step in (('best', best), ('latest', 20), (str(best), best)):
+    result, _ = evaluate.evaluate(
+      str(tmp_path), which=which, devices=jax.devices()[ONE]
+    )
+    assert result['step'] == step
+  with pytest.raises(
+    ValueError, match=rf'no checkpoint of step 7 .*{best}, 20'
+  ):
+    evaluate.evaluate(str(tmp_path), which='7')
+  with pytest.raises(ValueError, match="must be 'latest', 'best' or a step"):
+    evaluate.evaluate(str(tmp_path), which='newest')
+
+
+def test_the_best_of_a_run_that_kept_none_is_refused(trained):
+  with pytest.raises(ValueError, match=r'train with --config.train.keep_best='):
+    evaluate.evaluate(str(trained[1]), which='best')

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 import sklearn.datasets
 
+from clop_jax import augment
 from clop_jax import defaults
 from clop_jax import experiment
 from clop_jax import parallel
@@ -105,11 +106,27 @@ def resident():
   for _ in range(200):
     jax.block_until_ready(gather(data.resident, next(batches)))
   alone = (time.perf_counter() - began) / 200
+  recipe = experiment.recipe(config)
+
+  @jax.jit
+  def views(resident, batch, step):
+    batch = loader.unpack(resident, jax.tree.map(lambda x: x[0], batch))
+    keys = augment.example_keys(jax.random.key(0), step, batch['index'])
+    return augment.two_views(keys, batch['image'], **recipe)
+
+  jax.block_until_ready(views(data.resident, next(batches), 0))
+  began = time.perf_counter()
+  for step in range(50):
+    made = views(data.resident, next(batches), step)
+  jax.block_until_ready(made)
+  viewed = (time.perf_counter() - began) / 50
   for name, values in seconds.items():
     print(
-      f'{name:9} {medians[name] * 1e3:8.1f} ms a step of {batch_size} '
+      f'{name:9} {medians[name] * 1e3:8.1f} ms a step of {batch_size}, '
+      f'{batch_size / medians[name]:,.0f} images/s '
       f'(max/min {max(values[1:]) / min(values[1:]):.2f})'
     )
+  print(f'loader and two views alone: {batch_size / viewed:,.0f} images/s')
   print(
     f'gathered / constant: {medians["gathered"] / medians["constant"]:.3f} '
     f'(bar 1.03); order, transfer and gather alone {alone * 1e3:.2f} ms, '
