@@ -113,6 +113,11 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.train = train = ml_collections.ConfigDict()
   train.batch_size = 128  # images over all devices
+  # Parts that a device works through its images in: memory for one part, at the
+  # cost of one more forward pass. The losses stay those of the whole batch;
+  # batch statistics become those of one part, over all devices or one device as
+  # model.bn_scope says.
+  train.num_micro_batches = 1
   train.num_epochs = 20
   # Steps that the device makes by itself at a time; fewer where a log line or a
   # checkpoint is due.

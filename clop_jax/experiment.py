@@ -224,6 +224,7 @@ def build(
     clop_distance=config.loss.clop_distance,
     log_every=config.train.log_every_steps,
     bn_scope=model.bn_scope,
+    num_micro_batches=config.train.num_micro_batches,
     axis_name=parallel.DATA_AXIS,
   )
   return Experiment(backbone, projection_head, tx, create_state, step)

@@ -632,8 +632,10 @@ def _masked_mean(values, weights, axis_name):
 
 def _mean(total, count, axis_name):
   """Sum over devices by count over devices; 0 if there is nothing."""
-  # Not a mean of local means: devices hold different numbers of labels.
-  total, count = _psum(total, axis_name), _psum(count, axis_name)
+  # Not a mean of local means: devices hold different numbers of labels. In one
+  # collective, which waits for the embeddings; the count alone may be constant,
+  # and `grad_cache` needs the collectives in one order on all devices.
+  total, count = _psum(jnp.stack([total, count]), axis_name)
   return total / jnp.where(count == 0.0, 1.0, count)
 
 

@@ -217,6 +217,7 @@ def _total_steps(config, steps_per_epoch):
     'log_every_steps',
     'checkpoint_every_epochs',
     'num_epochs',
+    'num_micro_batches',
     'steps_per_dispatch',
   ):
     value = config.train[name]

@@ -10,6 +10,7 @@ import optax
 
 from clop_jax import augment
 from clop_jax import collapse
+from clop_jax import grad_cache
 from clop_jax import loss
 from clop_jax import train_state
 
@@ -30,12 +31,23 @@ def train_step(
   class_weights: jax.Array | None = None,
   log_every: int = 1,
   bn_scope: str = 'global',
+  num_micro_batches: int = 1,
   axis_name: str | None = 'data',
   pmean_gradients: bool = False,
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
   r"""Two views, one forward pass, the sum of the losses, one update.
 
   .. math:: L = L_{contrastive}(Z) + \lambda\, L_{CLOP}(Z, y, C)
+
+  With `num_micro_batches` above 1 the networks see a part of the shard at a
+  time, in two passes (see `grad_cache`): memory for views and activations is
+  one micro-batch's, the losses and their gradient are still those of the whole
+  global batch. Batch normalization then takes its statistics over one
+  micro-batch (with `bn_scope='global'` over all devices' m-th one, a part of
+  the global batch), alike in both passes: the gradient is exact for that
+  network, which is another one than the undivided batch gives. Each micro-batch
+  starts from the old running statistics, and the mean of what they make of them
+  are the new ones. Without batch normalization the step is the undivided one.
 
   Written for one shard of the batch; `parallel.map_step` maps it. It also runs
   under `jax.pmap` (with `pmean_gradients=True`) and, with `axis_name=None`, on
@@ -62,46 +74,57 @@ def train_step(
       that are a multiple of this; on others they are 0.
     bn_scope: as in the networks. With 'device' the running statistics are the
       mean of the devices' own.
+    num_micro_batches: micro-batches of a shard; it divides `batch`.
     axis_name: the mapped axis, or None.
     pmean_gradients: average the gradients over the axis; for `jax.pmap` only,
       see `clop_jax.loss`.
 
   Returns:
     The next state, and metrics: float32 scalars, the same on every device.
-  """
-  keys = augment.example_keys(key, state.step, batch['index'])
-  images = batch['image']
-  if images.ndim == 5:
-    # Two crops of each example, made by the loader.
-    images = images.swapaxes(0, 1)
-  views = augment.two_views(keys, images, **recipe)
-  num_views, batch_size = views.shape[:2]
 
-  def loss_of(params):
+  Raises:
+    ValueError: if `num_micro_batches` is below 1 or does not divide the shard's
+      batch.
+  """
+
+  def embed(params, examples):
+    keys = augment.example_keys(key, state.step, examples['index'])
+    images = examples['image']
+    if images.ndim == 5:
+      # Two crops of each example, made by the loader.
+      images = images.swapaxes(0, 1)
+    views = augment.two_views(keys, images, **recipe)
+    num_views, batch_size = views.shape[:2]
     # Both views in one pass: half the launches, and batch statistics over all.
     images = views.reshape(num_views * batch_size, *views.shape[2:])
     _, embeddings, batch_stats = train_state.apply_networks(
       backbone, projection_head, params, state.batch_stats, images, train=True
     )
-    embeddings = embeddings.reshape(num_views, batch_size, -1)
-    contrastive_loss = contrastive(
-      embeddings, batch['label'], axis_name=axis_name
-    )
+    return embeddings.reshape(num_views, batch_size, -1), batch_stats
+
+  def loss_of(embeddings, examples):
+    labels = examples['label']
+    contrastive_loss = contrastive(embeddings, labels, axis_name=axis_name)
     clop_loss = loss.clop_loss(
       embeddings,
-      batch['label'],
+      labels,
       state.prototypes,
       distance=clop_distance,
       class_weights=class_weights,
       axis_name=axis_name,
     )
     total = contrastive_loss + clop_weight * clop_loss
-    return total, (contrastive_loss, clop_loss, embeddings, batch_stats)
+    return total, (contrastive_loss, clop_loss)
 
-  (total, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-    state.params
+  value, embeddings, batch_stats, gradients = grad_cache.value_and_grad(
+    embed,
+    loss_of,
+    state.params,
+    batch,
+    num_micro_batches=num_micro_batches,
+    axis_name=None if pmean_gradients else axis_name,
   )
-  contrastive_loss, clop_loss, embeddings, batch_stats = aux
+  total, (contrastive_loss, clop_loss) = value
   if pmean_gradients:
     gradients = lax.pmean(gradients, axis_name)
   if bn_scope == 'device' and axis_name is not None:

@@ -15,6 +15,7 @@ LAYERS = {
   'loss': 0,
   'prototypes': 0,
   'collapse': 0,
+  'grad_cache': 0,
   'randaugment': 0,
   'augment': 0.5,  # one of its operations is randaugment
   'models.resnet': 0,
@@ -53,6 +54,7 @@ LIBRARIES = {
   'loss': {'jax'},
   'prototypes': {'jax', 'optax'},
   'collapse': {'jax'},
+  'grad_cache': {'jax'},
   'augment': {'jax', 'dm_pix'},
   'randaugment': {'jax'},
   'data.images': {'numpy', 'PIL'},

@@ -217,6 +217,11 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
     ({'train__batch_size': 100}, 'multiple of the 8 devices, got 100'),
     ({'train__batch_size': 1440}, 'at most the 1438 examples, got 1440'),
     ({'train__log_every_steps': 0}, 'log_every_steps must be at least 1'),
+    ({'train__num_micro_batches': 0}, 'num_micro_batches must be at least 1'),
+    (
+      {'train__num_micro_batches': 3},
+      r'num_micro_batches must .* divide .* one device .* 32 here, got 3',
+    ),
     (
       {'train__keep_best': 'accuracy'},
       r"keep_best must be one of \['clop_loss', .*or None; got 'accuracy'",
