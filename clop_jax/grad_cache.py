@@ -82,6 +82,11 @@ def value_and_grad(
     Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory
     Limited Setup", arXiv 2101.06983, section 3.2.
   """
+  if axis_name is not None:
+    # Of replicated parameters JAX sums the gradient over the devices by itself:
+    # once for each micro-batch, and in the precision of the layer that uses
+    # them, bfloat16 on accelerators.
+    params = _varying(params, axis_name)
   if num_micro_batches == 1:
 
     def loss_of_params(params):
@@ -93,6 +98,7 @@ def value_and_grad(
       params
     )
     aux, embeddings, batch_stats = aux
+    gradients = _summed(gradients, axis_name)
     return (total, aux), embeddings, batch_stats, gradients
 
   parts = _split(batch, num_micro_batches)
@@ -110,9 +116,7 @@ def value_and_grad(
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
   if axis_name is not None:
-    # Of replicated parameters each micro-batch's gradient would be summed over
-    # the devices.
-    params, zeros = _varying((params, zeros), axis_name)
+    zeros = _varying(zeros, axis_name)
 
   def add_part(gradients, part_and_cotangent):
     part, cotangent = part_and_cotangent
@@ -121,9 +125,12 @@ def value_and_grad(
     return jax.tree.map(jnp.add, gradients, of_part), None
 
   gradients, _ = lax.scan(add_part, zeros, (parts, cotangents))
-  if axis_name is not None:
-    gradients = lax.psum(gradients, axis_name)
+  gradients = _summed(gradients, axis_name)
   return (total, aux), embeddings, batch_stats, gradients
+
+
+def _summed(gradients, axis_name):
+  return gradients if axis_name is None else lax.psum(gradients, axis_name)
 
 
 def _split(batch, num_micro_batches):

@@ -4,9 +4,12 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import pytest
 
+from clop_jax import experiment
 from clop_jax import parallel
+from tests import small
 from tests.benchmarks import scaling
 
 AXIS = parallel.DATA_AXIS
@@ -107,3 +110,30 @@ def test_reduced_types_of_a_lowered_program():
   x = jax.ShapeDtypeStruct((8 * 16, 3), jnp.float32)
   text = jax.jit(mapped).lower(x).as_text()
   assert scaling.reduced_types(text) == {'f32': 4, 'bf16': 16 * 3 * 2}
+
+
+@pytest.mark.parametrize('num_micro_batches', [1, 2])
+def test_a_bfloat16_step_sums_nothing_over_devices_in_bfloat16(
+  num_micro_batches, digits_dir
+):
+  config = small.digits_config(
+    digits_dir,
+    model__dtype='bfloat16',
+    train__batch_size=32,
+    train__num_micro_batches=num_micro_batches,
+  )
+  mesh = parallel.make_mesh()
+  run = experiment.build(config, total_steps=10, steps_per_epoch=5)
+  state = experiment.abstract_state(run, mesh)
+  batch = {
+    'image': jax.ShapeDtypeStruct((32, 8, 8, 1), np.uint8),
+    'label': jax.ShapeDtypeStruct((32,), np.int32),
+    'index': jax.ShapeDtypeStruct((32,), np.int32),
+  }
+  step = parallel.map_step(run.step, mesh, batch_axes=(None, 0, None))
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  sizes = scaling.reduced_types(step.lower(state, batch, key).as_text())
+  parameters = sum(x.size for x in jax.tree.leaves(state.params))
+  # Kernels, at the precision that they are kept in, among others.
+  assert sizes['f32'] >= 4 * parameters
+  assert {*sizes} == {'f32'}
