@@ -56,6 +56,7 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
 
 def _guarded(main):
   values = flags.FLAGS
+  sys.unraisablehook = _report
   if not values['verbosity'].present:
     # Orbax and TFDS tell of every file they touch, and print the traceback of
     # what they raise as well; --verbosity=0 shows it.
@@ -90,6 +91,15 @@ def _guarded(main):
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
       message += '; free some space and run the same command again'
     _fail(message)
+
+
+def _report(unraisable):
+  """`sys.unraisablehook`, but for what follows a failed save in other threads.
+
+  TensorStore's go on telling an event loop that Orbax has closed.
+  """
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
 
 
 def _parse(argv):

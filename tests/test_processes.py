@@ -445,11 +445,11 @@ def test_a_peer_that_dies_ends_the_others_in_bounded_time(
   assert found and all(entry.fault is None for entry in found)
 
 
-def test_two_processes_go_on_from_one_and_one_evaluates_what_two_saved(
+def test_two_processes_go_on_from_eight_devices_and_one_evaluates_them(
   digits_dir, unbroken, tmp_path
 ):
   flags = flags_of(digits_dir, tmp_path)
-  started = start(flags)
+  started = start(flags, devices=8)
   wait_until(lambda: logged_step(tmp_path) >= 7, started)
   started[0].send_signal(signal.SIGTERM)
   codes, _, errors = finish(started)
