@@ -111,14 +111,17 @@ class Experiment:
     backbone: images to features.
     projection_head: features to embeddings.
     tx: the Optax chain.
-    create_state: the state before the first step, a pure function of nothing.
-    step: `train_step.train_step` with everything but its arguments bound.
+    create_state: `(key=...) -> state` before the first step, pure; the key is
+      that of the config's seed unless one is given.
+    step: `(state, batch, key, numbers=...) -> (state, metrics)`,
+      `train_step.train_step` with everything else bound. `numbers` are those of
+      the config unless they are given, see `numbers_of`.
   """
 
   backbone: nn.Module
   projection_head: nn.Module
   tx: optax.GradientTransformation
-  create_state: Callable[[], train_state.TrainState]
+  create_state: Callable[..., train_state.TrainState]
   step: Callable
 
 
@@ -160,23 +163,25 @@ def build(
     use_bn=model.head_bn,
     **shared,
   )
-  schedule = optimizer.warmup_cosine(
-    optimizer.scaled_learning_rate(
-      config.optimizer.learning_rate,
-      config.train.batch_size,
-      config.optimizer.scaling,
-    ),
-    total_steps=total_steps,
-    warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
-  )
-  tx = optimizer.create(
-    config.optimizer.name,
-    schedule,
-    momentum=config.optimizer.momentum,
-    weight_decay=config.optimizer.weight_decay,
-    trust_coefficient=config.optimizer.trust_coefficient,
-    clip_norm=config.optimizer.clip_norm,
-  )
+  own_numbers = numbers_of(config)
+
+  def optimizer_at(learning_rate):
+    schedule = optimizer.warmup_cosine(
+      learning_rate,
+      total_steps=total_steps,
+      warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
+    )
+    tx = optimizer.create(
+      config.optimizer.name,
+      schedule,
+      momentum=config.optimizer.momentum,
+      weight_decay=config.optimizer.weight_decay,
+      trust_coefficient=config.optimizer.trust_coefficient,
+      clip_norm=config.optimizer.clip_norm,
+    )
+    return {'tx': tx, 'schedule': schedule}
+
+  tx = optimizer_at(own_numbers['learning_rate'])['tx']
   contrastive = _choose(
     _CONTRASTIVE, 'loss.contrastive', config.loss.contrastive
   )
@@ -191,8 +196,9 @@ def build(
   images.check_size('config.augment.size', augment.size)
   image_shape = (augment.size, augment.size, config.data.channels)
 
-  def create_state():
-    init_key, prototype_key = jax.random.split(jax.random.key(config.seed))
+  def create_state(key=None):
+    key = jax.random.key(config.seed) if key is None else key
+    init_key, prototype_key = jax.random.split(key)
     views = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     dim = model.embedding_dim
     if model.head_layers == 0:
@@ -212,22 +218,46 @@ def build(
       prototypes=make_prototypes(prototype_key, config.data.num_classes, dim),
     )
 
-  step = functools.partial(
+  bound = functools.partial(
     train_step.train_step,
     backbone=backbone,
     projection_head=projection_head,
-    tx=tx,
-    schedule=schedule,
     recipe=recipe(config),
     contrastive=functools.partial(contrastive, config.loss),
-    clop_weight=config.loss.clop_weight,
     clop_distance=config.loss.clop_distance,
     log_every=config.train.log_every_steps,
     bn_scope=model.bn_scope,
     num_micro_batches=config.train.num_micro_batches,
     axis_name=parallel.DATA_AXIS,
   )
+
+  def step(state, batch, key, numbers=None):
+    numbers = own_numbers if numbers is None else numbers
+    return bound(
+      state,
+      batch,
+      key,
+      clop_weight=numbers['clop_weight'],
+      **optimizer_at(numbers['learning_rate']),
+    )
+
   return Experiment(backbone, projection_head, tx, create_state, step)
+
+
+def numbers_of(config: ml_collections.ConfigDict) -> dict[str, float]:
+  """The numbers of a config that a compiled step can take as arguments.
+
+  Runs that differ in these (and in the seed) alone are one program: it is
+  compiled once, and can be mapped over them.
+  """
+  return {
+    'learning_rate': optimizer.scaled_learning_rate(
+      config.optimizer.learning_rate,
+      config.train.batch_size,
+      config.optimizer.scaling,
+    ),
+    'clop_weight': config.loss.clop_weight,
+  }
 
 
 def recipe(config: ml_collections.ConfigDict) -> dict:
