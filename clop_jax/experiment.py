@@ -19,6 +19,7 @@ import optax
 from clop_jax import loss
 from clop_jax import optimizer
 from clop_jax import parallel
+from clop_jax import prototype_rules
 from clop_jax import prototypes
 from clop_jax import train_state
 from clop_jax import train_step
@@ -33,9 +34,24 @@ _BACKBONES = {
   50: resnet.ResNet50,
 }
 
+# How each kind begins.
 _PROTOTYPES = {
   'orthonormal': prototypes.orthonormal_prototypes,
   'simplex_etf': prototypes.simplex_etf_prototypes,
+  'random': prototypes.random_prototypes,
+  'learned': prototypes.orthonormal_prototypes,
+  'aligned': prototypes.orthonormal_prototypes,
+}
+
+
+def _procrustes(class_means, before):
+  del before
+  return prototypes.align_prototypes(class_means)
+
+
+_ALIGNMENTS = {
+  'procrustes': _procrustes,
+  'assignment': prototypes.assign_prototypes,
 }
 
 _DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -193,6 +209,7 @@ def build(
   make_prototypes = _choose(
     _PROTOTYPES, 'prototypes.kind', config.prototypes.kind
   )
+  rule = _prototype_rule(config.prototypes, steps_per_epoch)
   images.check_size('config.augment.size', augment.size)
   image_shape = (augment.size, augment.size, config.data.channels)
 
@@ -209,13 +226,15 @@ def build(
         views,
       )
       dim = features.shape[-1]
+    made = make_prototypes(prototype_key, config.data.num_classes, dim)
     return train_state.create(
       init_key,
       backbone=backbone,
       projection_head=projection_head,
       tx=tx,
       image_shape=image_shape,
-      prototypes=make_prototypes(prototype_key, config.data.num_classes, dim),
+      prototypes=made,
+      prototype_statistics=rule.statistics(made),
     )
 
   bound = functools.partial(
@@ -224,7 +243,14 @@ def build(
     projection_head=projection_head,
     recipe=recipe(config),
     contrastive=functools.partial(contrastive, config.loss),
-    clop_distance=config.loss.clop_distance,
+    clop=functools.partial(
+      loss.clop_loss,
+      distance=config.loss.clop_distance,
+      temperature=config.loss.clop_temperature,
+      repulsion=config.loss.clop_repulsion,
+    ),
+    prototype_rule=rule,
+    pseudo_labels=_pseudo_labels(config.loss),
     log_every=config.train.log_every_steps,
     bn_scope=model.bn_scope,
     num_micro_batches=config.train.num_micro_batches,
@@ -258,6 +284,44 @@ def numbers_of(config: ml_collections.ConfigDict) -> dict[str, float]:
     ),
     'clop_weight': config.loss.clop_weight,
   }
+
+
+def _prototype_rule(config, steps_per_epoch):
+  """What becomes of the prototypes of that kind."""
+  if config.kind == 'learned':
+    return prototype_rules.Learned(config.learning_rate)
+  if config.kind != 'aligned':
+    return prototype_rules.Fixed()
+  align = _choose(_ALIGNMENTS, 'prototypes.align_by', config.align_by)
+  first, every = config.align_after_epochs, config.align_every_epochs
+  for name, epochs in (('after', first), ('every', every or 1)):
+    if epochs < 1:
+      raise ValueError(
+        f'config.prototypes.align_{name}_epochs must be at least 1, got '
+        f'{epochs}'
+      )
+  return prototype_rules.Aligned(
+    align=align,
+    first_step=first * steps_per_epoch,
+    every_steps=None if every is None else every * steps_per_epoch,
+    steps_per_epoch=steps_per_epoch,
+  )
+
+
+def _pseudo_labels(config):
+  """Labels for unlabelled examples, or None if there are to be none."""
+  if config.pseudo_label_threshold is None:
+    return None
+  if not 0 < config.pseudo_label_threshold <= 1:
+    raise ValueError(
+      'config.loss.pseudo_label_threshold must be None or in (0, 1], got '
+      f'{config.pseudo_label_threshold}'
+    )
+  return functools.partial(
+    prototypes.pseudo_labels,
+    threshold=config.pseudo_label_threshold,
+    temperature=config.clop_temperature,
+  )
 
 
 def recipe(config: ml_collections.ConfigDict) -> dict:

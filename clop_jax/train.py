@@ -80,6 +80,8 @@ def train(
   # what JAX's compilation cache holds.
   numbers = jax.tree.map(np.float32, experiment.numbers_of(config))
   shared = {'key': experiment.training_key(config), 'numbers': numbers}
+  if config.loss.pseudo_label_threshold is not None:
+    shared['true_label'] = true_labels.astype(np.int32)
   shared = parallel.replicate(mesh, shared) | {'resident': data.resident}
   program = _Program(run, data, mesh, target, shared)
   chunk = config.train.steps_per_dispatch
@@ -182,6 +184,9 @@ class _Program:
     def steps(state, shared, batches):
       def one(state, batch):
         examples = loader.unpack(shared['resident'], batch)
+        if 'true_label' in shared:
+          index = examples['index']
+          examples = examples | {'true_label': shared['true_label'][index]}
         return run.step(state, examples, shared['key'], shared['numbers'])
 
       if jax.tree.leaves(batches)[0].shape[0] > 1:

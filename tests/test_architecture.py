@@ -35,6 +35,7 @@ LAYERS = {
   'data.reader': 0.6,  # what a source gives, at one shape
   'data.loader': 1,
   'train_state': 1,
+  'prototype_rules': 1,
   'metrics_log': 1,
   'train_step': 2,
   'checkpoint': 2,
@@ -54,6 +55,7 @@ LIBRARIES = {
   'loss': {'jax'},
   'prototypes': {'jax', 'optax'},
   'collapse': {'jax'},
+  'prototype_rules': {'jax'},
   'grad_cache': {'jax'},
   'augment': {'jax', 'dm_pix'},
   'randaugment': {'jax'},
