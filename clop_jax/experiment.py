@@ -294,8 +294,8 @@ def _prototype_rule(config, steps_per_epoch):
     return prototype_rules.Fixed()
   align = _choose(_ALIGNMENTS, 'prototypes.align_by', config.align_by)
   first, every = config.align_after_epochs, config.align_every_epochs
-  for name, epochs in (('after', first), ('every', every or 1)):
-    if epochs < 1:
+  for name, epochs in (('after', first), ('every', every)):
+    if epochs is not None and epochs < 1:
       raise ValueError(
         f'config.prototypes.align_{name}_epochs must be at least 1, got '
         f'{epochs}'

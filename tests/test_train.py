@@ -111,6 +111,35 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(copy, trained, kept):
   assert metrics_of(workdir) == metrics_of(trained[1])
 
 
+def test_a_resumed_run_sets_the_same_prototypes_and_pseudo_labels(
+  digits_dir, tmp_path
+):
+  config = small.digits_config(
+    digits_dir,
+    data__label_fraction=0.5,
+    loss__pseudo_label_threshold=0.3,
+    prototypes__kind='aligned',
+    prototypes__align_every_epochs=1,
+    train__log_every_steps=1,
+  )
+  run(config, tmp_path / 'unbroken')
+  shutil.copytree(tmp_path / 'unbroken', tmp_path / 'resumed')
+  shutil.rmtree(tmp_path / 'resumed' / 'checkpoints' / '10')
+  run(config, tmp_path / 'resumed')
+  states = [final_state(config, tmp_path / x) for x in ('unbroken', 'resumed')]
+  jax.tree.map(np.testing.assert_array_equal, *states)
+  assert metrics_of(tmp_path / 'resumed') == metrics_of(tmp_path / 'unbroken')
+  lines = metrics_of(tmp_path / 'unbroken')
+  for line in lines[:5]:
+    assert line['loss'] == line['contrastive_loss']
+  assert lines[5]['loss'] > lines[5]['contrastive_loss']
+  # Of the half without a label some are sure, and not all of those are right.
+  assert 0 < lines[-1]['pseudo_label_share'] < 1
+  assert 0 < lines[-1]['pseudo_label_accuracy'] < 1
+  # Prototypes set to suit the classes are sooner reached than random ones.
+  assert lines[5]['prototype_cosine'] > lines[4]['prototype_cosine'] + 0.1
+
+
 def test_a_log_line_that_a_kill_cut_short_is_written_again(copy, trained):
   config, workdir = copy
   shutil.rmtree(workdir / 'checkpoints' / '10')
@@ -197,7 +226,32 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
     ),
     ({'model__dtype': 'float16'}, r"\['auto', 'float32', 'bfloat16'\]"),
     ({'model__stem': 'tiny'}, r"stem must be one of \['cifar', 'imagenet'\]"),
-    ({'prototypes__kind': 'etf'}, r"\['orthonormal', 'simplex_etf'\]"),
+    (
+      {'prototypes__kind': 'etf'},
+      r"\['orthonormal', 'simplex_etf', 'random', 'learned', 'aligned'\]",
+    ),
+    (
+      {'prototypes__kind': 'aligned', 'prototypes__align_by': 'luck'},
+      r"align_by must be one of \['procrustes', 'assignment'\], got 'luck'",
+    ),
+    (
+      {'prototypes__kind': 'aligned', 'prototypes__align_after_epochs': 0},
+      'align_after_epochs must be at least 1, got 0',
+    ),
+    (
+      {'prototypes__kind': 'aligned', 'prototypes__align_every_epochs': 0},
+      'align_every_epochs must be at least 1, got 0',
+    ),
+    (
+      {'prototypes__kind': 'learned', 'prototypes__learning_rate': 0.0},
+      'prototypes.learning_rate must be above 0, got 0.0',
+    ),
+    (
+      {'loss__pseudo_label_threshold': 1.5},
+      r'pseudo_label_threshold must be None or in \(0, 1\], got 1.5',
+    ),
+    ({'loss__clop_repulsion': -1.0}, 'repulsion must be at least 0, got -1'),
+    ({'data__num_classes': 1}, 'num_classes must be at least 2'),
     ({'optimizer__name': 'adam'}, r"\['adamw', 'lars', 'sgd'\], got 'adam'"),
     ({'optimizer__scaling': 'cubic'}, r"\['linear', 'none', 'sqrt'\]"),
     ({'optimizer__warmup_epochs': 2.0}, r'warmup_steps must be in \[0, total'),
