@@ -405,10 +405,13 @@ def _save(figure, path):
 
 
 def _legend(figure, handles, columns=_COLUMNS):
+  # As few rows as can be, and as even.
+  rows = max(1, math.ceil(len(handles) / columns))
+  columns = max(1, math.ceil(len(handles) / rows))
   figure.legend(
     handles=handles,
     loc='outside lower center',
-    ncols=min(columns, max(1, len(handles))),
+    ncols=columns,
     frameon=False,
     handlelength=3.2,
   )
@@ -511,7 +514,7 @@ def _category_axis(axis, values, width):
 
 def _draw_spectra(axis, names, spectra):
   """The lines; their legend's handles."""
-  handles = []
+  handles, lowest = [], 1e-3
   for index, (name, spectrum) in enumerate(zip(names, spectra, strict=True)):
     if spectrum is None:
       continue
@@ -523,7 +526,9 @@ def _draw_spectra(axis, names, spectra):
       markevery=max(1, shares.size // 8),
       **_line_style(index),
     )
-  axis.set(xlabel='index', ylabel='share of their sum', ylim=(1e-7, 1.5))
+    lowest = min(lowest, shares.min(initial=1.0) / 2)
+  axis.set(xlabel='index', ylabel='share of their sum')
+  axis.set_ylim(max(lowest, 1e-7), 1.5)
   return handles
 
 

@@ -86,6 +86,7 @@ table {border-collapse: collapse; font-size: .92em; margin: .6em 0}
 th, td {padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: left;
   vertical-align: top}
 thead th {border-bottom: 2px solid #888}
+th.number {text-align: right}
 td.number {text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums}
 pre {overflow-x: auto; background: #f5f5f5; padding: .6em; font-size: .85em}
@@ -321,8 +322,12 @@ def _evaluations(study) -> Iterator[dict]:
 def _arrays(study, cell):
   """The arrays of embeddings.npz, or None with a note."""
   try:
-    with np.load(study.path(cell, 'embeddings.npz')) as file:
-      arrays = {name: file[name] for name in file.files}
+    # np.load would leave a damaged file open.
+    with (
+      open(study.path(cell, 'embeddings.npz'), 'rb') as file,
+      np.load(file) as archive,
+    ):
+      arrays = {name: archive[name] for name in archive.files}
     return {
       'embeddings': arrays['embeddings'].astype(np.float32),
       'labels': arrays['labels'],
@@ -431,8 +436,8 @@ def _results_table(study):
     diverged = sum(c.status == 'diverged' for c in cells)
     rows.append([*row, count, str(diverged)])
   caption = (
-    f'Mean ± standard deviation over the seeds (n - 1 in the denominator; {_NONE} '
-    f'with one seed). {_rule(study)}'
+    'Mean ± standard deviation over the seeds (n - 1 in the denominator; '
+    f'{_NONE} with one seed). {_rule(study)}'
   )
   return 'Mean and standard deviation', header, rows, caption
 
@@ -888,8 +893,12 @@ def _telling_cells(study):
         pairs.append((abs(ranks[1] - ranks[0]), pair))
     if pairs:
       pairs.sort(key=lambda gap_and_pair: gap_and_pair[0])
-      chosen = pairs[0][1] + (pairs[-1][1] if len(pairs) > 1 else [])
-      return chosen, (
+      if len(pairs) == 1:
+        return pairs[0][1], (
+          f'Of seed {seed}, the setting that was run both with '
+          f'{_weight_name(clop)} and with the contrastive loss alone.'
+        )
+      return pairs[0][1] + pairs[-1][1], (
         f'Of seed {seed}, the settings at which {_weight_name(clop)} and the '
         'contrastive loss alone differ least and most in effective rank, each '
         'with both.'
@@ -949,8 +958,9 @@ def _planes(study, cells, arrays):
 
 
 def _tsne(embeddings, plane):
-  # Only here: evaluating a single run need not wait for this import.
+  # Only here: evaluating a single run need not wait for these imports.
   from sklearn import manifold
+  import threadpoolctl
 
   perplexity = min(30.0, (len(embeddings) - 1) / 3)
   # scikit-learn's own start divides by a spread that may be 0.
@@ -962,7 +972,9 @@ def _tsne(embeddings, plane):
     random_state=0,
     learning_rate='auto',
   )
-  return fit.fit_transform(embeddings)
+  # Its many short parallel loops come to a crawl where cores are shared.
+  with threadpoolctl.threadpool_limits(1, user_api='openmp'):
+    return fit.fit_transform(embeddings)
 
 
 # Names, and pieces of HTML and Markdown.
@@ -1007,24 +1019,35 @@ def _list(items):
 
 
 def _html_table(header, rows):
+  """Without a header, the first cell of each row heads it."""
   parts = ['<div class="scroll"><table>']
+  marks = [''] * max(map(len, rows), default=0)
   if header is not None:
+    marks = [
+      ' class="number"' if all(map(_looks_numeric, column)) else ''
+      for column in zip(*rows, strict=True)
+    ] or [''] * len(header)
     parts.append('<thead><tr>')
-    parts += [f'<th scope="col">{_text(cell)}</th>' for cell in header]
+    parts += [
+      f'<th scope="col"{mark}>{_text(cell)}</th>'
+      for cell, mark in zip(header, marks, strict=True)
+    ]
     parts.append('</tr></thead>')
   parts.append('<tbody>')
   for row in rows:
     parts.append('<tr>')
-    for place, cell in enumerate(row):
+    for place, (cell, mark) in enumerate(zip(row, marks, strict=True)):
       if header is None and place == 0:
         parts.append(f'<th scope="row">{_text(cell)}</th>')
       else:
-        number = cell[:1].isdigit() or cell[:1] in (_NONE, '+', '-')
-        mark = ' class="number"' if header is not None and number else ''
         parts.append(f'<td{mark}>{_text(cell)}</td>')
     parts.append('</tr>')
   parts.append('</tbody></table></div>')
   return ''.join(parts)
+
+
+def _looks_numeric(cell):
+  return cell.lstrip('+-')[:1].isdigit() or cell == _NONE
 
 
 def _markdown(header, rows):

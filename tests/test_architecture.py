@@ -74,7 +74,7 @@ LIBRARIES = {
   'train_state': {'jax', 'flax', 'optax'},
   'train_step': {'jax', 'flax', 'optax'},
   'figures': {'matplotlib', 'numpy'},
-  'report': {'numpy', 'sklearn'},
+  'report': {'numpy', 'sklearn', 'threadpoolctl'},
 }
 
 
