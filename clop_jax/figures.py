@@ -114,7 +114,8 @@ def sweep_figure(
   rows = 1 if len(panels) == 1 else blocks * len(measures)
   numeric = all(isinstance(v, int | float) for v in x)
   with matplotlib.rc_context(_STYLE):
-    figure, axes = _grid(rows, columns, height=2.7, widest=4.6)
+    height = 3.6 if rows == 1 else 2.7  # the legend has its share
+    figure, axes = _grid(rows, columns, height=height, widest=4.6)
     used, limits = set(), {}
     for measure in measures:
       bands = [b for p in panels for b in p.bands[measure] if b is not None]
@@ -191,7 +192,7 @@ def spectra_figure(
       handles.append(
         lines_lib.Line2D([], [], label='number of classes', **_REFERENCE)
       )
-    _legend(figure, handles, columns=1)
+    _legend(figure, handles)
     return _save(figure, path)
 
 
@@ -252,7 +253,7 @@ def planes_figure(
   """
   classes = np.unique(np.concatenate([x for x in labels if x is not None]))
   with matplotlib.rc_context(_STYLE | {'axes.grid': False}):
-    figure, axes = _grid(len(rows), len(names), height=2.7, widest=3.4)
+    figure, axes = _grid(len(rows), len(names), height=2.6, widest=3.4)
     for row, (method, planes) in enumerate(rows):
       shared = _extent([p for p in planes if p is not None])
       for column, (name, plane) in enumerate(zip(names, planes, strict=True)):
@@ -325,7 +326,7 @@ def curves_figure(
     ]
     for name, _ in references.values():
       handles.append(lines_lib.Line2D([], [], label=name, **_REFERENCE))
-    _legend(figure, handles, columns=2)
+    _legend(figure, handles)
     return _save(figure, path)
 
 
@@ -404,14 +405,18 @@ def _save(figure, path):
   return figure.get_figwidth(), figure.get_figheight()
 
 
-def _legend(figure, handles, columns=_COLUMNS):
-  # As few rows as can be, and as even.
-  rows = max(1, math.ceil(len(handles) / columns))
-  columns = max(1, math.ceil(len(handles) / rows))
+def _legend(figure, handles):
+  """Below all axes, in as few rows as its longest entry allows, and even."""
+  if not handles:
+    return
+  longest = max(len(handle.get_label()) for handle in handles)
+  entry = 0.085 * longest + 0.9  # inches, with its line
+  columns = max(1, int(figure.get_figwidth() / entry))
+  rows = math.ceil(len(handles) / columns)
   figure.legend(
     handles=handles,
     loc='outside lower center',
-    ncols=columns,
+    ncols=math.ceil(len(handles) / rows),
     frameon=False,
     handlelength=3.2,
   )
@@ -488,7 +493,8 @@ def _number_axis(axis, values, width):
       axis.set_xscale('log')
     else:
       axis.set_xscale('symlog', linthresh=min(sizes), linscale=0.7)
-  places = axis.xaxis.get_transform().transform(np.asarray(values, float))
+  transform = axis.xaxis.get_transform()
+  places = transform.transform(np.asarray(values, float))
   labels, end = [], -math.inf
   for value, place in zip(values, places, strict=True):
     label = f'{value:g}'
@@ -498,6 +504,9 @@ def _number_axis(axis, values, width):
     end = place + half if shown else end
   axis.set_xticks(values, labels)
   axis.xaxis.set_minor_locator(ticker.NullLocator())
+  margin = 0.06 * np.ptp(places) or 1.0
+  ends = np.array([places[0] - margin, places[-1] + margin])
+  axis.set_xlim(*transform.inverted().transform(ends))
 
 
 def _category_axis(axis, values, width):

@@ -39,9 +39,9 @@ _TITLES = {
   _WEIGHT: 'CLOP weight',
   'loss.contrastive': 'contrastive loss',
   'loss.clop_distance': 'CLOP distance',
-  'prototypes.kind': 'prototypes',
-  'data.label_fraction': 'share of labels used',
-  'data.label_noise': 'share of labels made wrong',
+  'prototypes.kind': 'prototype kind',
+  'data.label_fraction': 'label fraction',
+  'data.label_noise': 'label noise',
   'data.imbalance_factor': 'imbalance factor',
 }
 _MAIN_FIELDS = (

@@ -478,7 +478,7 @@ def test_names_make_dots_and_many_settings_fewer_panels(tmp_path):
   make_study(tmp_path, grid)
   study = report._read(str(tmp_path))
   (title, figure) = report._sweep(study, 'prototypes.kind')
-  assert 'prototypes' in title
+  assert 'prototype kind' in title
   assert 'Dots' in figure
   grid = {RATE: [1, 2, 3], 'train.num_epochs': [1, 2, 3], 'a': ['x', 'y', 'z']}
   (tmp_path / 'many').mkdir()
