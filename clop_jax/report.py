@@ -963,9 +963,8 @@ def _tsne(embeddings, plane):
   import threadpoolctl
 
   perplexity = min(30.0, (len(embeddings) - 1) / 3)
-  # scikit-learn's own start divides by a spread that may be 0.
-  spread = plane[:, 0].std()
-  init = 1e-4 * plane / (spread if spread > 0 else 1.0)
+  # As scikit-learn would begin, from the plane that is there already.
+  init = 1e-4 * plane / plane[:, 0].std()
   fit = manifold.TSNE(
     perplexity=perplexity,
     init=init.astype(np.float32),
