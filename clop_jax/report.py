@@ -890,18 +890,15 @@ def _telling_cells(study):
       ]
       ranks = [c.number('effective_rank') for c in pair]
       if len(pair) == 2 and np.isfinite(ranks).all():
-        pairs.append((abs(ranks[1] - ranks[0]), pair))
+        pairs.append((pair, *ranks))
     if pairs:
-      pairs.sort(key=lambda gap_and_pair: gap_and_pair[0])
-      if len(pairs) == 1:
-        return pairs[0][1], (
-          f'Of seed {seed}, the setting that was run both with '
-          f'{_weight_name(clop)} and with the contrastive loss alone.'
-        )
-      return pairs[0][1] + pairs[-1][1], (
-        f'Of seed {seed}, the settings at which {_weight_name(clop)} and the '
-        'contrastive loss alone differ least and most in effective rank, each '
-        'with both.'
+      mildest = max(pairs, key=lambda pair: pair[1])[0]
+      widest = max(pairs, key=lambda pair: abs(pair[2] - pair[1]))[0]
+      return mildest + (widest if widest is not mildest else []), (
+        f'Of seed {seed}, the setting at which the contrastive loss alone has '
+        f'the highest effective rank, and the one at which '
+        f'{_weight_name(clop)} changes the effective rank most (which may be '
+        'the same), each with both.'
       )
   done = [c for c in done if np.isfinite(c.number('linear_top1'))]
   done.sort(key=lambda c: c.number('linear_top1'))

@@ -301,13 +301,20 @@ def test_spread_takes_only_rates_that_all_weights_have(tmp_path):
   assert table[0][-1] == '2 of 3'
 
 
-def test_shown_cells_are_the_pairs_of_least_and_greatest_gap(tmp_path):
+@pytest.mark.parametrize(
+  ('widest', 'shown'),
+  [('c10', ['c4', 'c6', 'c8', 'c10']), ('c6', ['c4', 'c6'])],
+)
+def test_shown_cells_are_the_mildest_setting_and_the_one_clop_changes_most(
+  widest, shown, tmp_path
+):
   grid = {RATE: [0.1, 1.0, 10.0], WEIGHT: [0, 1], 'seed': [3, 0]}
-  ranks = {'c0': 5, 'c2': 6, 'c4': 5, 'c6': 5.5, 'c8': 1, 'c10': 7}
+  # Of seed 3, alone: c0, c4, c8; with CLOP: c2, c6, c10.
+  ranks = {'c0': 4, 'c2': 6, 'c4': 5, 'c6': 5.5, 'c8': 3, 'c10': 4, widest: 8}
   changed = {c: {'effective_rank': r} for c, r in ranks.items()}
   make_study(tmp_path, grid, changed=changed)
   cells, rule = report._telling_cells(report._read(str(tmp_path)))
-  assert [c.name for c in cells] == ['c4', 'c6', 'c8', 'c10']
+  assert [c.name for c in cells] == shown
   assert 'seed 3' in rule
 
 
