@@ -382,6 +382,15 @@ def principal_plane(embeddings: np.ndarray) -> np.ndarray:
   """The first two principal components of `[n, dim]`: `[n, 2]`.
 
   What has fewer than two dimensions is filled up with zeros.
+
+  Example:
+    >>> import numpy as np
+    >>> from clop_jax import figures
+    >>> x = np.array([[0, 0, 5], [0, 4, 5], [0, 8, 5]])
+    >>> print(np.abs(figures.principal_plane(x)).round(3))
+    [[4. 0.]
+     [0. 0.]
+     [4. 0.]]
   """
   centred = np.asarray(embeddings, np.float32)
   centred = centred - centred.mean(axis=0)

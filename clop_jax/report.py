@@ -153,6 +153,15 @@ def table(names: Sequence[str], results: Sequence[dict]) -> str:
 
   Returns:
     The lines, aligned for a terminal.
+
+  Example:
+    >>> from clop_jax import report
+    >>> result = {'linear_top1': 0.5, 'knn_top1': 0.25}
+    >>> result |= {'effective_rank': 3.0, 'prototype_cosine': 0.125}
+    >>> print(report.table(['a'], [result]))
+    | method | linear top-1 | kNN top-1 | effective rank | prototype cosine |
+    |--------|--------------|-----------|----------------|------------------|
+    | a      | 0.500        | 0.250     | 3.0            | 0.125            |
   """
   header = ['method', *(title for title, _, _ in _COLUMNS)]
   rows = [
