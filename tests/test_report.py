@@ -14,6 +14,8 @@ import pytest
 
 from clop_jax import figures
 from clop_jax import report
+from clop_jax import results
+from clop_jax import study_figures
 
 K, DIM, POINTS = 4, 8, 40
 RATE, WEIGHT = 'optimizer.learning_rate', 'loss.clop_weight'
@@ -239,8 +241,8 @@ def test_a_failed_cell_is_left_out_and_one_seed_has_no_deviation(whole):
 
 def test_the_drawn_bands_have_the_diverged_cell_in_them(whole):
   folder, rows, _ = whole
-  study = report._read(str(folder))
-  band = report._band(
+  study = results.read_study(str(folder))
+  band = study_figures._band(
     study, 'linear_top1', 100, RATE, GRID[RATE], {WEIGHT: 0.0}
   )
   chance = 100 / K
@@ -282,7 +284,7 @@ def test_batches_and_ranks_are_compared_as_the_bars_ask(tmp_path):
     'c4': {'linear_top1': 0.895, 'effective_rank': 1},
   }
   make_study(tmp_path, grid, changed=changed)
-  study = report._read(str(tmp_path))
+  study = results.read_study(str(tmp_path))
   (batches, ranks) = report._settling_tables(study)
   assert batches[2] == [['89.5', '90.0', '-0.5']]
   assert ranks[2] == [['2', '1', '1']]
@@ -292,7 +294,9 @@ def test_spread_takes_only_rates_that_all_weights_have(tmp_path):
   grid = {RATE: [0.1, 1.0, 10.0], WEIGHT: [0, 1], 'seed': [0]}
   rows = make_study(tmp_path, grid)
   write_rows(tmp_path, [r for c, r in rows.items() if c != 'c5'])
-  ((_, _, table, _), _) = report._settling_tables(report._read(str(tmp_path)))
+  ((_, _, table, _), _) = report._settling_tables(
+    results.read_study(str(tmp_path))
+  )
   alone, clop = (
     100 * abs(rows[a]['linear_top1'] - rows[b]['linear_top1'])
     for a, b in (('c0', 'c2'), ('c1', 'c3'))
@@ -313,7 +317,7 @@ def test_shown_cells_are_the_mildest_setting_and_the_one_clop_changes_most(
   ranks = {'c0': 4, 'c2': 6, 'c4': 5, 'c6': 5.5, 'c8': 3, 'c10': 4, widest: 8}
   changed = {c: {'effective_rank': r} for c, r in ranks.items()}
   make_study(tmp_path, grid, changed=changed)
-  cells, rule = report._telling_cells(report._read(str(tmp_path)))
+  cells, rule = results.telling_cells(results.read_study(str(tmp_path)))
   assert [c.name for c in cells] == shown
   assert 'seed 3' in rule
 
@@ -324,7 +328,7 @@ def test_without_weights_the_best_and_worst_cells_are_shown(tmp_path):
   make_study(
     tmp_path, grid, changed={c: {'linear_top1': t} for c, t in tops.items()}
   )
-  cells, rule = report._telling_cells(report._read(str(tmp_path)))
+  cells, rule = results.telling_cells(results.read_study(str(tmp_path)))
   assert [c.name for c in cells] == ['c1', 'c2']
   assert 'highest and the lowest' in rule
 
@@ -366,8 +370,8 @@ def test_a_damaged_archive_is_a_note(tmp_path):
   make_study(tmp_path)
   path = tmp_path / 'cells' / 'c0' / 'embeddings.npz'
   path.write_bytes(path.read_bytes()[:100])
-  study = report._read(str(tmp_path))
-  assert report._arrays(study, study.cells[0]) is None
+  study = results.read_study(str(tmp_path))
+  assert study.arrays(study.cells[0]) is None
   assert 'cell c0: cannot be read' in study.notes[0]
 
 
@@ -449,16 +453,16 @@ def test_the_prototypes_tell_the_number_of_classes_if_the_config_does_not(
   tmp_path,
 ):
   make_study(tmp_path, num_classes=0)
-  assert report._read(str(tmp_path)).num_classes == K
+  assert results.read_study(str(tmp_path)).num_classes == K
 
 
 def test_values_of_the_csv_are_found_in_the_grid_however_written():
-  assert report._grid_value('1e-05', [1, 0.00001]) == 0.00001
-  assert report._grid_value('10', [1.0, 10.0]) == 10.0
-  assert report._grid_value('null', [None, 'x']) is None
-  assert report._grid_value('True', [False, True]) is True
-  assert report._grid_value('[1, 2]', [[1, 2], [3]]) == [1, 2]
-  assert report._grid_value('x', [1.0, 'x']) == 'x'
+  assert results._grid_value('1e-05', [1, 0.00001]) == 0.00001
+  assert results._grid_value('10', [1.0, 10.0]) == 10.0
+  assert results._grid_value('null', [None, 'x']) is None
+  assert results._grid_value('True', [False, True]) is True
+  assert results._grid_value('[1, 2]', [[1, 2], [3]]) == [1, 2]
+  assert results._grid_value('x', [1.0, 'x']) == 'x'
 
 
 @pytest.mark.parametrize(
@@ -474,7 +478,7 @@ def test_values_of_the_csv_are_found_in_the_grid_however_written():
 )
 def test_numbers_are_swept_and_names_are_compared(tmp_path, grid, swept):
   make_study(tmp_path, grid)
-  assert report._swept(report._read(str(tmp_path))) == swept
+  assert study_figures._swept(results.read_study(str(tmp_path))) == swept
 
 
 def test_names_make_dots_and_many_settings_fewer_panels(tmp_path):
@@ -483,15 +487,15 @@ def test_names_make_dots_and_many_settings_fewer_panels(tmp_path):
     WEIGHT: [0, 1],
   }
   make_study(tmp_path, grid)
-  study = report._read(str(tmp_path))
-  (title, figure) = report._sweep(study, 'prototypes.kind')
-  assert 'prototype kind' in title
-  assert 'Dots' in figure
+  study = results.read_study(str(tmp_path))
+  figure = study_figures._sweep(study, 'prototypes.kind')
+  assert 'prototype kind' in figure.title
+  assert 'Dots' in figure.caption
   grid = {RATE: [1, 2, 3], 'train.num_epochs': [1, 2, 3], 'a': ['x', 'y', 'z']}
   (tmp_path / 'many').mkdir()
   make_study(tmp_path / 'many', grid)
-  study = report._read(str(tmp_path / 'many'))
-  panels, fixed = report._panels(study, [RATE, 'train.num_epochs', 'a'])
+  study = results.read_study(str(tmp_path / 'many'))
+  panels, fixed = study_figures._panels(study, [RATE, 'train.num_epochs', 'a'])
   assert panels == [{'a': 'x'}, {'a': 'y'}, {'a': 'z'}]
   assert fixed == {RATE: 2, 'train.num_epochs': 2}
 
