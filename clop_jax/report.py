@@ -70,12 +70,12 @@ pre {overflow-x: auto; background: #f5f5f5; padding: .6em; font-size: .85em}
 """
 
 
-def table(names: Sequence[str], results: Sequence[dict]) -> str:
+def table(names: Sequence[str], evaluations: Sequence[dict]) -> str:
   """A Markdown table of evaluation results, one row a run.
 
   Args:
     names: of the runs.
-    results: each run's `eval.json`.
+    evaluations: each run's `eval.json`.
 
   Returns:
     The lines, aligned for a terminal.
@@ -91,8 +91,8 @@ def table(names: Sequence[str], results: Sequence[dict]) -> str:
   """
   header = ['method', *(title for title, _, _ in _COLUMNS)]
   rows = [
-    [name, *(f.format(result[key]) for _, key, f in _COLUMNS)]
-    for name, result in zip(names, results, strict=True)
+    [name, *(f.format(evaluation[key]) for _, key, f in _COLUMNS)]
+    for name, evaluation in zip(names, evaluations, strict=True)
   ]
   return _markdown(header, rows)
 
@@ -200,7 +200,6 @@ def _sweep_section(study):
 
 
 def _cell_section(study):
-  """Pictures of a few cells that show what happened."""
   cells, rule = results.telling_cells(study)
   if not cells:
     return [
