@@ -41,6 +41,8 @@ LAYERS = {
   'checkpoint': 2,
   'probe': 2,
   'figures': 2,
+  'results': 2,
+  'study_figures': 2.5,  # chooses what figures draws of results
   'report': 3,
   'defaults': 2,
   'experiment': 3,
@@ -76,7 +78,9 @@ LIBRARIES = {
   'train_state': {'jax', 'flax', 'optax'},
   'train_step': {'jax', 'flax', 'optax'},
   'figures': {'matplotlib', 'numpy'},
-  'report': {'numpy', 'sklearn', 'threadpoolctl'},
+  'results': {'numpy'},
+  'study_figures': {'numpy', 'sklearn', 'threadpoolctl'},
+  'report': {'numpy'},
 }
 
 

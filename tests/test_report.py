@@ -1,102 +1,25 @@
 import base64
-import csv
 import html.parser
 import io
-import itertools
-import json
-import math
 import pathlib
 
-from matplotlib import figure as figure_lib
 import numpy as np
 from PIL import Image
 import pytest
 
 from clop_jax import figures
 from clop_jax import report
+from clop_jax import results
+from tests import studies
 
-K, DIM, POINTS = 4, 8, 40
-RATE, WEIGHT = 'optimizer.learning_rate', 'loss.clop_weight'
-GRID = {RATE: [0.01, 1.0], WEIGHT: [0.0, 1.0], 'seed': [0, 1]}
-EVALUATION = {
-  'versions': {'jax': '0.0.7'},
-  'device': '3 x abacus',
-  'time': '2001-02-03T04:05:06+00:00',
-}
+K, DIM, POINTS = studies.K, studies.DIM, studies.POINTS
+RATE, WEIGHT, GRID = studies.RATE, studies.WEIGHT, studies.GRID
 VOID = {'meta', 'img', 'br', 'link', 'hr'}
 
 
 @pytest.fixture(autouse=True)
 def coarse_pictures(monkeypatch):
   monkeypatch.setattr(figures, '_DPI', 40)
-
-
-def arrays(rng, *, points=POINTS, **changed):
-  labels = np.arange(points, dtype=np.int32) % K
-  z = rng.normal(size=(points, DIM)) + 3 * np.eye(K, DIM)[labels]
-  z /= np.linalg.norm(z, axis=1, keepdims=True)
-  means = np.stack([z[labels == k].mean(axis=0) for k in range(K)])
-  means /= np.linalg.norm(means, axis=1, keepdims=True)
-  return {
-    'embeddings': z.astype(np.float16),
-    'labels': labels,
-    'spectrum': np.linalg.svd(z, compute_uv=False).astype(np.float32),
-    'class_mean_cosines': (means @ means.T).astype(np.float32),
-    'prototypes': np.eye(K, DIM, dtype=np.float32),
-  } | changed
-
-
-def make_study(folder, grid=GRID, *, num_classes=K, points=POINTS, changed=()):
-  """Rows by cell name; `changed` maps such names to what differs in a row."""
-  rng = np.random.default_rng(0)
-  config = {'data': {'name': 'dice', 'num_classes': num_classes}, 'seed': 0}
-  (folder / 'study.json').write_text(
-    json.dumps({'config': config, 'grid': grid})
-  )
-  rows = {}
-  for number, values in enumerate(itertools.product(*grid.values())):
-    row = {'cell': f'c{number}', 'status': 'done', 'error': ''}
-    row |= dict(zip(grid, values, strict=True))
-    row |= {
-      'linear_top1': rng.uniform(0.5, 1),
-      'knn_top1': rng.uniform(0.5, 1),
-      'effective_rank': rng.uniform(1, 8),
-      'prototype_cosine': rng.uniform(-1, 1),
-      'train_seconds': 1800,
-      'evaluate_seconds': 60,
-      'commit': 'f00ba4',
-      'config': json.dumps(config),
-    }
-    row |= dict(changed).get(row['cell'], {})
-    if row['status'] != 'done':
-      for metric in ('linear_top1', 'knn_top1', 'effective_rank'):
-        row[metric] = ''
-      row['prototype_cosine'] = ''
-    rows[row['cell']] = row
-    cell = folder / 'cells' / row['cell']
-    cell.mkdir(parents=True)
-    if row['status'] == 'done':
-      (cell / 'eval.json').write_text(json.dumps(EVALUATION))
-      np.savez(cell / 'embeddings.npz', **arrays(rng, points=points))
-      (cell / 'metrics.jsonl').write_text(
-        ''.join(
-          json.dumps(
-            {'step': s, 'loss': 1 / s, 'clop_loss': None, 'effective_rank': s}
-          )
-          + '\n'
-          for s in range(1, 5)
-        )
-      )
-  write_rows(folder, rows.values())
-  return rows
-
-
-def write_rows(folder, rows):
-  rows = list(rows)
-  with open(folder / 'results.csv', 'w', newline='') as file:
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
 
 
 class Page(html.parser.HTMLParser):
@@ -159,7 +82,7 @@ def whole(tmp_path_factory):
     'c5': {'status': 'diverged', 'error': 'loss is nan at step 3'},
     'c7': {'status': 'failed', 'error': 'boom </td><script>alert(1)</script>'},
   }
-  rows = make_study(folder, changed=changed)
+  rows = studies.make_study(folder, changed=changed)
   return folder, rows, page_of(folder)
 
 
@@ -237,23 +160,6 @@ def test_a_failed_cell_is_left_out_and_one_seed_has_no_deviation(whole):
   assert '1 failed run is left out' in page.text
 
 
-def test_the_drawn_bands_have_the_diverged_cell_in_them(whole):
-  folder, rows, _ = whole
-  study = report._read(str(folder))
-  band = report._band(
-    study, 'linear_top1', 100, RATE, GRID[RATE], {WEIGHT: 0.0}
-  )
-  chance = 100 / K
-  good = [100 * rows[c]['linear_top1'] for c in ('c0', 'c1')]
-  half_good = 100 * rows['c4']['linear_top1']
-  np.testing.assert_allclose(
-    band.mean, [np.mean(good), (half_good + chance) / 2]
-  )
-  np.testing.assert_allclose(band.low, [min(good), chance])
-  np.testing.assert_allclose(band.high, [max(good), half_good])
-  assert band.crosses == [(1, chance)]
-
-
 def test_spread_over_learning_rates_is_that_of_the_means(whole):
   _, rows, page = whole
 
@@ -281,8 +187,8 @@ def test_batches_and_ranks_are_compared_as_the_bars_ask(tmp_path):
     'c3': {'linear_top1': 0.2, 'effective_rank': K + 0.1},
     'c4': {'linear_top1': 0.895, 'effective_rank': 1},
   }
-  make_study(tmp_path, grid, changed=changed)
-  study = report._read(str(tmp_path))
+  studies.make_study(tmp_path, grid, changed=changed)
+  study = results.read_study(str(tmp_path))
   (batches, ranks) = report._settling_tables(study)
   assert batches[2] == [['89.5', '90.0', '-0.5']]
   assert ranks[2] == [['2', '1', '1']]
@@ -290,9 +196,11 @@ def test_batches_and_ranks_are_compared_as_the_bars_ask(tmp_path):
 
 def test_spread_takes_only_rates_that_all_weights_have(tmp_path):
   grid = {RATE: [0.1, 1.0, 10.0], WEIGHT: [0, 1], 'seed': [0]}
-  rows = make_study(tmp_path, grid)
-  write_rows(tmp_path, [r for c, r in rows.items() if c != 'c5'])
-  ((_, _, table, _), _) = report._settling_tables(report._read(str(tmp_path)))
+  rows = studies.make_study(tmp_path, grid)
+  studies.write_rows(tmp_path, [r for c, r in rows.items() if c != 'c5'])
+  ((_, _, table, _), _) = report._settling_tables(
+    results.read_study(str(tmp_path))
+  )
   alone, clop = (
     100 * abs(rows[a]['linear_top1'] - rows[b]['linear_top1'])
     for a, b in (('c0', 'c2'), ('c1', 'c3'))
@@ -301,37 +209,9 @@ def test_spread_takes_only_rates_that_all_weights_have(tmp_path):
   assert table[0][-1] == '2 of 3'
 
 
-@pytest.mark.parametrize(
-  ('widest', 'shown'),
-  [('c10', ['c4', 'c6', 'c8', 'c10']), ('c6', ['c4', 'c6'])],
-)
-def test_shown_cells_are_the_mildest_setting_and_the_one_clop_changes_most(
-  widest, shown, tmp_path
-):
-  grid = {RATE: [0.1, 1.0, 10.0], WEIGHT: [0, 1], 'seed': [3, 0]}
-  # Of seed 3, alone: c0, c4, c8; with CLOP: c2, c6, c10.
-  ranks = {'c0': 4, 'c2': 6, 'c4': 5, 'c6': 5.5, 'c8': 3, 'c10': 4, widest: 8}
-  changed = {c: {'effective_rank': r} for c, r in ranks.items()}
-  make_study(tmp_path, grid, changed=changed)
-  cells, rule = report._telling_cells(report._read(str(tmp_path)))
-  assert [c.name for c in cells] == shown
-  assert 'seed 3' in rule
-
-
-def test_without_weights_the_best_and_worst_cells_are_shown(tmp_path):
-  grid = {RATE: [0.1, 1.0, 10.0]}
-  tops = {'c0': 0.7, 'c1': 0.9, 'c2': 0.6}
-  make_study(
-    tmp_path, grid, changed={c: {'linear_top1': t} for c, t in tops.items()}
-  )
-  cells, rule = report._telling_cells(report._read(str(tmp_path)))
-  assert [c.name for c in cells] == ['c1', 'c2']
-  assert 'highest and the lowest' in rule
-
-
 def test_missing_and_odd_files_of_cells_do_not_stop_the_page(tmp_path):
   grid = GRID | {'seed': [0]}
-  make_study(tmp_path, grid, points=12)
+  studies.make_study(tmp_path, grid, points=12)
   rng = np.random.default_rng(1)
   cells = tmp_path / 'cells'
   (cells / 'c0' / 'embeddings.npz').unlink()
@@ -339,12 +219,12 @@ def test_missing_and_odd_files_of_cells_do_not_stop_the_page(tmp_path):
   equal = np.full((POINTS, DIM), DIM**-0.5, np.float16)
   np.savez(
     cells / 'c1' / 'embeddings.npz',
-    **arrays(rng, embeddings=equal, spectrum=np.zeros(DIM, np.float32)),
+    **studies.arrays(rng, embeddings=equal, spectrum=np.zeros(DIM, np.float32)),
   )
   nothing = np.full((K, K), np.nan, np.float32)
   np.savez(
     cells / 'c2' / 'embeddings.npz',
-    **arrays(
+    **studies.arrays(
       rng,
       class_mean_cosines=nothing,
       labels=np.zeros(POINTS, np.int32),
@@ -362,43 +242,8 @@ def test_missing_and_odd_files_of_cells_do_not_stop_the_page(tmp_path):
   assert 'c3: needs at least 20 different embeddings, got 12' in page.text
 
 
-def test_a_damaged_archive_is_a_note(tmp_path):
-  make_study(tmp_path)
-  path = tmp_path / 'cells' / 'c0' / 'embeddings.npz'
-  path.write_bytes(path.read_bytes()[:100])
-  study = report._read(str(tmp_path))
-  assert report._arrays(study, study.cells[0]) is None
-  assert 'cell c0: cannot be read' in study.notes[0]
-
-
-def test_a_folder_that_is_no_study_is_refused(tmp_path):
-  with pytest.raises(ValueError, match=r'holds no study\.json.*make one'):
-    report.study_report(str(tmp_path))
-  assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('text', ['{', '[]', '{"config": {}}', '{"grid": 1}'])
-def test_a_damaged_study_is_refused(tmp_path, text):
-  (tmp_path / 'study.json').write_text(text)
-  with pytest.raises(ValueError, match=r'study\.json must hold "config" and'):
-    report.study_report(str(tmp_path))
-
-
-def test_results_of_another_grid_or_status_are_refused(tmp_path):
-  rows = make_study(tmp_path)
-  rows['c3']['status'] = 'bored'
-  write_rows(tmp_path, rows.values())
-  with pytest.raises(ValueError, match=r"got 'bored' for cell 'c3'"):
-    report.study_report(str(tmp_path))
-  for row in rows.values():
-    del row[WEIGHT]
-  write_rows(tmp_path, rows.values())
-  with pytest.raises(ValueError, match=rf'it lacks {WEIGHT}'):
-    report.study_report(str(tmp_path))
-
-
 def test_a_study_without_results_has_a_page_that_says_so(tmp_path):
-  make_study(tmp_path)
+  studies.make_study(tmp_path)
   (tmp_path / 'results.csv').unlink()
   page = page_of(tmp_path)
   assert 'no cell has a result yet' in page.text
@@ -408,7 +253,7 @@ def test_a_study_without_results_has_a_page_that_says_so(tmp_path):
 
 def test_a_study_of_failures_has_a_page_that_says_so(tmp_path):
   failed = {'status': 'failed', 'error': 'no luck'}
-  make_study(tmp_path, changed={f'c{i}': failed for i in range(8)})
+  studies.make_study(tmp_path, changed={f'c{i}': failed for i in range(8)})
   page = page_of(tmp_path)
   assert 'all 8 cells that ran have failed' in page.text
   assert 'no luck' in page.text
@@ -417,7 +262,7 @@ def test_a_study_of_failures_has_a_page_that_says_so(tmp_path):
 
 def test_a_study_of_divergences_is_drawn_at_chance(tmp_path):
   changed = {f'c{i}': {'status': 'diverged'} for i in range(8)}
-  make_study(tmp_path, changed=changed)
+  studies.make_study(tmp_path, changed=changed)
   page = page_of(tmp_path)
   assert row_of(page, '1', '0')[2:5] == [
     f'{100 / K:.1f} ± 0.0',
@@ -429,10 +274,10 @@ def test_a_study_of_divergences_is_drawn_at_chance(tmp_path):
 
 
 def test_a_single_class_and_a_grid_of_seeds_have_a_page(tmp_path):
-  make_study(tmp_path, {'seed': [0]}, num_classes=1)
+  studies.make_study(tmp_path, {'seed': [0]}, num_classes=1)
   np.savez(
     tmp_path / 'cells' / 'c0' / 'embeddings.npz',
-    **arrays(
+    **studies.arrays(
       np.random.default_rng(0),
       points=K,
       labels=np.zeros(K, np.int32),
@@ -443,114 +288,3 @@ def test_a_single_class_and_a_grid_of_seeds_have_a_page(tmp_path):
   page = page_of(tmp_path)
   assert 'varies nothing but the seed' in page.text
   assert page.table('linear top-1, %')[1][-2:] == ['1', '0']
-
-
-def test_the_prototypes_tell_the_number_of_classes_if_the_config_does_not(
-  tmp_path,
-):
-  make_study(tmp_path, num_classes=0)
-  assert report._read(str(tmp_path)).num_classes == K
-
-
-def test_values_of_the_csv_are_found_in_the_grid_however_written():
-  assert report._grid_value('1e-05', [1, 0.00001]) == 0.00001
-  assert report._grid_value('10', [1.0, 10.0]) == 10.0
-  assert report._grid_value('null', [None, 'x']) is None
-  assert report._grid_value('True', [False, True]) is True
-  assert report._grid_value('[1, 2]', [[1, 2], [3]]) == [1, 2]
-  assert report._grid_value('x', [1.0, 'x']) == 'x'
-
-
-@pytest.mark.parametrize(
-  ('grid', 'swept'),
-  [
-    ({'train.batch_size': [8, 16], RATE: [1, 2]}, [RATE, 'train.batch_size']),
-    ({WEIGHT: [0, 1], RATE: [1, 2]}, [RATE]),
-    ({WEIGHT: [0, 1, 5], 'prototypes.kind': ['a', 'b']}, [WEIGHT]),
-    ({WEIGHT: [0, 1], 'prototypes.kind': ['a', 'b']}, ['prototypes.kind']),
-    ({WEIGHT: [0, 1]}, [WEIGHT]),
-    ({'seed': [0, 1], 'train.batch_size': [8]}, []),
-  ],
-)
-def test_numbers_are_swept_and_names_are_compared(tmp_path, grid, swept):
-  make_study(tmp_path, grid)
-  assert report._swept(report._read(str(tmp_path))) == swept
-
-
-def test_names_make_dots_and_many_settings_fewer_panels(tmp_path):
-  grid = {
-    'prototypes.kind': ['orthonormal', 'simplex_etf', None],
-    WEIGHT: [0, 1],
-  }
-  make_study(tmp_path, grid)
-  study = report._read(str(tmp_path))
-  (title, figure) = report._sweep(study, 'prototypes.kind')
-  assert 'prototype kind' in title
-  assert 'Dots' in figure
-  grid = {RATE: [1, 2, 3], 'train.num_epochs': [1, 2, 3], 'a': ['x', 'y', 'z']}
-  (tmp_path / 'many').mkdir()
-  make_study(tmp_path / 'many', grid)
-  study = report._read(str(tmp_path / 'many'))
-  panels, fixed = report._panels(study, [RATE, 'train.num_epochs', 'a'])
-  assert panels == [{'a': 'x'}, {'a': 'y'}, {'a': 'z'}]
-  assert fixed == {RATE: 2, 'train.num_epochs': 2}
-
-
-@pytest.mark.parametrize(
-  ('values', 'scale'),
-  [
-    ([16, 32, 64], 'linear'),
-    ([0.001, 0.1, 10], 'log'),
-    ([0, 0.01, 0.5], 'symlog'),
-    ([0, 0.1, 0.5], 'linear'),
-  ],
-)
-def test_an_axis_over_decades_is_logarithmic_and_has_room_for_0(values, scale):
-  axis = figure_lib.Figure().subplots()
-  axis.plot(values, values)
-  figures._number_axis(axis, values, 4.0)
-  assert axis.get_xscale() == scale
-  places = axis.transData.transform([(v, 0) for v in values])[:, 0]
-  # Every value keeps clear of its neighbours.
-  assert np.diff(places).min() > 0.1 * np.ptp(places)
-  assert [t.get_text() for t in axis.get_xticklabels()] == [
-    f'{v:g}' for v in values
-  ]
-
-
-@pytest.mark.parametrize(
-  ('low', 'high', 'seen'), [(20.0, 90.0, True), (90.0, 99.0, False)]
-)
-def test_the_line_of_chance_does_not_flatten_the_curves(low, high, seen):
-  ends = np.array([low, high])
-  bottom, top = figures._limits(
-    [figures.Band(ends, ends, ends)], ('chance', 10.0)
-  )
-  assert (bottom < 10.0) == seen
-  assert bottom < low < high < top
-
-
-def test_a_collapsed_run_is_drawn_as_a_heap(tmp_path):
-  # Float noise about one point must not be blown up to fill the picture.
-  noise = 1e-7 * np.random.default_rng(0).normal(size=(30, DIM))
-  planes = [figures.principal_plane(np.ones((30, DIM)) + noise)]
-  assert np.abs(planes[0]).max() < 1e-3 * figures._extent(planes)
-  figures.embedding_figure(
-    str(tmp_path / 'new' / 'a.png'),
-    ['a'],
-    [np.ones((30, 1), np.float32)],
-    np.arange(30),
-    [np.zeros(1, np.float32)],
-    [0.0],
-  )
-  with Image.open(tmp_path / 'new' / 'a.png') as image:
-    assert image.format == 'PNG'
-
-
-def test_the_principal_plane_is_the_one_of_greatest_variance():
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=(50, 5)) * [1, 5, 0.1, 3, 0.1] + 7
-  plane = figures.principal_plane(x)
-  values = np.linalg.eigvalsh(np.cov(x.T))[::-1]
-  np.testing.assert_allclose(plane.var(axis=0, ddof=1), values[:2], rtol=1e-4)
-  assert math.isclose(plane.mean(), 0, abs_tol=1e-5)

@@ -1,0 +1,402 @@
+"""A study's files as objects, and what its cells say; no drawing, no page.
+
+`clop_jax.study` leaves `study.json` (base config and grid), `results.csv` (a
+row a cell) and a folder for each cell; `read_study` reads them. A diverged cell
+counts as chance accuracy and effective rank 0, a failed one not at all.
+"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import csv
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import statistics
+
+import numpy as np
+
+RATE, BATCH = 'optimizer.learning_rate', 'train.batch_size'
+WEIGHT = 'loss.clop_weight'
+STATUSES = ('done', 'diverged', 'failed')
+_CLASSES = 'data.num_classes'
+_TITLES = {
+  RATE: 'base learning rate',
+  BATCH: 'batch size, images',
+  WEIGHT: 'CLOP weight',
+  'loss.contrastive': 'contrastive loss',
+  'loss.clop_distance': 'CLOP distance',
+  'prototypes.kind': 'prototype kind',
+  'data.label_fraction': 'label fraction',
+  'data.label_noise': 'label noise',
+  'data.imbalance_factor': 'imbalance factor',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One run of a study.
+
+  Attributes:
+    name: of its folder.
+    status: one of `STATUSES`.
+    settings: its value of every grid field but the seed.
+    seed: of the run.
+    row: its line of results.csv, as text.
+  """
+
+  name: str
+  status: str
+  settings: dict
+  seed: object
+  row: dict[str, str]
+
+  def number(self, column: str) -> float:
+    """The number in this column; NaN where there is none."""
+    try:
+      return float(self.row.get(column) or 'nan')
+    except ValueError:
+      return float('nan')
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """What a study was to run and what came of it.
+
+  Attributes:
+    workdir: its folder.
+    config: the base config by dotted names.
+    grid: values of each field that was set; every combination is a cell.
+    cells: those with a result, in the order of the grid.
+    notes: one for each file that was asked for and could not be read.
+
+  Example:
+    >>> from clop_jax import results
+    >>> grid = {'loss.clop_weight': [0, 1], 'seed': [0, 1]}
+    >>> rows = ('done', {'knn_top1': '0.9'}), ('diverged', {})
+    >>> cells = [
+    ...   results.Cell(f'c{seed}', status, {'loss.clop_weight': 1}, seed, row)
+    ...   for seed, (status, row) in enumerate(rows)
+    ... ]
+    >>> config = {'data.num_classes': 10}
+    >>> study = results.Study('runs/a', config, grid, cells, [])
+    >>> study.mean('knn_top1', {'loss.clop_weight': 1})
+    0.5
+  """
+
+  workdir: str
+  config: dict
+  grid: dict[str, list]
+  cells: list[Cell]
+  notes: list[str]
+
+  @property
+  def fields(self) -> list[str]:
+    """Grid fields that vary, but for the seed."""
+    return [f for f, v in self.grid.items() if f != 'seed' and len(v) > 1]
+
+  @property
+  def size(self) -> int:
+    """Cells of the whole grid."""
+    return int(np.prod([len(v) for v in self.grid.values()], dtype=int))
+
+  @property
+  def clop_weight(self) -> float | None:
+    """The weight that is held against 0: the paper's 1 if it is in the grid."""
+    weights = self.grid.get(WEIGHT, [])
+    if 0 not in weights or len(weights) < 2:
+      return None
+    return 1 if 1 in weights else max(weights)
+
+  @functools.cached_property
+  def num_classes(self) -> int | None:
+    """None: not known, or not the same in all cells."""
+    if {'data.name', _CLASSES} & set(self.fields):
+      return None
+    known = [*self.grid.get(_CLASSES, ()), self.config.get(_CLASSES)]
+    if known[0]:
+      return int(known[0])
+    # 0 in the config: as many as the data have, which the prototypes know.
+    for cell in self.cells:
+      path = self.path(cell, 'embeddings.npz')
+      if cell.status == 'done' and os.path.exists(path):
+        arrays = self.arrays(cell)
+        if arrays is not None:
+          return len(arrays['prototypes'])
+    return None
+
+  def count(self, status: str) -> int:
+    """Cells of this status."""
+    return sum(cell.status == status for cell in self.cells)
+
+  def is_numeric(self, field: str) -> bool:
+    """Whether all values of a grid field are numbers."""
+    return all(map(_is_number, self.grid[field]))
+
+  def combinations(self, fields: Sequence[str]) -> list[dict]:
+    """Every combination of the grid's values of these fields, in its order."""
+    return [
+      dict(zip(fields, values, strict=True))
+      for values in itertools.product(*(self.grid[f] for f in fields))
+    ]
+
+  def where(self, settings: dict) -> list[Cell]:
+    """Done and diverged cells of these settings."""
+    return [
+      cell
+      for cell in self.cells
+      if cell.status != 'failed' and settings.items() <= cell.settings.items()
+    ]
+
+  def values(self, cells: Sequence[Cell], metric: str) -> list[float]:
+    """The metric of each cell that has it; a diverged one has collapsed."""
+    values = [
+      self._collapsed(cell, metric)
+      if cell.status == 'diverged'
+      else cell.number(metric)
+      for cell in cells
+    ]
+    return [value for value in values if np.isfinite(value)]
+
+  def mean(self, metric: str, settings: dict) -> float:
+    """Of `values` over the cells of these settings; NaN if there are none."""
+    values = self.values(self.where(settings), metric)
+    return statistics.fmean(values) if values else np.nan
+
+  def path(self, cell: Cell, file: str) -> str:
+    """Of a cell's file."""
+    return os.path.join(self.workdir, 'cells', cell.name, file)
+
+  def evaluations(self) -> list[dict]:
+    """eval.json of each done cell; a note for each that cannot be read."""
+    found = []
+    for cell in self.cells:
+      if cell.status == 'done':
+        with self._noting(cell, 'eval.json') as path, open(path) as file:
+          found.append(json.load(file))
+    return found
+
+  def arrays(self, cell: Cell) -> dict[str, np.ndarray] | None:
+    """The arrays of a cell's embeddings.npz, or None with a note."""
+    # np.load, given the path, would leave a damaged file open.
+    with (
+      self._noting(cell, 'embeddings.npz') as path,
+      open(path, 'rb') as file,
+      np.load(file) as archive,
+    ):
+      return {
+        'embeddings': archive['embeddings'].astype(np.float32),
+        'labels': archive['labels'],
+        'spectrum': archive['spectrum'].astype(np.float32),
+        'class_mean_cosines': archive['class_mean_cosines'].astype(np.float32),
+        'prototypes': archive['prototypes'],
+      }
+    return None
+
+  def curves(
+    self, cell: Cell, measures: Sequence[str]
+  ) -> dict[str, np.ndarray] | None:
+    """'step' and these measures of metrics.jsonl, NaN where not logged.
+
+    From a damaged line on it is left out, with a note; None: nothing is left.
+    """
+    entries = []
+    with self._noting(cell, 'metrics.jsonl') as path, open(path) as file:
+      for line in file:
+        entries.append(json.loads(line))
+    if not entries:
+      return None
+    return {
+      name: np.array([entry.get(name) for entry in entries], float)
+      for name in ('step', *measures)
+    }
+
+  def _collapsed(self, cell, metric):
+    if metric == 'effective_rank':
+      return 0.0
+    num_classes = cell.settings.get(_CLASSES) or self.num_classes
+    if num_classes and metric in ('linear_top1', 'knn_top1'):
+      return 1 / num_classes
+    return np.nan
+
+  @contextlib.contextmanager
+  def _noting(self, cell, file) -> Iterator[str]:
+    """Gives the file's path; an error while reading it becomes a note."""
+    try:
+      yield self.path(cell, file)
+    except FileNotFoundError:
+      self.notes.append(f'{file} of cell {cell.name}: there is none')
+    # What np.load raises for a damaged file depends on where the damage is.
+    except Exception as error:
+      reason = f'cannot be read ({type(error).__name__}: {error})'[:200]
+      self.notes.append(f'{file} of cell {cell.name}: {reason}')
+
+
+def read_study(workdir: str) -> Study:
+  """Reads a study, finished or not; the files of its cells when asked for.
+
+  Args:
+    workdir: of the study.
+
+  Returns:
+    The study; it has no cells while there is no results.csv.
+
+  Raises:
+    ValueError: if the folder is no study's, or its files cannot be read.
+  """
+  path = os.path.join(workdir, 'study.json')
+  if not os.path.exists(path):
+    raise ValueError(
+      f'workdir={workdir} holds no study.json, so it is not the folder of a '
+      'study; make one: python -m clop_jax.study --config=... '
+      f'--workdir={workdir} --grid ...'
+    )
+  try:
+    with open(path) as file:
+      content = json.load(file)
+    config = _flat(content['config'])
+    grid = {field: list(values) for field, values in content['grid'].items()}
+  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    raise ValueError(
+      f'{path} must hold "config" and "grid", a list of values for each '
+      f'field; got {error!r}'
+    ) from error
+  path = os.path.join(workdir, 'results.csv')
+  cells = _read_cells(path, grid) if os.path.exists(path) else []
+  return Study(workdir, config, grid, cells, [])
+
+
+def telling_cells(study: Study) -> tuple[list[Cell], str]:
+  """At most four done cells of one seed that show what happened.
+
+  With weights of CLOP in the grid, two pairs of a cell without and one with it:
+  the mildest setting, and the one in which CLOP changes the effective rank
+  most. Without, the best and the worst cell.
+
+  Returns:
+    The cells, and the rule by which they were chosen, in a sentence.
+  """
+  done = [c for c in study.cells if c.status == 'done']
+  if not done:
+    return [], ''
+  seeds = study.grid.get('seed', [])
+  seed = min((c.seed for c in done), key=lambda s: _position(seeds, s))
+  done = [c for c in done if c.seed == seed]
+  clop, pairs = study.clop_weight, []
+  if clop is not None:
+    for settings in study.combinations(
+      [f for f in study.fields if f != WEIGHT]
+    ):
+      pair = [
+        c
+        for weight in (0, clop)
+        for c in done
+        if (settings | {WEIGHT: weight}).items() <= c.settings.items()
+      ]
+      ranks = [c.number('effective_rank') for c in pair]
+      if len(pair) == 2 and np.isfinite(ranks).all():
+        pairs.append((pair, *ranks))
+  if pairs:
+    mildest = max(pairs, key=lambda pair: pair[1])[0]
+    widest = max(pairs, key=lambda pair: abs(pair[2] - pair[1]))[0]
+    return mildest + (widest if widest is not mildest else []), (
+      f'Of seed {seed}, the setting at which the contrastive loss alone has '
+      'the highest effective rank, and the one at which '
+      f'{settings_name({WEIGHT: clop})} changes the effective rank most '
+      '(which may be the same), each with both.'
+    )
+  done = [c for c in done if np.isfinite(c.number('linear_top1'))]
+  done.sort(key=lambda c: c.number('linear_top1'))
+  return [done[-1], done[0]] if len(done) > 1 else done, (
+    f'Of seed {seed}, the cells of the highest and the lowest linear top-1 '
+    'accuracy.'
+  )
+
+
+def title(field: str) -> str:
+  """What a config field is called, with its unit."""
+  return _TITLES.get(field, field)
+
+
+def show(value: object) -> str:
+  """A value of a config field as text."""
+  if isinstance(value, float):
+    return f'{value:g}'
+  return value if isinstance(value, str) else json.dumps(value)
+
+
+def settings_name(settings: dict) -> str:
+  """What cells of these settings are called.
+
+  Example:
+    >>> from clop_jax import results
+    >>> results.settings_name({'loss.clop_weight': 0, 'train.batch_size': 64})
+    'alone, batch size 64'
+  """
+  names = []
+  for field, value in settings.items():
+    if field == WEIGHT:
+      names.append('alone' if value == 0 else f'CLOP (weight {show(value)})')
+    elif isinstance(value, str):
+      names.append(value)
+    else:
+      # A name says what, not in which unit.
+      names.append(f'{title(field).split(",")[0]} {show(value)}')
+  return ', '.join(names)
+
+
+def _read_cells(path, grid):
+  with open(path, newline='') as file:
+    reader = csv.DictReader(file)
+    rows = list(reader)
+  missing = {'cell', 'status', *grid} - set(reader.fieldnames or ())
+  if missing:
+    raise ValueError(
+      f'{path} must have a column of every grid field, cell and status; it '
+      f'lacks {", ".join(sorted(missing))}'
+    )
+  cells = []
+  for row in rows:
+    if row['status'] not in STATUSES:
+      raise ValueError(
+        f'{path}: status must be one of {", ".join(STATUSES)}, got '
+        f'{row["status"]!r} for cell {row["cell"]!r}'
+      )
+    settings = {f: _grid_value(row[f], values) for f, values in grid.items()}
+    seed = settings.pop('seed', row.get('seed'))
+    cells.append(Cell(row['cell'], row['status'], settings, seed, row))
+  # In the order of the grid, whatever order they were run in.
+  return sorted(
+    cells, key=lambda c: [_position(grid[f], v) for f, v in c.settings.items()]
+  )
+
+
+def _grid_value(text, values):
+  """The value of the grid that a cell of the CSV shows."""
+  for value in values:
+    if text in (str(value), json.dumps(value)):
+      return value
+  try:
+    number = float(text)
+  except ValueError:
+    return text
+  return next((v for v in values if _is_number(v) and v == number), text)
+
+
+def _position(values, value):
+  return values.index(value) if value in values else len(values)
+
+
+def _flat(config, prefix=''):
+  fields = {}
+  for name, value in config.items():
+    if isinstance(value, dict) and value:
+      fields |= _flat(value, f'{prefix}{name}.')
+    else:
+      fields[f'{prefix}{name}'] = value
+  return fields
+
+
+def _is_number(value):
+  return isinstance(value, int | float) and not isinstance(value, bool)
