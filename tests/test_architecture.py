@@ -15,6 +15,7 @@ LAYERS = {
   'loss': 0,
   'prototypes': 0,
   'collapse': 0,
+  'theory': 0,
   'grad_cache': 0,
   'randaugment': 0,
   'augment': 0.5,  # one of its operations is randaugment
@@ -54,6 +55,7 @@ LIBRARIES = {
   'loss': {'jax'},
   'prototypes': {'jax', 'optax'},
   'collapse': {'jax'},
+  'theory': {'jax'},
   'grad_cache': {'jax'},
   'augment': {'jax', 'dm_pix'},
   'randaugment': {'jax'},
