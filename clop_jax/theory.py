@@ -212,30 +212,18 @@ def simulate(
   else:
     prototypes = jnp.asarray(prototypes, starts.dtype)
 
-  def run(learning_rate, start):
-    end = _run(
-      model,
-      steps,
-      distance,
-      start,
-      prototypes,
-      learning_rate,
-      clop_weight,
-      temperature,
-      correlation,
-    )
-    mean_cosine = mean_pairwise_cosine(end)
-    if prototypes is None:
-      clop_loss = jnp.nan
-    else:
-      clop_loss = 1 - jnp.mean(jnp.sum(end * prototypes, axis=-1))
-    rank = _effective_rank(end.reshape(-1, end.shape[-1]))
-    return Outcome(mean_cosine, rank, clop_loss, mean_cosine > level)
-
-  over_starts = jax.vmap(run, in_axes=(None, 0))
-  return jax.jit(jax.vmap(over_starts, in_axes=(0, None)))(
-    learning_rates.astype(starts.dtype), starts
+  mean_cosine, rank, clop_loss = _run_all(
+    model,
+    steps,
+    distance,
+    learning_rates.astype(starts.dtype),
+    starts,
+    prototypes,
+    clop_weight,
+    temperature,
+    correlation,
   )
+  return Outcome(mean_cosine, rank, clop_loss, mean_cosine > level)
 
 
 def mean_pairwise_cosine(embeddings: jax.Array) -> jax.Array:
@@ -293,7 +281,8 @@ def critical_learning_rate(
   Collapse then sets in gradually, and the critical rate is where the mean
   cosine comes to the level. 'tangent' and 'infonce' have no critical rate: the
   common direction is multiplied by 1 and class differences by more at every
-  rate, so the collapsed point always repels, and the result is infinity.
+  rate, so the collapsed point always repels, and the result is infinity
+  ('infonce' has another collapse, `opposite_views_critical_rate`).
 
   Args:
     model: as for `simulate`.
@@ -370,6 +359,50 @@ def critical_learning_rate(
       "towards the prototypes' mean; use bisect_critical_learning_rate"
     )
   return mu / h
+
+
+def opposite_views_critical_rate(
+  num_classes: int, *, temperature: float = 1.0
+) -> float:
+  r"""The rate from which 'infonce' of two views can collapse onto a line.
+
+  .. math:: \mu_c = \tau\, \frac{k - 1 + k\, e^{-2/\tau}}
+                               {k - 2 - k\, e^{-2/\tau}}
+
+  or infinity where the denominator is not positive. Embeddings are at `+-e`,
+  the two views of an example at opposite ends, and change ends at every step:
+  the effective rank is 1, the mean cosine between classes 0. With `w` the
+  softmax's weight of an embedding at the same end and `q` the signed sum of all
+  weights, a step multiplies by `1 - 2 mu (1 + q) / tau` along the line and at
+  most by `1 + 2 mu (1 + w) / tau` across it. The state attracts from its
+  neighbourhood; a random start comes to it at larger rates only.
+
+  Args:
+    num_classes: k, at least 3.
+    temperature: tau.
+
+  Returns:
+    The critical rate, `math.inf` where there is none.
+
+  Raises:
+    ValueError: if an argument is not as above.
+
+  Example:
+    >>> from clop_jax import theory
+    >>> rate = theory.opposite_views_critical_rate(10, temperature=0.5)
+    >>> print(f'{rate:.3f}')
+    0.587
+
+  Reference:
+    CLOP, arXiv 2403.18699: collinear embeddings; docs/theory.md.
+  """
+  if num_classes < 3:
+    raise ValueError(f'num_classes must be at least 3, got {num_classes}')
+  _check_numbers(temperature=temperature)
+  k, far = num_classes, num_classes * math.exp(-2 / temperature)
+  return (
+    temperature * (k - 1 + far) / (k - 2 - far) if k - 2 > far else math.inf
+  )
 
 
 def bisect_critical_learning_rate(
@@ -811,6 +844,42 @@ def _run(
     return _normalize(z - learning_rate * gradient)
 
   return lax.fori_loop(0, steps, step, _normalize(start))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_all(
+  model,
+  steps,
+  distance,
+  learning_rates,
+  starts,
+  prototypes,
+  clop_weight,
+  temperature,
+  correlation,
+):
+  """What `simulate` measures, each `[rates, starts]`."""
+
+  def run(learning_rate, start):
+    end = _run(
+      model,
+      steps,
+      distance,
+      start,
+      prototypes,
+      learning_rate,
+      clop_weight,
+      temperature,
+      correlation,
+    )
+    rank = _effective_rank(end.reshape(-1, end.shape[-1]))
+    if prototypes is None:
+      return mean_pairwise_cosine(end), rank, jnp.nan
+    clop_loss = 1 - jnp.mean(jnp.sum(end * prototypes, axis=-1))
+    return mean_pairwise_cosine(end), rank, clop_loss
+
+  over_starts = jax.vmap(run, in_axes=(None, 0))
+  return jax.vmap(over_starts, in_axes=(0, None))(learning_rates, starts)
 
 
 def _normalize(x):

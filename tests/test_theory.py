@@ -434,6 +434,24 @@ def test_a_batch_of_embeddings_at_the_mean_is_not_stationary_one_by_one():
   np.testing.assert_allclose(lengths, math.sqrt(1 - 1 / k), atol=1e-5)
 
 
+@pytest.mark.parametrize(('k', 'temperature'), [(5, 0.5), (10, 1.0), (10, 0.1)])
+def test_infonce_collapses_onto_a_line_with_opposite_views(k, temperature):
+  critical = theory.opposite_views_critical_rate(k, temperature=temperature)
+  start = 1e-3 * np.random.default_rng(0).normal(size=(1, 2, k, k + 1))
+  start[:, 0, :, 0] += 1
+  start[:, 1, :, 0] -= 1
+  outcome = theory.simulate(
+    'infonce',
+    critical * jnp.array([0.95, 1.05, 3.0]),
+    jnp.asarray(start, jnp.float32),
+    steps=600,
+    temperature=temperature,
+  )
+  assert list(outcome.effective_rank[:, 0] < 1.01) == [False, True, True]
+  np.testing.assert_allclose(outcome.mean_cosine[1:], 0, atol=1e-3)
+  assert theory.opposite_views_critical_rate(10, temperature=50) == math.inf
+
+
 STARTS = np.ones((1, 2, 4, 5), np.float32)
 
 
@@ -516,6 +534,10 @@ STARTS = np.ones((1, 2, 4, 5), np.float32)
     (
       lambda: theory.critical_learning_rate('row_softmax', 9, 9, temperature=0),
       'temperature must be above 0, got 0',
+    ),
+    (
+      lambda: theory.opposite_views_critical_rate(2),
+      'num_classes must be at least 3, got 2',
     ),
     (
       lambda: theory.pull_equilibrium(1, 1.0),

@@ -82,6 +82,51 @@ def critical_rates():
   )
 
 
+def opposite_views():
+  sizes = 5, 10, 100, 1000
+  rows = [
+    [
+      f'{tau:g}',
+      *(theory.opposite_views_critical_rate(k, temperature=tau) for k in sizes),
+    ]
+    for tau in (0.1, 0.5, 1.0)
+  ]
+  table(
+    "'infonce' onto a line with opposite views: closed form",
+    ['tau', *(f'k = {k}' for k in sizes)],
+    rows,
+  )
+  k, dim = 10, 14
+  random = jax.random.normal(jax.random.key(0), (5, 2, k, dim))
+  ends = jnp.zeros((2, k, dim)).at[:, :, 0].set(jnp.array([[1.0], [-1.0]]))
+  starts = {'random': random, 'near the line': 1e-3 * random + ends}
+  rates = 0.5, 0.6, 1.0, 2.0, 3.0, 10.0
+  table(
+    f'Its effective rank after 400 steps, k = {k}, tau = {TAU:g} (median of 5)',
+    ['start', 'lambda', *(f'mu = {rate:g}' for rate in rates)],
+    [
+      [
+        name,
+        f'{weight:g}',
+        *np.median(
+          theory.simulate(
+            'infonce',
+            jnp.array(rates),
+            start,
+            steps=400,
+            prototypes=np.eye(k, dim),
+            clop_weight=weight,
+            temperature=TAU,
+          ).effective_rank,
+          axis=1,
+        ).tolist(),
+      ]
+      for name, start in starts.items()
+      for weight in (0.0, 0.3, 1.0)
+    ],
+  )
+
+
 def shift_by_the_pull():
   problems = [('repulsion', 10), ('repulsion', 100), ('symmetric', 10)]
   table(
@@ -246,10 +291,11 @@ def collapsed_points():
   )
   correlations = 0.0, 0.5, 0.9, 0.99
   noise = np.random.default_rng(0).normal(size=(k, dim))
+  compared = remedies(k, dim)  # once: a distance is compiled for itself
   for model in ('repulsion', 'tangent'):
     rows = []
     for weight in (1.0, 5.0):
-      for name, prototypes, distance in remedies(k, dim):
+      for name, prototypes, distance in compared:
         cells = [f'{weight:g}', name]
         for rho in correlations:
           outcome = theory.simulate(
@@ -600,6 +646,7 @@ def main():
   parser.add_argument('--figure', help='path of the PNG')
   arguments = parser.parse_args()
   critical_rates()
+  opposite_views()
   shift_by_the_pull()
   hessians()
   collapsed_points()
