@@ -15,6 +15,7 @@ LAYERS = {
   'loss': 0,
   'prototypes': 0,
   'collapse': 0,
+  'theory': 0,
   'grad_cache': 0,
   'randaugment': 0,
   'augment': 0.5,  # one of its operations is randaugment
@@ -59,6 +60,7 @@ LIBRARIES = {
   'prototypes': {'jax', 'optax'},
   'collapse': {'jax'},
   'prototype_rules': {'jax'},
+  'theory': {'jax'},
   'grad_cache': {'jax'},
   'augment': {'jax', 'dm_pix'},
   'randaugment': {'jax'},
