@@ -94,10 +94,26 @@ def get_config() -> ml_collections.ConfigDict:
   loss.vicreg_weights = (25.0, 25.0, 1.0)  # invariance, variance, covariance
   loss.barlow_weight = 5e-3  # of the redundancy term
   loss.clop_weight = 1.0  # the paper's lambda; 0 trains without CLOP
-  loss.clop_distance = 'cosine'  # cosine, euclidean or manhattan
+  loss.clop_distance = 'cosine'  # cosine, euclidean, manhattan or softmax
+  loss.clop_temperature = 0.1  # of softmax, and of the pseudo-labels
+  loss.clop_repulsion = 0.0  # from the other prototypes; of cosine only
+  # Unlabelled examples get the label of their nearest prototype in the CLOP
+  # term where the softmax over the prototypes is at least so sure, in (0, 1];
+  # None: they stay unlabelled.
+  loss.pseudo_label_threshold = ml_collections.config_dict.placeholder(float)
 
   config.prototypes = prototypes = ml_collections.ConfigDict()
-  prototypes.kind = 'orthonormal'  # orthonormal or simplex_etf
+  # orthonormal, simplex_etf or random (not orthogonal), all fixed; learned
+  # (they follow the gradient and stay orthonormal); aligned (set to suit the
+  # class means)
+  prototypes.kind = 'orthonormal'
+  prototypes.learning_rate = 0.1  # of learned, by the CLOP loss unweighted
+  prototypes.align_after_epochs = 1  # of aligned; until then no CLOP term
+  # Aligned again every so many epochs; None: once.
+  prototypes.align_every_epochs = ml_collections.config_dict.placeholder(int)
+  # procrustes (the nearest orthonormal set) or assignment (the best order of
+  # the prototypes that there are)
+  prototypes.align_by = 'procrustes'
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
   optimizer.name = 'sgd'  # lars, sgd or adamw

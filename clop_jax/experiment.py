@@ -19,6 +19,7 @@ import optax
 from clop_jax import loss
 from clop_jax import optimizer
 from clop_jax import parallel
+from clop_jax import prototype_rules
 from clop_jax import prototypes
 from clop_jax import train_state
 from clop_jax import train_step
@@ -33,9 +34,24 @@ _BACKBONES = {
   50: resnet.ResNet50,
 }
 
+# How each kind begins.
 _PROTOTYPES = {
   'orthonormal': prototypes.orthonormal_prototypes,
   'simplex_etf': prototypes.simplex_etf_prototypes,
+  'random': prototypes.random_prototypes,
+  'learned': prototypes.orthonormal_prototypes,
+  'aligned': prototypes.orthonormal_prototypes,
+}
+
+
+def _procrustes(class_means, before):
+  del before
+  return prototypes.align_prototypes(class_means)
+
+
+_ALIGNMENTS = {
+  'procrustes': _procrustes,
+  'assignment': prototypes.assign_prototypes,
 }
 
 _DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -111,14 +127,17 @@ class Experiment:
     backbone: images to features.
     projection_head: features to embeddings.
     tx: the Optax chain.
-    create_state: the state before the first step, a pure function of nothing.
-    step: `train_step.train_step` with everything but its arguments bound.
+    create_state: `(key=...) -> state` before the first step, pure; the key is
+      that of the config's seed unless one is given.
+    step: `(state, batch, key, numbers=...) -> (state, metrics)`,
+      `train_step.train_step` with everything else bound. `numbers` are those of
+      the config unless they are given, see `numbers_of`.
   """
 
   backbone: nn.Module
   projection_head: nn.Module
   tx: optax.GradientTransformation
-  create_state: Callable[[], train_state.TrainState]
+  create_state: Callable[..., train_state.TrainState]
   step: Callable
 
 
@@ -160,23 +179,25 @@ def build(
     use_bn=model.head_bn,
     **shared,
   )
-  schedule = optimizer.warmup_cosine(
-    optimizer.scaled_learning_rate(
-      config.optimizer.learning_rate,
-      config.train.batch_size,
-      config.optimizer.scaling,
-    ),
-    total_steps=total_steps,
-    warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
-  )
-  tx = optimizer.create(
-    config.optimizer.name,
-    schedule,
-    momentum=config.optimizer.momentum,
-    weight_decay=config.optimizer.weight_decay,
-    trust_coefficient=config.optimizer.trust_coefficient,
-    clip_norm=config.optimizer.clip_norm,
-  )
+  own_numbers = numbers_of(config)
+
+  def optimizer_at(learning_rate):
+    schedule = optimizer.warmup_cosine(
+      learning_rate,
+      total_steps=total_steps,
+      warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
+    )
+    tx = optimizer.create(
+      config.optimizer.name,
+      schedule,
+      momentum=config.optimizer.momentum,
+      weight_decay=config.optimizer.weight_decay,
+      trust_coefficient=config.optimizer.trust_coefficient,
+      clip_norm=config.optimizer.clip_norm,
+    )
+    return {'tx': tx, 'schedule': schedule}
+
+  tx = optimizer_at(own_numbers['learning_rate'])['tx']
   contrastive = _choose(
     _CONTRASTIVE, 'loss.contrastive', config.loss.contrastive
   )
@@ -188,11 +209,13 @@ def build(
   make_prototypes = _choose(
     _PROTOTYPES, 'prototypes.kind', config.prototypes.kind
   )
+  rule = _prototype_rule(config.prototypes, steps_per_epoch)
   images.check_size('config.augment.size', augment.size)
   image_shape = (augment.size, augment.size, config.data.channels)
 
-  def create_state():
-    init_key, prototype_key = jax.random.split(jax.random.key(config.seed))
+  def create_state(key=None):
+    key = jax.random.key(config.seed) if key is None else key
+    init_key, prototype_key = jax.random.split(key)
     views = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     dim = model.embedding_dim
     if model.head_layers == 0:
@@ -203,31 +226,102 @@ def build(
         views,
       )
       dim = features.shape[-1]
+    made = make_prototypes(prototype_key, config.data.num_classes, dim)
     return train_state.create(
       init_key,
       backbone=backbone,
       projection_head=projection_head,
       tx=tx,
       image_shape=image_shape,
-      prototypes=make_prototypes(prototype_key, config.data.num_classes, dim),
+      prototypes=made,
+      prototype_statistics=rule.statistics(made),
     )
 
-  step = functools.partial(
+  bound = functools.partial(
     train_step.train_step,
     backbone=backbone,
     projection_head=projection_head,
-    tx=tx,
-    schedule=schedule,
     recipe=recipe(config),
     contrastive=functools.partial(contrastive, config.loss),
-    clop_weight=config.loss.clop_weight,
-    clop_distance=config.loss.clop_distance,
+    clop=functools.partial(
+      loss.clop_loss,
+      distance=config.loss.clop_distance,
+      temperature=config.loss.clop_temperature,
+      repulsion=config.loss.clop_repulsion,
+    ),
+    prototype_rule=rule,
+    pseudo_labels=_pseudo_labels(config.loss),
     log_every=config.train.log_every_steps,
     bn_scope=model.bn_scope,
     num_micro_batches=config.train.num_micro_batches,
     axis_name=parallel.DATA_AXIS,
   )
+
+  def step(state, batch, key, numbers=None):
+    numbers = own_numbers if numbers is None else numbers
+    return bound(
+      state,
+      batch,
+      key,
+      clop_weight=numbers['clop_weight'],
+      **optimizer_at(numbers['learning_rate']),
+    )
+
   return Experiment(backbone, projection_head, tx, create_state, step)
+
+
+def numbers_of(config: ml_collections.ConfigDict) -> dict[str, float]:
+  """The numbers of a config that a compiled step can take as arguments.
+
+  Runs that differ in these (and in the seed) alone are one program: it is
+  compiled once, and can be mapped over them.
+  """
+  return {
+    'learning_rate': optimizer.scaled_learning_rate(
+      config.optimizer.learning_rate,
+      config.train.batch_size,
+      config.optimizer.scaling,
+    ),
+    'clop_weight': config.loss.clop_weight,
+  }
+
+
+def _prototype_rule(config, steps_per_epoch):
+  """What becomes of the prototypes of that kind."""
+  if config.kind == 'learned':
+    return prototype_rules.Learned(config.learning_rate)
+  if config.kind != 'aligned':
+    return prototype_rules.Fixed()
+  align = _choose(_ALIGNMENTS, 'prototypes.align_by', config.align_by)
+  first, every = config.align_after_epochs, config.align_every_epochs
+  for name, epochs in (('after', first), ('every', every or 1)):
+    if epochs < 1:
+      raise ValueError(
+        f'config.prototypes.align_{name}_epochs must be at least 1, got '
+        f'{epochs}'
+      )
+  return prototype_rules.Aligned(
+    align=align,
+    first_step=first * steps_per_epoch,
+    every_steps=None if every is None else every * steps_per_epoch,
+    steps_per_epoch=steps_per_epoch,
+  )
+
+
+def _pseudo_labels(config):
+  """Labels for unlabelled examples, or None if there are to be none."""
+  if config.pseudo_label_threshold is None:
+    return None
+  if not 0 < config.pseudo_label_threshold <= 1:
+    raise ValueError(
+      'config.loss.pseudo_label_threshold must be None or in (0, 1], got '
+      f'{config.pseudo_label_threshold}'
+    )
+  return functools.partial(
+    prototypes.pseudo_labels,
+    threshold=config.pseudo_label_threshold,
+    temperature=config.clop_temperature,
+  )
 
 
 def recipe(config: ml_collections.ConfigDict) -> dict:

@@ -101,11 +101,18 @@ def with_num_classes(
   """The config with the number of classes in it.
 
   Raises:
-    ValueError: if neither the config nor the source has it.
+    ValueError: if neither the config nor the source has it, or it is below 2.
   """
+  num_classes = config.data.num_classes or getattr(
+    training, 'num_classes', None
+  )
+  if num_classes and num_classes < 2:
+    raise ValueError(
+      'config.data.num_classes must be at least 2 for prototypes to tell '
+      f'apart, got {num_classes}'
+    )
   if config.data.num_classes:
     return config
-  num_classes = getattr(training, 'num_classes', None)
   if not num_classes:
     raise ValueError(
       'config.data.num_classes must be the number of classes: it is '

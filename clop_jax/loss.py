@@ -40,6 +40,8 @@ def clop_loss(
   prototypes: jax.Array,
   *,
   distance: str = 'cosine',
+  temperature: float = 0.1,
+  repulsion: float = 0.0,
   class_weights: jax.Array | None = None,
   axis_name: str | None = None,
 ) -> jax.Array:
@@ -50,16 +52,32 @@ def clop_loss(
              {\sum_{v,i:\, y_i \ge 0} w_{y_i}}
 
   with `d(z, c) = 1 - cos(z, c)` ('cosine', the paper's), `||z - c||_2`
-  ('euclidean') or `||z - c||_1` ('manhattan'); the last two take the embeddings
+  ('euclidean') or `||z - c||_1` ('manhattan'); these two take the embeddings
   at the length they have. Without a labelled example anywhere the loss and its
   gradient are exactly 0.
+
+  Two forms are not the paper's. Embeddings that are all alike feel its cosine
+  distance as a pull towards the mean of orthonormal prototypes, where the loss
+  rests at `1 - 1 / sqrt(num_classes)`; these do not have that pull:
+
+  .. math::
+    d_{softmax}(z, c_y) = -\log \frac{\exp(\cos(z, c_y) / \tau)}
+      {\sum_j \exp(\cos(z, c_j) / \tau)}, \qquad
+    d_{repulsion}(z, c_y) = 1 - \cos(z, c_y)
+      + \frac{r}{k - 1} \sum_{j \ne y} \cos(z, c_j)
+
+  Repulsion with `r = 1` is, up to a constant and a factor, the cosine distance
+  to the simplex ETF that the centred prototypes are.
 
   Args:
     embeddings: `[views, batch, dim]` or `[batch, dim]`, floating.
     labels: `[batch]` integers in `[-1, num_classes)`; -1 is unlabelled. A label
       beyond the prototypes cannot be refused while tracing: it gives NaN.
     prototypes: `[num_classes, dim]`, see `clop_jax.prototypes`.
-    distance: 'cosine', 'euclidean' or 'manhattan'.
+    distance: 'cosine', 'euclidean', 'manhattan' or 'softmax'.
+    temperature: tau of 'softmax', above 0.
+    repulsion: r, the weight of the repulsion from the other prototypes, at
+      least 0; of 'cosine' only.
     class_weights: `[num_classes]` non-negative weights `w`; None is all ones.
     axis_name: the mapped axis over which the batch is split, or None.
 
@@ -67,7 +85,7 @@ def clop_loss(
     A float32 scalar, in [0, 2] for the cosine distance.
 
   Raises:
-    ValueError: if a shape, a dtype or `distance` is not as above.
+    ValueError: if a shape, a dtype, `distance` or a number is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -83,6 +101,8 @@ def clop_loss(
     raise ValueError(
       f'distance must be one of {sorted(_DISTANCES)}, got {distance!r}'
     )
+  _check_temperature(temperature)
+  _check_repulsion(repulsion, distance)
   if jnp.ndim(embeddings) == 2:
     embeddings = embeddings[None]
   embeddings = _checked_embeddings(embeddings, min_views=1)
@@ -112,6 +132,14 @@ def clop_loss(
     jnp.nan,
   )
   distances = _DISTANCES[distance](embeddings, own)
+  if distance == 'softmax':
+    cosines = _dot(_normalize(embeddings), _normalize(prototypes))
+    partition = jax.nn.logsumexp(cosines / temperature, axis=-1)
+    distances = partition - (1.0 - distances) / temperature
+  if repulsion:
+    others = jnp.sum(_normalize(prototypes), axis=0) - _normalize(own)
+    cosines = jnp.sum(_normalize(embeddings) * others, axis=-1)
+    distances += repulsion / max(num_classes - 1, 1) * cosines
   return _masked_mean(
     distances, jnp.broadcast_to(weights, distances.shape), axis_name
   )
@@ -433,6 +461,7 @@ _DISTANCES = {
   'cosine': _cosine_distance,
   'euclidean': _euclidean_distance,
   'manhattan': _manhattan_distance,
+  'softmax': _cosine_distance,  # its logits are the cosines
 }
 
 # An embedding's number is `view * _BATCH_STRIDE + example`: the same on every
@@ -690,6 +719,16 @@ def _checked_global_batch(embeddings, axis_name, *, at_least):
       f'{batch} (shape {embeddings.shape} on {devices} devices)'
     )
   return batch
+
+
+def _check_repulsion(repulsion, distance):
+  if not repulsion >= 0:
+    raise ValueError(f'repulsion must be at least 0, got {repulsion}')
+  if repulsion and distance != 'cosine':
+    raise ValueError(
+      f"repulsion={repulsion} goes with distance='cosine' only, got "
+      f'{distance!r}; set repulsion to 0'
+    )
 
 
 def _check_temperature(temperature):

@@ -44,12 +44,12 @@ _SCALINGS = {
 
 
 def warmup_cosine(
-  peak: float, *, total_steps: int, warmup_steps: int
+  peak: jax.typing.ArrayLike, *, total_steps: int, warmup_steps: int
 ) -> optax.Schedule:
   """Linear warm-up from 0 to `peak`, then a cosine to 0, in steps.
 
   Args:
-    peak: learning rate after the warm-up.
+    peak: learning rate after the warm-up; it may be traced.
     total_steps: steps of the whole run; the cosine ends there.
     warmup_steps: steps of the warm-up, fewer than `total_steps`.
 
@@ -64,12 +64,14 @@ def warmup_cosine(
       f'warmup_steps must be in [0, total_steps={total_steps}), got '
       f'{warmup_steps}; shorten the warm-up or train for longer'
     )
-  return optax.warmup_cosine_decay_schedule(
-    init_value=0.0 if warmup_steps else peak,
-    peak_value=peak,
+  # Of height one: Optax looks at the peak, which may be traced.
+  shape = optax.warmup_cosine_decay_schedule(
+    init_value=0.0 if warmup_steps else 1.0,
+    peak_value=1.0,
     warmup_steps=warmup_steps,
     decay_steps=total_steps,
   )
+  return lambda step: peak * shape(step)
 
 
 def kernel_mask(params) -> dict:

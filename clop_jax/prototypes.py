@@ -9,6 +9,7 @@ import math
 import jax
 from jax import lax
 import jax.numpy as jnp
+from optax import assignment
 
 _PRECISION = lax.Precision.HIGHEST
 
@@ -114,6 +115,62 @@ def simplex_etf_prototypes(
   return simplex.astype(dtype)
 
 
+def random_prototypes(
+  key: jax.Array, num_classes: int, dim: int, *, dtype=jnp.float32
+) -> jax.Array:
+  r"""Independent random directions: the ablation of orthogonality.
+
+  .. math:: c_k = g_k / \|g_k\|, \qquad g_k \sim N(0, I_{dim})
+
+  Their cosines have mean 0 and deviation `1 / sqrt(dim)`; there may be more of
+  them than dimensions.
+
+  Args:
+    key: a PRNG key.
+    num_classes: number of prototypes.
+    dim: dimension of the embeddings.
+    dtype: floating; computed in float32 at least.
+
+  Returns:
+    `[num_classes, dim]` unit rows.
+
+  Raises:
+    ValueError: if a size is below 1, or `dtype` is not floating.
+
+  Example:
+    >>> import jax
+    >>> from clop_jax import prototypes
+    >>> c = prototypes.random_prototypes(jax.random.key(0), 3, 2)
+    >>> print(prototypes.orthonormality_error(c) > 0.1)
+    True
+  """
+  for name, size in (('num_classes', num_classes), ('dim', dim)):
+    if size < 1:
+      raise ValueError(f'{name} must be at least 1, got {size}')
+  rows = jax.random.normal(key, (num_classes, dim), _compute_dtype(dtype))
+  return (rows / jnp.linalg.norm(rows, axis=1, keepdims=True)).astype(dtype)
+
+
+def orthonormality_error(prototypes: jax.Array) -> jax.Array:
+  r"""The largest entry of `|C C^T - I|`: 0 for orthonormal rows.
+
+  Args:
+    prototypes: `[num_classes, dim]`.
+
+  Returns:
+    A float32 scalar.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import prototypes
+    >>> print(prototypes.orthonormality_error(jnp.eye(3, 4)))
+    0.0
+  """
+  rows = prototypes.astype(jnp.float32)
+  gram = jnp.matmul(rows, rows.T, precision=_PRECISION)
+  return jnp.max(jnp.abs(gram - jnp.eye(len(rows))))
+
+
 def orthonormalize(prototypes: jax.Array) -> jax.Array:
   r"""The nearest orthonormal rows: the polar factor.
 
@@ -193,6 +250,119 @@ def align_prototypes(class_means: jax.Array) -> jax.Array:
     Psychometrika 31 (1966).
   """
   return orthonormalize(class_means)
+
+
+def assign_prototypes(
+  class_means: jax.Array, prototypes: jax.Array
+) -> jax.Array:
+  r"""The same prototypes, given to the classes that they suit best.
+
+  .. math:: c'_k = c_{\pi(k)}, \qquad
+    \pi = \arg\max_{\pi} \sum_k c_{\pi(k)} \cdot m_k
+
+  over all permutations, by the Hungarian algorithm. Unlike `align_prototypes`
+  it turns no prototype: of any set, also of a simplex, only the order changes.
+
+  Args:
+    class_means: `[num_classes, dim]`, floating, see
+      `clop_jax.collapse.class_means`.
+    prototypes: `[num_classes, dim]`.
+
+  Returns:
+    `[num_classes, dim]`, the rows of `prototypes` in another order.
+
+  Raises:
+    ValueError: if the shapes are not as above.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import prototypes
+    >>> means = jnp.array([[0.1, 0.9], [0.8, 0.7]])
+    >>> print(prototypes.assign_prototypes(means, jnp.eye(2)))
+    [[0. 1.]
+     [1. 0.]]
+
+  Reference:
+    Kuhn, "The Hungarian method for the assignment problem", Naval Research
+    Logistics Quarterly 2 (1955); `optax.assignment.hungarian_algorithm`.
+  """
+  if class_means.shape != prototypes.shape or prototypes.ndim != 2:
+    raise ValueError(
+      'class_means and prototypes must both have shape [num_classes, dim], got '
+      f'{class_means.shape} and {prototypes.shape}'
+    )
+  gain = jnp.matmul(
+    class_means.astype(jnp.float32),
+    prototypes.T.astype(jnp.float32),
+    precision=_PRECISION,
+  )
+  classes, rows = assignment.hungarian_algorithm(-gain)
+  return jnp.zeros_like(prototypes).at[classes].set(prototypes[rows])
+
+
+def pseudo_labels(
+  embeddings: jax.Array,
+  labels: jax.Array,
+  prototypes: jax.Array,
+  *,
+  threshold: float,
+  temperature: float = 0.1,
+) -> jax.Array:
+  r"""Labels for unlabelled examples, from the prototypes they are sure of.
+
+  .. math:: p_{ik} = \mathrm{softmax}_k\Big(\frac{1}{V \tau} \sum_v
+    \cos(z_{v,i}, c_k)\Big), \qquad
+    \hat y_i = \arg\max_k p_{ik} \;\text{if}\; \max_k p_{ik} \ge t
+    \;\text{else}\; -1
+
+  An example that has a label keeps it. No gradient flows through.
+
+  Args:
+    embeddings: `[views, batch, dim]`, floating.
+    labels: `[batch]` integers; -1 is unlabelled.
+    prototypes: `[num_classes, dim]`.
+    threshold: `t`, the least confidence, in (0, 1].
+    temperature: `tau`, above 0; the smaller, the surer.
+
+  Returns:
+    `[batch]` labels of the same dtype.
+
+  Raises:
+    ValueError: if the threshold or the temperature is out of range.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import prototypes
+    >>> z = jnp.array([[[1.0, 0.1], [1.0, 1.0], [0.0, 1.0]]])
+    >>> labels = jnp.array([-1, -1, 0])
+    >>> print(prototypes.pseudo_labels(z, labels, jnp.eye(2), threshold=0.9))
+    [ 0 -1  0]
+
+  Reference:
+    Lee, "Pseudo-Label", ICML workshop on challenges in representation learning
+    (2013); the threshold as in Sohn et al., "FixMatch", arXiv 2001.07685.
+  """
+  if not 0 < threshold <= 1:
+    raise ValueError(f'threshold must be in (0, 1], got {threshold}')
+  if not temperature > 0:
+    raise ValueError(f'temperature must be above 0, got {temperature}')
+  labels = jnp.asarray(labels)
+  unit = _unit(embeddings.astype(jnp.float32))
+  cosines = jnp.matmul(
+    jnp.mean(unit, axis=0),
+    _unit(prototypes.astype(jnp.float32)).T,
+    precision=_PRECISION,
+  )
+  confidence = jax.nn.softmax(cosines / temperature, axis=-1)
+  nearest = jnp.argmax(confidence, axis=-1).astype(labels.dtype)
+  sure = jnp.max(confidence, axis=-1) >= threshold
+  guessed = jnp.where(sure, nearest, -1)
+  return lax.stop_gradient(jnp.where(labels >= 0, labels, guessed))
+
+
+def _unit(x):
+  norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+  return x / jnp.where(norm == 0.0, 1.0, norm)
 
 
 def _compute_dtype(dtype):

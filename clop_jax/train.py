@@ -76,8 +76,14 @@ def train(
   )
   # Traced before anything is written: what a wrong value breaks, breaks here.
   target = experiment.abstract_state(run, mesh)
-  key = parallel.replicate(mesh, experiment.training_key(config))
-  program = _Program(run, data, mesh, target, key)
+  # Numbers are arguments, not constants: runs that differ in them alone share
+  # what JAX's compilation cache holds.
+  numbers = jax.tree.map(np.float32, experiment.numbers_of(config))
+  shared = {'key': experiment.training_key(config), 'numbers': numbers}
+  if config.loss.pseudo_label_threshold is not None:
+    shared['true_label'] = true_labels.astype(np.int32)
+  shared = parallel.replicate(mesh, shared) | {'resident': data.resident}
+  program = _Program(run, data, mesh, target, shared)
   chunk = config.train.steps_per_dispatch
   save_every = config.train.checkpoint_every_epochs * data.steps_per_epoch
   log_every = config.train.log_every_steps
@@ -93,7 +99,8 @@ def train(
     state = checkpoints.restore_latest(target, warn=_warn)
     if state is None:
       shardings = jax.tree.map(lambda x: x.sharding, target)
-      state = jax.jit(run.create_state, out_shardings=shardings)()
+      seed_key = parallel.replicate(mesh, jax.random.key(config.seed))
+      state = jax.jit(run.create_state, out_shardings=shardings)(seed_key)
     start = int(state.step)
     _print_summary(config, state, program(longest), mesh, total_steps)
     _say(label_policy.summary(true_labels, labels, config.data.num_classes))
@@ -116,9 +123,8 @@ def train(
       _run(
         program,
         state,
-        data.resident,
+        shared,
         zip(chunks, batches, strict=True),
-        key,
         total_steps=total_steps,
         log_every=log_every,
         save_every=save_every,
@@ -130,9 +136,8 @@ def train(
 def _run(
   program,
   state,
-  resident,
+  shared,
   chunks,
-  key,
   *,
   total_steps,
   log_every,
@@ -144,7 +149,7 @@ def _run(
   losses, logged = [], []
   with preemption.Notice() as notice:
     for steps, batch in chunks:
-      state, metrics = program(len(steps))(state, resident, batch, key)
+      state, metrics = program(len(steps))(state, shared, batch)
       losses.append(metrics['loss'])
       done = steps.stop
       told = notice.reached(steps)
@@ -172,13 +177,17 @@ def _run(
 class _Program:
   """The training step, compiled for each number of steps in one dispatch."""
 
-  def __init__(self, run, data, mesh, state, key):
-    self._data, self._arguments = data, (state, data.resident)
-    self._key, self._lowered, self._compiled = key, {}, {}
+  def __init__(self, run, data, mesh, state, shared):
+    self._data, self._arguments = data, (state, shared)
+    self._lowered, self._compiled = {}, {}
 
-    def steps(state, resident, batches, key):
+    def steps(state, shared, batches):
       def one(state, batch):
-        return run.step(state, loader.unpack(resident, batch), key)
+        examples = loader.unpack(shared['resident'], batch)
+        if 'true_label' in shared:
+          index = examples['index']
+          examples = examples | {'true_label': shared['true_label'][index]}
+        return run.step(state, examples, shared['key'], shared['numbers'])
 
       if jax.tree.leaves(batches)[0].shape[0] > 1:
         return lax.scan(one, state, batches)
@@ -186,17 +195,13 @@ class _Program:
       state, metrics = one(state, jax.tree.map(lambda x: x[0], batches))
       return state, jax.tree.map(lambda x: x[None], metrics)
 
-    self._steps = parallel.map_step(
-      steps, mesh, batch_axes=(None, None, 1, None)
-    )
+    self._steps = parallel.map_step(steps, mesh, batch_axes=(None, None, 1))
 
   def lower(self, count):
     """Traces so many steps, and nothing more."""
     if count not in self._lowered:
       structure = self._data.structure(count)
-      self._lowered[count] = self._steps.lower(
-        *self._arguments, structure, self._key
-      )
+      self._lowered[count] = self._steps.lower(*self._arguments, structure)
 
   def metric_names(self, count):
     """What a lowered program reports."""
@@ -204,7 +209,7 @@ class _Program:
     return sorted(metrics)
 
   def __call__(self, count):
-    """`(state, resident, batches, key) -> (state, metrics)`, compiled."""
+    """`(state, shared, batches) -> (state, metrics)`, compiled."""
     if count not in self._compiled:
       self.lower(count)
       self._compiled[count] = self._lowered[count].compile()

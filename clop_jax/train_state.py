@@ -19,6 +19,8 @@ class TrainState:
     batch_stats: running statistics, with the same two keys.
     opt_state: of the Optax chain.
     prototypes: `[num_classes, dim]`.
+    prototype_statistics: what the rule of the prototypes keeps, see
+      `prototype_rules`; None for most.
   """
 
   step: jax.Array
@@ -26,6 +28,7 @@ class TrainState:
   batch_stats: Any
   opt_state: optax.OptState
   prototypes: jax.Array
+  prototype_statistics: Any = None
 
 
 def create(
@@ -36,6 +39,7 @@ def create(
   tx: optax.GradientTransformation,
   image_shape: tuple[int, int, int],
   prototypes: jax.Array,
+  prototype_statistics=None,
 ) -> TrainState:
   """The state before the first step; pure, so it can be jitted or only shaped.
 
@@ -46,6 +50,7 @@ def create(
     tx: the Optax chain.
     image_shape: `(height, width, channels)` of a view.
     prototypes: `[num_classes, dim]`.
+    prototype_statistics: see `TrainState`.
 
   Returns:
     The state.
@@ -68,6 +73,7 @@ def create(
     },
     opt_state=tx.init(params),
     prototypes=prototypes,
+    prototype_statistics=prototype_statistics,
   )
 
 

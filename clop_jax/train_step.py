@@ -12,7 +12,11 @@ from clop_jax import augment
 from clop_jax import collapse
 from clop_jax import grad_cache
 from clop_jax import loss
+from clop_jax import prototype_rules
+from clop_jax import prototypes as prototypes_lib
 from clop_jax import train_state
+
+_FIXED = prototype_rules.Fixed()
 
 
 def train_step(
@@ -27,8 +31,9 @@ def train_step(
   recipe: dict,
   contrastive: Callable[..., jax.Array],
   clop_weight: float,
-  clop_distance: str = 'cosine',
-  class_weights: jax.Array | None = None,
+  clop: Callable[..., jax.Array] = loss.clop_loss,
+  prototype_rule: prototype_rules.Rule = _FIXED,
+  pseudo_labels: Callable[..., jax.Array] | None = None,
   log_every: int = 1,
   bn_scope: str = 'global',
   num_micro_batches: int = 1,
@@ -58,7 +63,8 @@ def train_step(
     batch: this shard's `image` `[batch, height, width, channels]` uint8 (or
       `[batch, 2, size, size, channels]`: a crop for each view), `label`
       `[batch]` (-1: unlabelled) and `index` `[batch]`, the examples' numbers in
-      the data set.
+      the data set. With `pseudo_labels` also `true_label` `[batch]`, by which
+      they are measured and nothing else; -1 where nobody knows it.
     key: the run's PRNG key, the same at every step and on every device.
     backbone: images to features; its `axis_name` is this one.
     projection_head: features to embeddings; likewise.
@@ -68,8 +74,10 @@ def train_step(
     contrastive: `(embeddings, labels, axis_name=...) -> loss`.
     clop_weight: lambda, the weight of the CLOP loss; 0 trains without it (it
       is still reported).
-    clop_distance: see `loss.clop_loss`.
-    class_weights: see `loss.clop_loss`.
+    clop: `(embeddings, labels, prototypes, axis_name=...) -> loss`.
+    prototype_rule: how the prototypes change.
+    pseudo_labels: `(embeddings, labels, prototypes) -> labels` for the CLOP
+      loss; None: those of the batch alone.
     log_every: the diagnostics (norms, effective rank, ...) are made on steps
       that are a multiple of this; on others they are 0.
     bn_scope: as in the networks. With 'device' the running statistics are the
@@ -105,16 +113,12 @@ def train_step(
   def loss_of(embeddings, examples):
     labels = examples['label']
     contrastive_loss = contrastive(embeddings, labels, axis_name=axis_name)
-    clop_loss = loss.clop_loss(
-      embeddings,
-      labels,
-      state.prototypes,
-      distance=clop_distance,
-      class_weights=class_weights,
-      axis_name=axis_name,
-    )
-    total = contrastive_loss + clop_weight * clop_loss
-    return total, (contrastive_loss, clop_loss)
+    if pseudo_labels is not None:
+      labels = pseudo_labels(embeddings, labels, state.prototypes)
+    clop_loss = clop(embeddings, labels, state.prototypes, axis_name=axis_name)
+    weight = clop_weight * prototype_rule.clop_factor(state.step)
+    total = contrastive_loss + weight * clop_loss
+    return total, (contrastive_loss, clop_loss, labels)
 
   value, embeddings, batch_stats, gradients = grad_cache.value_and_grad(
     embed,
@@ -124,7 +128,7 @@ def train_step(
     num_micro_batches=num_micro_batches,
     axis_name=None if pmean_gradients else axis_name,
   )
-  total, (contrastive_loss, clop_loss) = value
+  total, (contrastive_loss, clop_loss, clop_labels) = value
   if pmean_gradients:
     gradients = lax.pmean(gradients, axis_name)
   if bn_scope == 'device' and axis_name is not None:
@@ -132,6 +136,22 @@ def train_step(
   updates, opt_state = tx.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   step = state.step + 1
+
+  def prototype_gradient():
+    gradient = jax.grad(clop, argnums=2)(
+      embeddings, clop_labels, state.prototypes, axis_name=axis_name
+    )
+    return lax.pmean(gradient, axis_name) if pmean_gradients else gradient
+
+  prototypes, prototype_statistics = prototype_rule.update(
+    state.prototypes,
+    state.prototype_statistics,
+    step=step,
+    embeddings=embeddings,
+    labels=batch['label'],
+    gradient=prototype_gradient,
+    axis_name=axis_name,
+  )
 
   def diagnostics():
     z, labels = embeddings, batch['label']
@@ -154,6 +174,7 @@ def train_step(
       'gradient_norm': optax.tree.norm(gradients),
       'update_norm': optax.tree.norm(updates),
       'parameter_norm': optax.tree.norm(params),
+      'orthonormality_error': prototypes_lib.orthonormality_error(prototypes),
     }
 
   shapes = jax.eval_shape(diagnostics)
@@ -166,9 +187,31 @@ def train_step(
     'clop_loss': clop_loss,
     'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
   }
-  return (
-    state.replace(
-      step=step, params=params, batch_stats=batch_stats, opt_state=opt_state
-    ),
-    metrics,
+  if pseudo_labels is not None:
+    metrics |= _pseudo_label_metrics(batch, clop_labels, axis_name)
+  state = state.replace(
+    step=step,
+    params=params,
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+    prototypes=prototypes,
+    prototype_statistics=prototype_statistics,
   )
+  return state, metrics
+
+
+def _pseudo_label_metrics(batch, labels, axis_name):
+  """How many unlabelled examples were given a label, and how many rightly."""
+  given = (batch['label'] < 0) & (labels >= 0)
+  known = given & (batch['true_label'] >= 0)
+  right = known & (labels == batch['true_label'])
+  counts = [batch['label'] < 0, given, known, right]
+  counts = jnp.stack([jnp.sum(x, dtype=jnp.float32) for x in counts])
+  if axis_name is not None:
+    counts = lax.psum(counts, axis_name)
+  unlabelled, given, known, right = counts
+  return {
+    'pseudo_label_share': given / unlabelled,
+    # NaN where there is none, which is not an accuracy of 0.
+    'pseudo_label_accuracy': right / known,
+  }

@@ -14,7 +14,15 @@ def cosine(a, b):
   return float(a @ b) / lengths if lengths else 0.0
 
 
-def clop(z, labels, prototypes, distance='cosine', class_weights=None):
+def clop(
+  z,
+  labels,
+  prototypes,
+  distance='cosine',
+  class_weights=None,
+  temperature=0.1,
+  repulsion=0.0,
+):
   total, weight_sum = 0.0, 0.0
   for view in z:
     for embedding, label in zip(view, labels, strict=True):
@@ -22,8 +30,13 @@ def clop(z, labels, prototypes, distance='cosine', class_weights=None):
         continue
       prototype = prototypes[label]
       weight = 1.0 if class_weights is None else float(class_weights[label])
+      cosines = [cosine(embedding, c) for c in prototypes]
       if distance == 'cosine':
-        value = 1 - cosine(embedding, prototype)
+        others = sum(cosines) - cosines[label]
+        value = 1 - cosines[label] + repulsion * others / (len(cosines) - 1)
+      elif distance == 'softmax':
+        exponentials = [math.exp(c / temperature) for c in cosines]
+        value = -math.log(exponentials[label] / sum(exponentials))
       elif distance == 'euclidean':
         value = math.sqrt(sum((embedding - prototype) ** 2))
       else:

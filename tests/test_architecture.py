@@ -36,6 +36,7 @@ LAYERS = {
   'data.reader': 0.6,  # what a source gives, at one shape
   'data.loader': 1,
   'train_state': 1,
+  'prototype_rules': 1,
   'metrics_log': 1,
   'train_step': 2,
   'checkpoint': 2,
@@ -58,6 +59,7 @@ LIBRARIES = {
   'loss': {'jax'},
   'prototypes': {'jax', 'optax'},
   'collapse': {'jax'},
+  'prototype_rules': {'jax'},
   'grad_cache': {'jax'},
   'augment': {'jax', 'dm_pix'},
   'randaugment': {'jax'},

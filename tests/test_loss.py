@@ -21,7 +21,7 @@ def prototypes_of(dim):
   return np.random.default_rng(dim).normal(size=(NUM_CLASSES, dim))
 
 
-def _clop_case(distance, class_weights=None):
+def _clop_case(distance, class_weights=None, **numbers):
   def ours(z, labels):
     return loss.clop_loss(
       z,
@@ -29,11 +29,14 @@ def _clop_case(distance, class_weights=None):
       jnp.asarray(prototypes_of(z.shape[-1]), jnp.float32),
       distance=distance,
       class_weights=class_weights,
+      **numbers,
     )
 
   def theirs(z, labels):
     prototypes = prototypes_of(z.shape[-1])
-    return oracles.clop(z, labels, prototypes, distance, class_weights)
+    return oracles.clop(
+      z, labels, prototypes, distance, class_weights, **numbers
+    )
 
   return ours, theirs
 
@@ -44,6 +47,8 @@ CASES = {
   'clop euclidean': _clop_case('euclidean'),
   'clop manhattan': _clop_case('manhattan'),
   'clop weighted': _clop_case('cosine', CLASS_WEIGHTS),
+  'clop softmax': _clop_case('softmax', CLASS_WEIGHTS, temperature=0.3),
+  'clop repulsion': _clop_case('cosine', repulsion=0.7),
   'nt_xent': (
     lambda z, y: loss.nt_xent_loss(z, temperature=0.3),
     lambda z, y: oracles.nt_xent(z, 0.3),
@@ -158,9 +163,42 @@ def test_clop_at_the_mean_of_the_prototypes_rests_at_its_collapsed_value():
   np.testing.assert_allclose(gradient.sum(axis=0), 0, atol=1e-6)
 
 
+def test_repulsion_of_weight_one_is_the_pull_to_the_centred_prototypes():
+  k = 4
+  z = jnp.asarray(_RNG.normal(size=(2, 9, 6)), jnp.float32)
+  labels = jnp.asarray(_RNG.integers(0, k, size=9))
+  c = jnp.eye(k, 6)
+  ours = jax.grad(loss.clop_loss)(z, labels, c, repulsion=1.0)
+  # c_y less the mean of the others is k / (k - 1) times the centred c_y, whose
+  # length is sqrt((k - 1) / k).
+  simplex = jax.grad(loss.clop_loss)(z, labels, c - c.mean(axis=0))
+  np.testing.assert_allclose(
+    ours, (k / (k - 1)) ** 0.5 * simplex, atol=1e-6, rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  'remedy', [{'repulsion': 1.0}, {'distance': 'softmax', 'temperature': 0.5}]
+)
+def test_equal_embeddings_are_not_pulled_to_the_prototypes_mean(remedy):
+  """As the paper's distance does: see theory.py for what follows from it."""
+  k = 5
+  c = jnp.eye(k, 8)
+  labels = jnp.arange(k)
+  off_the_mean = jnp.eye(8)[7] + 0.1 * c.mean(axis=0)
+
+  def of_common(z, **how):
+    return loss.clop_loss(jnp.tile(z, (k, 1)), labels, c, **how)
+
+  pulled = -jax.grad(of_common)(off_the_mean) @ c.mean(axis=0)
+  remedied = -jax.grad(of_common)(off_the_mean, **remedy) @ c.mean(axis=0)
+  assert pulled > 0.1
+  assert remedied <= 1e-6
+
+
 def test_clop_without_labels_is_exactly_zero_with_zero_gradient():
   z = jnp.asarray(_RNG.normal(size=(2, 5, 4)), jnp.float32)
-  for distance in ('cosine', 'euclidean', 'manhattan'):
+  for distance in ('cosine', 'euclidean', 'manhattan', 'softmax'):
     value, gradient = jax.value_and_grad(loss.clop_loss)(
       z, jnp.full(5, -1), jnp.eye(4), distance=distance
     )
@@ -362,7 +400,23 @@ Y = np.zeros(4, np.int32)
     ),
     (
       lambda: loss.clop_loss(Z, Y, np.eye(3), distance='l2'),
-      r"distance must be one of \['cosine', 'euclidean', 'manhattan'\].*'l2'",
+      r"distance must be one of \['cosine', .*'softmax'\], got 'l2'",
+    ),
+    (
+      lambda: loss.clop_loss(Z, Y, np.eye(3), repulsion=-1.0),
+      'repulsion must be at least 0, got -1.0',
+    ),
+    (
+      lambda: loss.clop_loss(
+        Z, Y, np.eye(3), repulsion=0.5, distance='softmax'
+      ),
+      "repulsion=0.5 goes with distance='cosine' only, got 'softmax'",
+    ),
+    (
+      lambda: loss.clop_loss(
+        Z, Y, np.eye(3), distance='softmax', temperature=0.0
+      ),
+      'temperature must be above 0, got 0.0',
     ),
     (
       lambda: loss.clop_loss(Z, Y, np.eye(3), class_weights=np.ones(2)),

@@ -30,6 +30,9 @@ LOSSES = {
     class_weights=jnp.arange(1.0, 6.0),
     **kw,
   ),
+  'clop softmax': lambda z, y, **kw: loss.clop_loss(
+    z, y, jnp.asarray(PROTOTYPES, jnp.float32), distance='softmax', **kw
+  ),
   'nt_xent': lambda z, y, **kw: loss.nt_xent_loss(z, **kw),
   'nt_xent blocked': lambda z, y, **kw: loss.nt_xent_loss(
     z, block_size=4, **kw

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.optimize
 
 from clop_jax import prototypes
 
@@ -241,3 +242,85 @@ def test_wrong_arrays_are_refused(function, rows, message):
 def test_integer_dtype_is_refused_and_not_rounded_to_zeros(make):
   with pytest.raises(ValueError, match='floating'):
     make(jax.random.key(0), 3, 4, dtype=jnp.int32)
+
+
+def test_random_prototypes_are_unit_and_have_the_cosines_of_chance():
+  c = prototypes.random_prototypes(jax.random.key(0), 200, 64)
+  cosines = gram(c)
+  np.testing.assert_allclose(np.diagonal(cosines), 1, atol=1e-6)
+  off = cosines[~np.eye(200, dtype=bool)]
+  # Mean 0 and variance 1 / dim; the pairs are 19,900.
+  assert abs(off.mean()) < 5e-3
+  assert off.std() == pytest.approx(1 / 8, rel=0.03)
+  assert prototypes.orthonormality_error(c) == pytest.approx(
+    np.abs(cosines - np.eye(200)).max(), rel=1e-5
+  )
+
+
+@pytest.mark.parametrize(('k', 'dim'), [(1, 3), (5, 5), (40, 64)])
+def test_assignment_is_the_best_of_all_orders(k, dim):
+  means = random_rows((k, dim), seed=1)
+  c = np.asarray(prototypes.orthonormal_prototypes(jax.random.key(0), k, dim))
+  ours = np.asarray(jax.jit(prototypes.assign_prototypes)(means, c))
+  rows, columns = scipy.optimize.linear_sum_assignment(
+    means @ c.T, maximize=True
+  )
+  np.testing.assert_array_equal(ours[rows], c[columns])
+
+
+def test_pseudo_labels_are_the_nearest_prototypes_where_sure():
+  rng = np.random.default_rng(0)
+  z = rng.normal(size=(2, 50, 6)).astype(np.float32)
+  labels = np.where(rng.random(50) < 0.3, rng.integers(0, 4, 50), -1)
+  c = np.asarray(prototypes.orthonormal_prototypes(jax.random.key(0), 4, 6))
+  ours = prototypes.pseudo_labels(z, labels, c, threshold=0.6, temperature=0.3)
+  expected = labels.copy()
+  for i in np.flatnonzero(labels < 0):
+    unit = [view[i] / np.linalg.norm(view[i]) for view in z.astype(np.float64)]
+    cosines = np.mean([u @ c.T for u in unit], axis=0)
+    odds = np.exp(cosines / 0.3)
+    if (odds / odds.sum()).max() >= 0.6:
+      expected[i] = odds.argmax()
+  np.testing.assert_array_equal(ours, expected)
+  assert 5 < (expected[labels < 0] >= 0).sum() < (labels < 0).sum() - 5
+
+
+def test_collapsed_embeddings_get_no_pseudo_label():
+  z = jnp.ones((2, 7, 10))
+  labels = jnp.full(7, -1)
+  ours = prototypes.pseudo_labels(z, labels, jnp.eye(10), threshold=0.2)
+  assert (ours == -1).all()
+
+
+@pytest.mark.parametrize(
+  ('call', 'message'),
+  [
+    (
+      lambda: prototypes.random_prototypes(jax.random.key(0), 0, 3),
+      'num_classes must be at least 1, got 0',
+    ),
+    (
+      lambda: prototypes.assign_prototypes(jnp.ones((2, 3)), jnp.eye(3)),
+      r'must both have shape.*\(2, 3\) and \(3, 3\)',
+    ),
+    (
+      lambda: prototypes.pseudo_labels(
+        jnp.ones((1, 1, 2)), jnp.array([-1]), jnp.eye(2), threshold=0.0
+      ),
+      r'threshold must be in \(0, 1\], got 0.0',
+    ),
+    (
+      lambda: prototypes.pseudo_labels(
+        jnp.ones((1, 1, 2)),
+        jnp.array([-1]),
+        jnp.eye(2),
+        threshold=0.9,
+        temperature=0.0,
+      ),
+      'temperature must be above 0, got 0.0',
+    ),
+  ],
+)
+def test_wrong_arguments_of_the_later_functions_are_named(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()

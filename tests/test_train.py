@@ -89,6 +89,7 @@ def test_the_loss_falls_and_each_logged_step_has_every_metric(trained):
       'effective_rank',
       'embedding_std',
       'prototype_cosine',
+      'orthonormality_error',
     }
     assert all(value is not None for value in line.values())
   assert lines[-1]['loss'] < lines[0]['loss']

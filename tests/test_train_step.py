@@ -1,5 +1,6 @@
 """The step on one, two and eight devices, under shard_map, pmap and jit."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from clop_jax import augment
 from clop_jax import loss
 from clop_jax import parallel
+from clop_jax import prototype_rules
 from clop_jax import prototypes
 from clop_jax import train_state
 from clop_jax import train_step
@@ -18,6 +20,8 @@ from clop_jax.data import loader
 from clop_jax.models import heads
 from clop_jax.models import resnet
 
+_FIXED = prototype_rules.Fixed()
+TRUE_LABELS = jnp.arange(40) % 5
 STEPS = 3
 BATCH = 16
 RECIPE = {
@@ -70,25 +74,31 @@ def _parts(axis_name=parallel.DATA_AXIS, bn_scope='global', **changes):
   return create, step
 
 
-def _initial_state(create):
+def _initial_state(create, rule=_FIXED):
   c = prototypes.orthonormal_prototypes(jax.random.key(1), 5, 8)
-  return create(prototypes=c)
+  return create(prototypes=c, prototype_statistics=rule.statistics(c))
+
+
+def with_true_labels(resident, batch):
+  examples = loader.unpack(resident, jax.tree.map(lambda x: x[0], batch))
+  return examples | {'true_label': TRUE_LABELS[examples['index']]}
 
 
 @functools.cache
-def run_on(devices, bn_scope='global'):
+def run_on(devices, bn_scope='global', **changes):
   """States and metrics of a few steps on so many devices."""
   mesh = parallel.make_mesh(jax.devices()[:devices])
-  create, step = _parts(bn_scope=bn_scope)
+  create, step = _parts(bn_scope=bn_scope, **changes)
   data = loader.ResidentLoader(*_data(), batch_size=BATCH, seed=0, mesh=mesh)
   mapped = parallel.map_step(
     lambda state, resident, batch, key: step(
-      state, loader.unpack(resident, jax.tree.map(lambda x: x[0], batch)), key
+      state, with_true_labels(resident, batch), key
     ),
     mesh,
     batch_axes=(None, None, 1, None),
   )
-  state = parallel.replicate(mesh, _initial_state(create))
+  rule = changes.get('prototype_rule', _FIXED)
+  state = parallel.replicate(mesh, _initial_state(create, rule))
   key = parallel.replicate(mesh, jax.random.key(7))
   history = []
   for batch in data.batches([range(i, i + 1) for i in range(STEPS)]):
@@ -108,6 +118,94 @@ def test_parameters_do_not_depend_on_the_number_of_devices(devices):
   assert_trees_close(several.params, one.params, atol=1e-4)
   assert_trees_close(several.batch_stats, one.batch_stats, atol=1e-4)
   assert_trees_close(several_history, history, rtol=2e-3, atol=2e-4)
+
+
+RULES = {
+  'learned': prototype_rules.Learned(0.5),
+  'aligned': prototype_rules.Aligned(
+    lambda means, before: prototypes.align_prototypes(means), 2, None, 2
+  ),
+  'assigned': prototype_rules.Aligned(prototypes.assign_prototypes, 2, None, 2),
+}
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_prototypes_move_alike_on_one_and_eight_devices(rule):
+  one, history = run_on(1, prototype_rule=RULES[rule])
+  several, _ = run_on(8, prototype_rule=RULES[rule])
+  np.testing.assert_allclose(several.prototypes, one.prototypes, atol=1e-4)
+  assert_trees_close(several.params, one.params, atol=1e-4)
+  fixed, _ = run_on(1)
+  assert np.abs(one.prototypes - fixed.prototypes).max() > 1e-2
+  assert history[-1]['orthonormality_error'] < 1e-6
+
+
+def test_learned_prototypes_follow_the_gradient_of_the_global_batch():
+  rule = RULES['learned']
+  gradients = []
+
+  def update(self, prototypes, statistics, *, gradient, **of_step):
+    gradients.append(gradient())
+    return prototypes, statistics
+
+  recording = dataclasses.make_dataclass(
+    'Recording',
+    [],
+    bases=(prototype_rules.Fixed,),
+    frozen=True,
+    namespace={'update': update},
+  )()
+  create, step = _parts(axis_name=None, prototype_rule=recording)
+  images, labels = _data()
+  labels = labels.copy()
+  batch = {'image': images, 'label': labels, 'index': np.arange(40)}
+  step(_initial_state(create), batch, jax.random.key(7))
+  (gradient,) = gradients
+  assert gradient.shape == (5, 8)
+  c = _initial_state(create).prototypes
+  # Of the loss a mean over the labelled: each class has its share of them.
+  shares = np.bincount(labels[labels >= 0], minlength=5) / (labels >= 0).sum()
+  assert (np.linalg.norm(gradient, axis=1) <= shares + 1e-6).all()
+  # The cosine does not care how long a prototype is.
+  np.testing.assert_allclose((gradient * c).sum(axis=1), 0, atol=1e-6)
+  moved, _ = rule.update(c, None, gradient=lambda: gradient)
+  assert np.linalg.norm(moved - c) > 1e-2
+
+
+def test_aligned_prototypes_have_no_clop_term_before_they_are_set():
+  _, history = run_on(1, prototype_rule=RULES['aligned'])
+  for metrics in history[:2]:
+    assert metrics['loss'] == metrics['contrastive_loss']
+  assert history[2]['loss'] == pytest.approx(
+    history[2]['contrastive_loss'] + history[2]['clop_loss'], rel=1e-6
+  )
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_pseudo_labels_are_counted_over_the_global_batch(devices):
+  def label_all_as_two(embeddings, labels, prototypes):
+    del embeddings, prototypes
+    return jnp.where(labels < 0, 2, labels)
+
+  _, history = run_on(devices, pseudo_labels=label_all_as_two)
+  order = loader.Order(40, batch_size=BATCH, seed=0).indices(0)
+  labels = _data()[1][order]
+  truth = np.asarray(TRUE_LABELS)[order]
+  expected = (truth[labels < 0] == 2).mean()
+  assert history[0]['pseudo_label_share'] == 1
+  assert history[0]['pseudo_label_accuracy'] == pytest.approx(expected)
+  assert history[0]['clop_loss'] != run_on(devices)[1][0]['clop_loss']
+
+
+def test_no_pseudo_label_is_no_accuracy():
+  def label_none(embeddings, labels, prototypes):
+    del embeddings, prototypes
+    return labels
+
+  _, history = run_on(1, pseudo_labels=label_none)
+  assert history[0]['pseudo_label_share'] == 0
+  assert np.isnan(history[0]['pseudo_label_accuracy'])
+  assert history[0]['loss'] == run_on(1)[1][0]['loss']
 
 
 @pytest.mark.parametrize('devices', [2, 8])
@@ -206,7 +304,9 @@ def test_metrics_are_what_they_say():
     'effective_rank',
     'embedding_std',
     'prototype_cosine',
+    'orthonormality_error',
   }
+  assert metrics['orthonormality_error'] < 1e-6
   assert metrics['loss'] == pytest.approx(
     metrics['contrastive_loss'] + metrics['clop_loss'], rel=1e-6
   )

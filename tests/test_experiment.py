@@ -1,0 +1,65 @@
+import jax
+import numpy as np
+import pytest
+
+from clop_jax import experiment
+from clop_jax import train_state
+from tests import small
+
+BATCH = {
+  'image': jax.ShapeDtypeStruct((8, 8, 8, 1), np.uint8),
+  'label': jax.ShapeDtypeStruct((8,), np.int32),
+  'index': jax.ShapeDtypeStruct((8,), np.int32),
+}
+
+
+def build(**changes):
+  config = small.digits_config('unused', **changes)
+  return config, experiment.build(config, total_steps=10, steps_per_epoch=5)
+
+
+def program(**changes):
+  """What the compiler gets of a step on one device, and its numbers' names."""
+  config, run = build(**changes)
+  numbers = jax.tree.map(np.float32, experiment.numbers_of(config))
+  state = jax.eval_shape(run.create_state)
+  mesh = jax.make_mesh((1,), ('data',), (jax.sharding.AxisType.Auto,))
+  spec = jax.sharding.PartitionSpec
+  step = jax.shard_map(
+    run.step, mesh=mesh, in_specs=spec(), out_specs=spec(), check_vma=False
+  )
+  lowered = jax.jit(step).lower(state, BATCH, jax.random.key(0), numbers)
+  return lowered.as_text()
+
+
+def test_runs_that_differ_in_their_numbers_alone_are_one_program():
+  one = program()
+  other = {'optimizer__learning_rate': 7.0, 'loss__clop_weight': 0.0, 'seed': 5}
+  assert program(**other) == one
+  assert program(loss__temperature=0.1) != one
+
+
+def test_the_seed_decides_the_first_state_also_as_an_argument():
+  _, run = build()
+  _, other = build(seed=5)
+  own = jax.jit(run.create_state)()
+  given = jax.jit(run.create_state)(jax.random.key(5))
+  expected = jax.jit(other.create_state)()
+  assert isinstance(given, train_state.TrainState)
+  jax.tree.map(np.testing.assert_array_equal, given, expected)
+  assert np.abs(own.prototypes - given.prototypes).max() > 0.1
+
+
+@pytest.mark.parametrize(
+  ('scaling', 'expected'), [('linear', 0.4), ('none', 0.8), ('sqrt', 9.051)]
+)
+def test_the_learning_rate_of_the_numbers_is_the_scaled_one(scaling, expected):
+  config, _ = build(
+    optimizer__learning_rate=0.8,
+    optimizer__scaling=scaling,
+    train__batch_size=128,
+    loss__clop_weight=3.0,
+  )
+  numbers = experiment.numbers_of(config)
+  assert numbers['clop_weight'] == 3.0
+  np.testing.assert_allclose(numbers['learning_rate'], expected, rtol=1e-4)
