@@ -1,7 +1,7 @@
-"""One cell of a study, trained and evaluated in a process that stays.
+"""Cells of a study, trained and evaluated in a process that stays.
 
 `study` starts it, as `python -m clop_jax.cell`, and sends it one cell after
-another.
+another, or several to train in one program.
 """
 
 import contextlib
@@ -16,14 +16,18 @@ from absl import logging
 import jax
 import ml_collections
 
+from clop_jax import ensemble
 from clop_jax import evaluate
 from clop_jax import experiment
 from clop_jax import inputs
 from clop_jax import preemption
 from clop_jax import train
+from clop_jax import workdir as workdir_lib
 from clop_jax import workers
 
-LOG = 'log.txt'  # of a cell's workdir: what it printed
+# In a cell's workdir: what it printed, and how it ended.
+LOG = 'log.txt'
+RECORD = 'cell.json'
 
 
 def check(cells: dict[str, dict]) -> tuple[str, str | None]:
@@ -47,60 +51,94 @@ def check(cells: dict[str, dict]) -> tuple[str, str | None]:
       if data not in known:
         # Once, and not by all cells at the same time: it may be prepared here.
         known.add(data)
-        source = inputs.training_source(config)
-        num_classes = inputs.with_num_classes(config, source).data.num_classes
-        if num_classes < 2:
-          raise ValueError(
-            f'config.data.num_classes must be at least 2, got {num_classes}'
-          )
+        inputs.with_num_classes(config, inputs.training_source(config))
     except (ValueError, OSError) as error:
       fault = f'cell {name}: {_one_line(error)}'
       break
   return jax.default_backend(), fault
 
 
-def run(values: dict, workdir: str) -> dict:
-  """Trains, or goes on with, a cell and evaluates it.
+def run(cells: dict[str, tuple[dict, str]]) -> dict[str, dict]:
+  """Trains, or goes on with, cells in one program and evaluates each.
 
   Args:
-    values: its config, as JSON has it.
-    workdir: of the cell.
+    cells: config (as JSON has it) and workdir of each, by name; one, or several
+      that `ensemble` can train together.
 
   Returns:
-    `status` (done, diverged or failed), `error` (one line or None),
-    `train_seconds` and `evaluate_seconds` (None if it did not come to that).
+    Of each `status` (done, diverged or failed), `error` (one line or None),
+    `train_seconds` (the cell's share of them) and `evaluate_seconds` (None if
+    it did not come to that).
 
   Raises:
     preemption.PreemptionError: after SIGTERM, when the state has been saved.
   """
-  config = ml_collections.ConfigDict(values).lock()
-  outcome = {
-    'status': 'done',
-    'error': None,
-    'train_seconds': None,
-    'evaluate_seconds': None,
+  outcomes = {}
+  configs = {
+    name: ml_collections.ConfigDict(values).lock()
+    for name, (values, _) in cells.items()
   }
-  os.makedirs(workdir, exist_ok=True)
-  with _printing_to(os.path.join(workdir, LOG)):
-    try:
-      began = time.monotonic()
-      train.train(config, workdir)
-      trained = time.monotonic()
-      outcome['train_seconds'] = round(trained - began, 2)
-      evaluate.write(workdir, *evaluate.evaluate(workdir))
-      outcome['evaluate_seconds'] = round(time.monotonic() - trained, 2)
-    except FloatingPointError as error:
-      outcome |= {'status': 'diverged', 'error': _one_line(error)}
-    except preemption.PreemptionError:
-      raise
-    except Exception as error:
-      traceback.print_exc()
-      outcome |= {'status': 'failed', 'error': _one_line(error)}
-    if outcome['error']:
-      print(f'{outcome["status"]}: {outcome["error"]}')
+  workdirs = {name: workdir for name, (_, workdir) in cells.items()}
+  first, *others = cells
+  for name in cells:
+    os.makedirs(workdirs[name], exist_ok=True)
+  for name in others:
+    with open(os.path.join(workdirs[name], LOG), 'a') as log:
+      log.write(f'trains together with {first}, whose log this is in\n')
+
+  def end(name, **outcome):
+    if name in outcomes:
+      return
+    nothing = {'error': None, 'train_seconds': None, 'evaluate_seconds': None}
+    outcomes[name] = nothing | outcome
+    record(workdirs[name], outcomes[name])
+
+  def diverged(number, error):
+    # At once: if this is stopped, the others go on without it.
+    end(list(cells)[number], status='diverged', error=_one_line(error))
+
+  began = time.monotonic()
+  with _printing_to(os.path.join(workdirs[first], LOG)), _ending(end, cells):
+    if others:
+      ensemble.train_together(
+        list(configs.values()), list(workdirs.values()), diverged=diverged
+      )
+    else:
+      train.train(configs[first], workdirs[first])
+  share = round((time.monotonic() - began) / len(cells), 2)
+  for name in [name for name in cells if name not in outcomes]:
+    began = time.monotonic()
+    with (
+      _printing_to(os.path.join(workdirs[name], LOG)),
+      _ending(end, [name], train_seconds=share),
+    ):
+      evaluate.write(workdirs[name], *evaluate.evaluate(workdirs[name]))
+      seconds = round(time.monotonic() - began, 2)
+      end(name, status='done', train_seconds=share, evaluate_seconds=seconds)
   # A traceback holds on to the arrays of its frames.
   gc.collect()
-  return outcome
+  return outcomes
+
+
+def record(workdir: str, outcome: dict) -> None:
+  """Writes how a cell ended, and the commit, into its workdir."""
+  text = json.dumps(outcome | {'commit': experiment.commit()}) + '\n'
+  workdir_lib.write_whole(os.path.join(workdir, RECORD), text.encode())
+
+
+@contextlib.contextmanager
+def _ending(end, names, **known):
+  """Ends cells by what is raised."""
+  try:
+    yield
+  except preemption.PreemptionError:
+    raise
+  except Exception as error:
+    status = 'diverged' if isinstance(error, FloatingPointError) else 'failed'
+    if status == 'failed':
+      traceback.print_exc()
+    for name in names:
+      end(name, status=status, error=_one_line(error), **known)
 
 
 def _one_line(error):

@@ -25,15 +25,16 @@ import jax
 import ml_collections
 from ml_collections import config_flags
 
+from clop_jax import cell
 from clop_jax import command
-from clop_jax import experiment
+from clop_jax import ensemble
 from clop_jax import grid as grid_lib
 from clop_jax import preemption
 from clop_jax import report
 from clop_jax import workdir as workdir_lib
 from clop_jax import workers
 
-_WORKER = 'clop_jax.cell'
+_WORKER = cell.__name__
 _FILE = 'study.json'
 # What a kill can leave of a study that had not begun.
 _NOTHING = {'.lock', f'{_FILE}.partial'}
@@ -47,6 +48,7 @@ def study(
   grid: dict[str, list] | None = None,
   *,
   jobs: int | None = None,
+  vmap: bool = False,
 ) -> list[dict]:
   """Runs the cells of a grid that are not through yet.
 
@@ -56,7 +58,8 @@ def study(
     config: that all cells have in common; None: the study's own.
     grid: values of each field, see `grid.parse`; None: the study's own. Values
       that the study does not have yet are added to it.
-    jobs: cells at the same time. Default: one per core on CPU, else 1.
+    jobs: processes at the same time. Default: one per core on CPU, else 1.
+    vmap: train cells that differ in numbers alone in one program.
 
   Returns:
     The rows of `results.csv` of these cells.
@@ -77,35 +80,47 @@ def study(
     notice = stack.enter_context(preemption.Notice())
     pool = None
     if todo:
-      pool = stack.enter_context(_Pool(todo, jobs))
+      pool = stack.enter_context(_Pool(todo, jobs, len(_groups(todo, vmap))))
     stack.enter_context(workdir_lib.locked(workdir))
     # Only now can no other process write to it.
     plan = _Plan(workdir, config, grid)
     plan.save()
     todo = plan.todo()
     if todo:
-      _run(plan, todo, pool, notice)
+      _run(plan, todo, _groups(todo, vmap), pool, notice)
   return plan.rows()
 
 
-def _run(plan, todo, pool, notice):
+def _groups(todo, vmap):
+  """The names of cells that one process takes on at once."""
+  if not vmap:
+    return [[name] for name in todo]
+  groups = {}
+  for name, config in todo.items():
+    alike = json.dumps(ensemble.shared_part(config), sort_keys=True)
+    groups.setdefault(alike, []).append(name)
+  return list(groups.values())
+
+
+def _run(plan, todo, groups, pool, notice):
   began = time.monotonic()
   _say(
     f'{len(todo)} of {len(plan.cells)} cells to go, {pool.jobs} at the same '
     f'time on {pool.platform}'
   )
   tasks = [
-    (name, ('run', config, plan.folder(name))) for name, config in todo.items()
+    (names, ('run', {name: (todo[name], plan.folder(name)) for name in names}))
+    for names in groups
   ]
   count = 0
   outcomes = pool.run(tasks, told=lambda: notice.reached(range(0)))
   with contextlib.closing(outcomes):
-    for name, outcome, death in outcomes:
-      count += 1
-      outcome = outcome or {'status': 'failed', 'error': death}
-      row = plan.finish(name, outcome)
-      seconds = time.monotonic() - began
-      _say(_progress(name, row, len(todo) - count, seconds / count))
+    for names, _, death in outcomes:
+      for name in names:
+        count += 1
+        row = plan.finish(name, death)
+        each = (time.monotonic() - began) / count
+        _say(_progress(name, row, len(todo) - count, each))
   if count < len(todo):
     raise preemption.PreemptionError(
       f'told to end: {len(todo) - count} of {len(plan.cells)} cells are left; '
@@ -131,25 +146,23 @@ def _duration(seconds):
   if seconds < 100:
     return f'{seconds:.0f} s'
   minutes = round(seconds / 60)
-  return (
-    f'{minutes // 60} h {minutes % 60} min'
-    if minutes > 99
-    else (f'{minutes} min')
-  )
+  if minutes < 100:
+    return f'{minutes} min'
+  return f'{minutes // 60} h {minutes % 60} min'
 
 
 class _Pool:
   """Processes for the cells; a context manager that ends them."""
 
-  def __init__(self, cells, jobs):
-    """Looks for faults of the cells in the first process.
+  def __init__(self, cells, jobs, limit):
+    """Looks for faults of the cells in the first of at most `limit` processes.
 
     Raises:
       ValueError: if one is found.
     """
     self._cores = sorted(os.sched_getaffinity(0))
     self._environment = dict(os.environ)
-    self.jobs = min(jobs or len(self._cores), len(cells))
+    self.jobs = min(jobs or len(self._cores), limit)
     with contextlib.ExitStack() as stack:
       if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         # Cells that differ in numbers only are one program, compiled once.
@@ -231,7 +244,6 @@ class _Plan:
       for name, values in self._every.items()
       if all(value in grid[field] for field, value in values.items())
     }
-    self._commit = experiment.commit()
     self._outcomes, self._results = {}, {}
     for name in self._every:
       self._read(name)
@@ -245,8 +257,11 @@ class _Plan:
     return {
       name: config
       for name, config in self.cells.items()
-      if self._outcomes.get(name, {}).get('status') not in _THROUGH
+      if self._status(name) not in _THROUGH
     }
+
+  def _status(self, name):
+    return self._outcomes.get(name, {}).get('status')
 
   def save(self):
     """Writes `study.json` and `results.csv`."""
@@ -254,12 +269,14 @@ class _Plan:
     _write(self._workdir, _FILE, json.dumps(saved, indent=2) + '\n')
     self._write_results()
 
-  def finish(self, name, outcome):
-    """Records how a cell ended; gives its row."""
-    outcome = {'commit': self._commit} | outcome
-    os.makedirs(self.folder(name), exist_ok=True)
-    _write(self.folder(name), 'cell.json', json.dumps(outcome) + '\n')
+  def finish(self, name, death=None):
+    """Takes in how a cell ended, or what ended its process; gives its row."""
     self._read(name)
+    # In a group it may have diverged before.
+    if death and self._status(name) not in _THROUGH:
+      os.makedirs(self.folder(name), exist_ok=True)
+      cell.record(self.folder(name), {'status': 'failed', 'error': death})
+      self._read(name)
     self._write_results()
     return self._row(name)
 
@@ -268,7 +285,7 @@ class _Plan:
     return [self._row(name) for name in self.cells if name in self._outcomes]
 
   def _read(self, name):
-    outcome = _load_json(os.path.join(self.folder(name), 'cell.json'))
+    outcome = _load_json(os.path.join(self.folder(name), cell.RECORD))
     if outcome is None:
       return
     self._results[name] = {}
@@ -398,6 +415,12 @@ def define_flags() -> None:
     'Cells at the same time; default: one per core on CPU, else one.',
     lower_bound=1,
   )
+  flags.DEFINE_bool(
+    'vmap',
+    False,
+    'Train cells that differ in learning rate, CLOP weight and seed alone in '
+    'one program.',
+  )
   flags.DEFINE_bool('report', True, 'Make report.html at the end.')
 
 
@@ -415,7 +438,9 @@ def main() -> None:
     if base is None:
       raise ValueError('--config must name a file of configs/, got none')
     fields = grid_lib.parse(values.grid, base)
-  rows = study(values.workdir, values.config, fields, jobs=values.jobs)
+  rows = study(
+    values.workdir, values.config, fields, jobs=values.jobs, vmap=values.vmap
+  )
   _say(f'results: {os.path.join(values.workdir, "results.csv")}')
   by_status = {status: [] for status in ('done', 'diverged', 'failed')}
   for row in rows:

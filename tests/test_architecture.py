@@ -52,6 +52,7 @@ LAYERS = {
   'evaluate': 4,
   'data.prepare': 4,
   'data.preview': 4,
+  'ensemble': 4.2,  # several of train
   'cell': 4.5,  # train and evaluate in one
   'study': 5,
 }

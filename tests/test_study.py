@@ -257,11 +257,17 @@ def fake_study(folder, config, values):
   plan.save()
   for name in plan.cells:
     os.makedirs(plan.folder(name))
+    times = {'train_seconds': 1.0, 'evaluate_seconds': 2.0}
+    ended(plan, name, 'done', **times)
     with open(os.path.join(plan.folder(name), 'eval.json'), 'w') as file:
       result = {'linear_top1': 0.5, 'knn_top1': 0.25, 'effective_rank': 3.0}
       json.dump(result | {'seed': 9, 'commit': 'x', 'config': {}}, file)
-    times = {'train_seconds': 1.0, 'evaluate_seconds': 2.0}
-    plan.finish(name, {'status': 'done', 'error': None} | times)
+    plan.finish(name)
+
+
+def ended(plan, name, status, error=None, **times):
+  os.makedirs(plan.folder(name), exist_ok=True)
+  cell.record(plan.folder(name), {'status': status, 'error': error} | times)
 
 
 def rows_of(folder):
@@ -304,7 +310,8 @@ def test_a_study_grows_by_values_and_keeps_those_it_has(tmp_path):
   plan.save()
   saved = json.loads((folder / 'study.json').read_text())
   assert saved['grid'] == {'seed': [1, 2, 0]}
-  plan.finish('seed=0', {'status': 'diverged', 'error': 'at step 3'})
+  ended(plan, 'seed=0', 'diverged', 'at step 3')
+  plan.finish('seed=0')
   assert [(r['cell'], r['status']) for r in rows_of(folder)] == [
     ('seed=1', 'done'),
     ('seed=2', 'done'),
@@ -313,7 +320,9 @@ def test_a_study_grows_by_values_and_keeps_those_it_has(tmp_path):
   # A diverged cell is a result, without figures; a failed one is not.
   assert rows_of(folder)[2]['linear_top1'] == ''
   assert study._Plan(str(folder), None, None).todo() == {}
-  plan.finish('seed=0', {'status': 'failed', 'error': 'of some kind'})
+  # The process of a group dies after one of its cells has diverged.
+  assert plan.finish('seed=0', 'it died')['status'] == 'diverged'
+  ended(plan, 'seed=0', 'failed', 'of some kind')
   assert list(study._Plan(str(folder), None, None).todo()) == ['seed=0']
 
 
@@ -375,7 +384,7 @@ def test_only_a_failed_cell_fails_the_command(
   statuses, code, reported, monkeypatch, capsys
 ):
   rows = [{'cell': s, 'status': s, 'error': f'why {s}'} for s in statuses]
-  values = {'workdir': 'w', 'config': None, 'grid': [], 'jobs': 1}
+  values = {'workdir': 'w', 'config': None, 'grid': [], 'jobs': 1, 'vmap': 0}
   flags = types.SimpleNamespace(FLAGS=types.SimpleNamespace(**values))
   flags.FLAGS.report = True
   reports = []
