@@ -116,10 +116,10 @@ def _run(plan, todo, groups, pool, notice):
   outcomes = pool.run(tasks, told=lambda: notice.reached(range(0)))
   with contextlib.closing(outcomes):
     for names, _, death in outcomes:
+      count += len(names)
+      each = (time.monotonic() - began) / count
       for name in names:
-        count += 1
         row = plan.finish(name, death)
-        each = (time.monotonic() - began) / count
         _say(_progress(name, row, len(todo) - count, each))
   if count < len(todo):
     raise preemption.PreemptionError(

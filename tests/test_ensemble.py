@@ -19,8 +19,7 @@ DEVICES = jax.devices()[:1]
 
 
 def configs_of(digits_dir, *changes):
-  # A label that is noise and a step that logs nothing; few enough steps for
-  # rounding not to grow.
+  # Labels that depend on the seed, and steps that log nothing.
   return [
     small.digits_config(
       digits_dir,
@@ -64,12 +63,15 @@ def assert_close(one, other):
 
 @pytest.fixture(scope='module')
 def trio(digits_dir, tmp_path_factory):
-  """Three configs, their workdirs trained together, and trained alone."""
+  """Three configs, their workdirs trained together, and trained alone.
+
+  At small learning rates: at large ones rounding grows threefold a step.
+  """
   configs = configs_of(
     digits_dir,
     {'seed': 0, 'optimizer__learning_rate': 0.01, 'loss__clop_weight': 0.0},
     {'seed': 1, 'optimizer__learning_rate': 0.02, 'loss__clop_weight': 1.0},
-    {'seed': 2, 'optimizer__learning_rate': 0.05, 'loss__clop_weight': 2.0},
+    {'seed': 2, 'optimizer__learning_rate': 0.005, 'loss__clop_weight': 2.0},
   )
   folder = tmp_path_factory.mktemp('runs')
   both = [folder / 'together' / str(c.seed) for c in configs]
@@ -100,14 +102,10 @@ def test_each_run_equals_the_one_trained_alone(trio):
       for w in (both, alone)
     ]
     assert steps[0] == steps[1] == ['10', '5']
-  # And they are three: with one run's numbers or labels they would be closer.
-  kernels = (
-    [s.params['backbone']['conv_init']['kernel'] for s in states]
-    if ('conv_init' in states[0].params['backbone'])
-    else [jax.tree.leaves(s.params)[-1] for s in states]
-  )
-  assert not np.allclose(kernels[0], kernels[1], rtol=1e-2)
-  assert not np.allclose(kernels[1], kernels[2], rtol=1e-2)
+  # And they are three: one run's numbers for all would make them alike.
+  kernels = [jax.tree.leaves(state.params)[-1] for state in states]
+  for one, other in ((0, 1), (1, 2), (0, 2)):
+    assert not np.allclose(kernels[one], kernels[other], rtol=1e-2)
 
 
 def test_they_can_be_evaluated_and_gone_on_with_alone(trio, tmp_path):
@@ -137,10 +135,11 @@ def test_they_go_on_from_the_last_step_that_all_have(trio, tmp_path, capsys):
 def test_one_that_diverges_is_told_of_and_the_others_go_on(
   digits_dir, tmp_path
 ):
+  # As many as above: the program is in the compilation cache.
   configs = configs_of(
-    digits_dir, {'optimizer__learning_rate': 1e30}, {'seed': 1}
+    digits_dir, {'optimizer__learning_rate': 1e30}, {'seed': 1}, {'seed': 2}
   )
-  workdirs = [tmp_path / 'bad', tmp_path / 'good']
+  workdirs = [tmp_path / name for name in ('bad', 'good', 'other')]
   reported = together(configs, workdirs)
   assert list(reported) == [0]
   assert 'the loss is nan at step 2' in reported[0]
