@@ -58,7 +58,7 @@ def test_values_get_the_type_of_their_field(given, field, values):
     (
       ['loss.clop_wieght=0,1'],
       "--grid loss.clop_wieght: config.loss has no field 'clop_wieght'; it "
-      'has: barlow_weight, block_size, clop_distance, clop_weight',
+      'has: barlow_weight, block_size, clop_distance, ',
     ),
     (['lr=1'], "config has no field 'lr'; it has: augment, data, eval"),
     (['seed.x=1'], "config.seed has no field 'x'; it has: no fields"),
@@ -140,7 +140,7 @@ def digits(digits_dir, **changes):
       {'loss__contrastive': 'simclr'},
       r"cell b: config.loss.contrastive must be one of \['nt_xent', .*'simclr'",
     ),
-    ({'data__num_classes': 1}, 'num_classes must be at least 2, got 1'),
+    ({'data__num_classes': 1}, 'num_classes must be at least 2 for .*, got 1'),
     ({'data__name': 'cifra10'}, "cell b: .* got 'cifra10'; near it: cifar10"),
   ],
 )
