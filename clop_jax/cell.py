@@ -167,7 +167,10 @@ def _printing_to(path):
 
 def _work(task):
   function, *arguments = task
-  return {'check': check, 'run': run}[function](*arguments)
+  try:
+    return {'check': check, 'run': run}[function](*arguments)
+  except preemption.PreemptionError:
+    sys.exit(preemption.EXIT_CODE)
 
 
 if __name__ == '__main__':
