@@ -70,7 +70,7 @@ def train(
     inputs.check_evaluation(config)
   reader = inputs.training_reader(config, source, labels)
   data = inputs.training_loader(config, reader, mesh)
-  total_steps = _total_steps(config, data.steps_per_epoch)
+  total_steps = count_steps(config, data.steps_per_epoch)
   run = experiment.build(
     config, total_steps=total_steps, steps_per_epoch=data.steps_per_epoch
   )
@@ -87,10 +87,10 @@ def train(
   chunk = config.train.steps_per_dispatch
   save_every = config.train.checkpoint_every_epochs * data.steps_per_epoch
   log_every = config.train.log_every_steps
-  chunks = _chunks(0, total_steps, chunk, (log_every, save_every))
+  chunks = split_steps(0, total_steps, chunk, (log_every, save_every))
   longest = max(len(steps) for steps in chunks)
   program.lower(longest)
-  _check_best(config, program.metric_names(longest), total_steps, save_every)
+  check_best(config, program.metric_names(longest), total_steps, save_every)
 
   with (
     workdir_lib.claim(config, workdir, labels, true_labels),
@@ -117,7 +117,7 @@ def train(
         total_steps=total_steps,
         batch_size=config.train.batch_size,
       )
-    chunks = _chunks(start, total_steps, chunk, (log_every, save_every))
+    chunks = split_steps(start, total_steps, chunk, (log_every, save_every))
     batches = data.batches(chunks)
     with log, contextlib.closing(batches):
       _run(
@@ -156,14 +156,14 @@ def _run(
       saves = done % save_every == 0 or done == total_steps or told
       if done % log_every == 0 or saves:
         # Only here does the host wait for the devices.
-        _check_finite(losses, done, checkpoints)
+        check_finite(losses, done, checkpoints)
         losses.clear()
       if done % log_every == 0:
         last = jax.tree.map(lambda x: x[-1], metrics)
         logged.append(metrics_log.to_floats(last))
         log.write(done, logged[-1])
       if saves:
-        checkpoints.save(state, done, _means(logged))
+        checkpoints.save(state, done, mean_metrics(logged))
         logged.clear()
       if told and done < total_steps:
         checkpoints.wait()
@@ -216,7 +216,7 @@ class _Program:
     return self._compiled[count]
 
 
-def _total_steps(config, steps_per_epoch):
+def count_steps(config, steps_per_epoch):
   """The one place where epochs become steps."""
   for name in (
     'log_every_steps',
@@ -231,7 +231,7 @@ def _total_steps(config, steps_per_epoch):
   return config.train.num_epochs * steps_per_epoch
 
 
-def _chunks(start, stop, size, boundaries):
+def split_steps(start, stop, size, boundaries):
   """Ranges of at most `size` steps that end where a boundary's multiple is."""
   chunks = []
   while start < stop:
@@ -242,7 +242,7 @@ def _chunks(start, stop, size, boundaries):
   return chunks
 
 
-def _check_best(config, names, total_steps, save_every):
+def check_best(config, names, total_steps, save_every):
   """Refuses to keep the best by what nothing is logged of."""
   best, log_every = config.train.keep_best, config.train.log_every_steps
   if config.train.keep_best_mode not in checkpoint.MODES:
@@ -262,7 +262,7 @@ def _check_best(config, names, total_steps, save_every):
     )
 
 
-def _means(logged):
+def mean_metrics(logged):
   """Mean of each metric over the lines of the log since the last checkpoint."""
   if not logged:
     return {}
@@ -272,7 +272,8 @@ def _means(logged):
   }
 
 
-def _check_finite(losses, step, checkpoints):
+def check_finite(losses, step, checkpoints):
+  """Raises FloatingPointError if a loss of the steps up to `step` is not."""
   values = np.concatenate(jax.device_get(losses))
   broken = np.flatnonzero(~np.isfinite(values))
   if not broken.size:
