@@ -598,7 +598,7 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay_whole(
     pytest.skip('this machine mounts no tmpfs')
   try:
     workdir = disk / 'run'
-    flags = flags_of(digits_dir, workdir, epochs=100)
+    flags = flags_of(digits_dir, workdir, epochs=1000)
     flags.append('--config.train.keep_checkpoints=100')
     codes, _, errors = finish(start(flags))
     assert codes == [1], errors
