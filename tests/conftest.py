@@ -4,6 +4,9 @@ import os
 
 # Read when jax is imported, so it stands before everything else.
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# What is compiled at all is kept: the commands in processes of their own spend
+# half of their time on hundreds of programs of some milliseconds each.
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 # Most of the time goes into compiling programs that run once, so the machine
 # code is not optimized here; the tests that call the commands in a process of
 # their own run with XLA's defaults.
@@ -23,9 +26,11 @@ import pytest
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory):
   # Many tests compile the same step; a fresh cache each session stays honest.
-  folder = str(tmp_path_factory.mktemp('jax_cache'))
+  folder = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    folder = folder.parent  # one cache for all of pytest-xdist's processes
+  folder = str(folder / 'jax_cache')
   jax.config.update('jax_compilation_cache_dir', folder)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = folder  # for subprocesses
 
 

@@ -9,4 +9,5 @@ cd "$ROOT"
 "$PYTHON" -m ruff format --check --quiet . ||
   fail "the code is not formatted: .venv/bin/python -m ruff format ."
 "$PYTHON" -m ruff check --quiet .
-"$PYTHON" -m pytest "$@"
+# Two tests at a time; those that start several processes need little more each.
+"$PYTHON" -m pytest --numprocesses=2 --dist=worksteal "$@"
