@@ -52,7 +52,7 @@ _STYLE = {
   'axes.spines.right': False,
 }
 _PAGE_WIDTH = 10.4  # inches
-_COLUMNS = 4  # panels beside each other at that width
+_COLUMNS = 4  # at most so many panels beside each other at that width
 _DPI = 130
 
 
@@ -109,8 +109,8 @@ def sweep_figure(
   Returns:
     Width and height in inches.
   """
-  columns = 2 if len(panels) == 1 else min(_COLUMNS, len(panels))
-  blocks = math.ceil(len(panels) / columns)
+  blocks = math.ceil(len(panels) / _COLUMNS)
+  columns = 2 if len(panels) == 1 else math.ceil(len(panels) / blocks)
   rows = 1 if len(panels) == 1 else blocks * len(measures)
   numeric = all(isinstance(v, int | float) for v in x)
   with matplotlib.rc_context(_STYLE):
