@@ -124,7 +124,7 @@ def test_the_command_writes_a_png_and_says_once_what_it_repeats(tmp_path):
     f'--config={small.ROOT}/configs/npz.py',
     f'--config.data.data_dir={path}',
     '--config.data.channels=3',
-    '--config.data.num_classes=1',
+    '--config.data.num_classes=2',
     '--config.augment.mean=(.1,.1,.1)',
     '--config.augment.std=(.2,.2,.2)',
   ]
