@@ -121,7 +121,7 @@ class Checkpoints:
     Raises:
       OSError: if an earlier save failed, on a full disk for example.
     """
-    checkpoint = {'state': state, 'checksum': _checksum(state)}
+    checkpoint = {'state': _fields(state), 'checksum': _checksum(state)}
     with self._os_errors():
       self._manager.save(
         step,
@@ -227,7 +227,7 @@ class Checkpoints:
     """`(state, None)` or `(None, what is wrong)`, alike on all processes."""
     scalar = jax.tree.leaves(target)[0].sharding
     wanted = {
-      'state': target,
+      'state': _fields(target),
       'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=scalar),
     }
     restored, fault = self._read(step, ocp.args.StandardRestore(wanted))
@@ -235,7 +235,7 @@ class Checkpoints:
       return None, fault or 'another process could not read it'
     if int(_checksum(restored['state'])) != int(restored['checksum']):
       return None, _WRONG_CHECKSUM
-    return restored['state'], None
+    return dataclasses.replace(target, **restored['state']), None
 
   def _read(self, step, arguments):
     """`(what Orbax gives, None)`, or `(None, what is wrong)`."""
@@ -352,6 +352,16 @@ def _quiet():
     yield
   finally:
     sys.unraisablehook = hook
+
+
+def _fields(state):
+  """The state's fields but those that are None.
+
+  Orbax would tell a state that lacks such a field from one that has it as None:
+  checkpoints from before there was the field could not be read.
+  """
+  fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+  return {name: value for name, value in fields.items() if value is not None}
 
 
 @jax.jit

@@ -209,7 +209,7 @@ def build(
   make_prototypes = _choose(
     _PROTOTYPES, 'prototypes.kind', config.prototypes.kind
   )
-  rule = _prototype_rule(config.prototypes, steps_per_epoch)
+  rule = _prototype_rule(config, steps_per_epoch)
   images.check_size('config.augment.size', augment.size)
   image_shape = (augment.size, augment.size, config.data.channels)
 
@@ -288,18 +288,25 @@ def numbers_of(config: ml_collections.ConfigDict) -> dict[str, float]:
 
 def _prototype_rule(config, steps_per_epoch):
   """What becomes of the prototypes of that kind."""
-  if config.kind == 'learned':
-    return prototype_rules.Learned(config.learning_rate)
-  if config.kind != 'aligned':
+  fields = config.prototypes
+  if fields.kind == 'learned':
+    return prototype_rules.Learned(fields.learning_rate)
+  if fields.kind != 'aligned':
     return prototype_rules.Fixed()
-  align = _choose(_ALIGNMENTS, 'prototypes.align_by', config.align_by)
-  first, every = config.align_after_epochs, config.align_every_epochs
-  for name, epochs in (('after', first), ('every', every)):
-    if epochs is not None and epochs < 1:
-      raise ValueError(
-        f'config.prototypes.align_{name}_epochs must be at least 1, got '
-        f'{epochs}'
-      )
+  align = _choose(_ALIGNMENTS, 'prototypes.align_by', fields.align_by)
+  first, every = fields.align_after_epochs, fields.align_every_epochs
+  epochs = config.train.num_epochs
+  if not 1 <= first < epochs:
+    raise ValueError(
+      'config.prototypes.align_after_epochs must be at least 1 and below '
+      f'config.train.num_epochs={epochs}, or there would be no CLOP term at '
+      f'all; got {first}'
+    )
+  if every is not None and every < 1:
+    raise ValueError(
+      'config.prototypes.align_every_epochs must be None or at least 1, got '
+      f'{every}'
+    )
   return prototype_rules.Aligned(
     align=align,
     first_step=first * steps_per_epoch,

@@ -82,7 +82,7 @@ def clop_loss(
     axis_name: the mapped axis over which the batch is split, or None.
 
   Returns:
-    A float32 scalar, in [0, 2] for the cosine distance.
+    A float32 scalar, in [0, 2] for the cosine distance without repulsion.
 
   Raises:
     ValueError: if a shape, a dtype, `distance` or a number is not as above.

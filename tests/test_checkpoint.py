@@ -1,7 +1,9 @@
 import os
 import pathlib
 import shutil
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,29 @@ def test_restored_on_eight_devices_what_one_saved(folder):
   state, _ = restore(folder, mesh)
   assert_equal(state, make_state(3, mesh))
   assert len(state.params['w'].sharding.device_set) == 8
+
+
+@flax.struct.dataclass
+class LaterState(train_state.TrainState):
+  """As a later version of the code could have it."""
+
+  added: Any = None
+
+
+def test_a_state_with_a_new_optional_field_reads_older_checkpoints(
+  folder, mesh
+):
+  before = target_of(make_state(0, mesh), mesh)
+  target = LaterState(**vars(before))
+  with checkpoint.Checkpoints(str(folder)) as checkpoints:
+    state = checkpoints.restore(3, target)
+  assert isinstance(state, LaterState) and state.added is None
+  assert_equal(
+    train_state.TrainState(
+      **{k: v for k, v in vars(state).items() if k != 'added'}
+    ),
+    make_state(3, mesh),
+  )
 
 
 def test_an_empty_folder_gives_none(tmp_path, mesh):

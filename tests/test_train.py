@@ -236,11 +236,15 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
     ),
     (
       {'prototypes__kind': 'aligned', 'prototypes__align_after_epochs': 0},
-      'align_after_epochs must be at least 1, got 0',
+      'align_after_epochs must be at least 1 .* got 0',
+    ),
+    (
+      {'prototypes__kind': 'aligned', 'prototypes__align_after_epochs': 2},
+      'below config.train.num_epochs=2, or there would be no CLOP term',
     ),
     (
       {'prototypes__kind': 'aligned', 'prototypes__align_every_epochs': 0},
-      'align_every_epochs must be at least 1, got 0',
+      'align_every_epochs must be None or at least 1, got 0',
     ),
     (
       {'prototypes__kind': 'learned', 'prototypes__learning_rate': 0.0},

@@ -1,6 +1,5 @@
 """The step on one, two and eight devices, under shard_map, pmap and jit."""
 
-import dataclasses
 import functools
 
 import jax
@@ -140,36 +139,44 @@ def test_prototypes_move_alike_on_one_and_eight_devices(rule):
   assert history[-1]['orthonormality_error'] < 1e-6
 
 
-def test_learned_prototypes_follow_the_gradient_of_the_global_batch():
+def test_learned_prototypes_move_alike_under_pmap():
   rule = RULES['learned']
-  gradients = []
-
-  def update(self, prototypes, statistics, *, gradient, **of_step):
-    gradients.append(gradient())
-    return prototypes, statistics
-
-  recording = dataclasses.make_dataclass(
-    'Recording',
-    [],
-    bases=(prototype_rules.Fixed,),
-    frozen=True,
-    namespace={'update': update},
-  )()
-  create, step = _parts(axis_name=None, prototype_rule=recording)
+  create, step = _parts(pmean_gradients=True, prototype_rule=rule)
   images, labels = _data()
-  labels = labels.copy()
+  index = loader.Order(40, batch_size=BATCH, seed=0).indices(0).reshape(8, -1)
+  batch = {'image': images[index], 'label': labels[index], 'index': index}
+  mapped = jax.pmap(
+    step, axis_name=parallel.DATA_AXIS, in_axes=(None, 0, None), out_axes=None
+  )
+  before = _initial_state(create)
+  state, metrics = mapped(before, batch, jax.random.key(7))
+  alone, one = _parts(axis_name=None, prototype_rule=rule)
+  flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in batch.items()}
+  expected, _ = jax.jit(one)(_initial_state(alone), flat, jax.random.key(7))
+  np.testing.assert_allclose(state.prototypes, expected.prototypes, atol=1e-5)
+  assert np.abs(state.prototypes - before.prototypes).max() > 1e-3
+  assert metrics['orthonormality_error'] < 1e-6
+
+
+def test_learned_prototypes_follow_the_gradient_of_the_whole_loss():
+  embeddings = []
+
+  def clop(z, labels, c, axis_name):
+    embeddings.append(z)
+    return loss.clop_loss(z, labels, c, axis_name=axis_name)
+
+  rule = RULES['learned']
+  create, step = _parts(axis_name=None, prototype_rule=rule, clop=clop)
+  images, labels = _data()
   batch = {'image': images, 'label': labels, 'index': np.arange(40)}
-  step(_initial_state(create), batch, jax.random.key(7))
-  (gradient,) = gradients
-  assert gradient.shape == (5, 8)
-  c = _initial_state(create).prototypes
-  # Of the loss a mean over the labelled: each class has its share of them.
-  shares = np.bincount(labels[labels >= 0], minlength=5) / (labels >= 0).sum()
-  assert (np.linalg.norm(gradient, axis=1) <= shares + 1e-6).all()
-  # The cosine does not care how long a prototype is.
-  np.testing.assert_allclose((gradient * c).sum(axis=1), 0, atol=1e-6)
-  moved, _ = rule.update(c, None, gradient=lambda: gradient)
-  assert np.linalg.norm(moved - c) > 1e-2
+  before = _initial_state(create)
+  state, _ = step(before, batch, jax.random.key(7))
+  # Not traced: the call that the prototypes' gradient makes has the numbers.
+  z = [x for x in embeddings if not isinstance(x, jax.core.Tracer)][-1]
+  gradient = jax.grad(loss.clop_loss, argnums=2)(z, labels, before.prototypes)
+  expected = prototypes.orthonormalize(before.prototypes - 0.5 * gradient)
+  np.testing.assert_allclose(state.prototypes, expected, atol=1e-6)
+  assert np.abs(expected - before.prototypes).max() > 1e-2
 
 
 def test_aligned_prototypes_have_no_clop_term_before_they_are_set():
