@@ -591,10 +591,15 @@ def _class_legend(figure, axes, classes):
       columnspacing=1.2,
     )
     return
+  # By position as the points are: labels may have gaps.
+  last = classes.size - 1
   scale = matplotlib.cm.ScalarMappable(
-    matplotlib.colors.Normalize(classes[0], classes[-1]), 'viridis'
+    matplotlib.colors.Normalize(0, last), 'viridis'
   )
-  figure.colorbar(scale, ax=axes, label='class', shrink=0.8)
+  bar = figure.colorbar(scale, ax=axes, label='class', shrink=0.8)
+  places = ticker.MaxNLocator(6, integer=True).tick_values(0, last).astype(int)
+  places = places[(places >= 0) & (places <= last)]
+  bar.set_ticks(places, labels=map(str, classes[places]))
 
 
 def _extent(planes):

@@ -125,8 +125,10 @@ def study_report(workdir: str) -> str:
       body.append(f'<h3>{_text(name)}</h3>')
       body.append(_html_table(header, rows))
       body.append(f'<p class="note">{_text(caption)}</p>')
+    # With each table: it may be pasted without the others.
     markdown = [
-      f'{name}\n\n{_markdown(header, rows)}\n\n{caption}\n'
+      f'{name}\n\n{_grid_line(study)}\n\n{_markdown(header, rows)}\n\n'
+      f'{caption}\n'
       for name, header, rows, caption in tables
     ]
   else:
@@ -140,10 +142,14 @@ def study_report(workdir: str) -> str:
     markdown = [f'{line}\n']
   if study.notes:
     body += ['<h2>Left out</h2>', _html_list(dict.fromkeys(study.notes))]
-  config = _text(json.dumps(study.config, indent=1))
+  config = '\n'.join(
+    f'{f}: {"None" if v is None else json.dumps(v)}'
+    for f, v in study.config.items()
+  )
   body.append('<h2>Base config</h2>')
   body.append(
-    f'<details><summary>all fields</summary><pre>{config}</pre></details>'
+    '<details><summary>all fields</summary>'
+    f'<pre>{_text(config)}</pre></details>'
   )
   _write(os.path.join(workdir, 'table.md'), '\n'.join(markdown))
   path = os.path.join(workdir, 'report.html')
@@ -166,7 +172,7 @@ def _header(study):
   facts = {
     'cells': f'{counts}, {missing} not yet run; the grid has {study.size}',
     'commit': _distinct(cell.row.get('commit') for cell in study.cells),
-    'jax': _distinct(e.get('versions', {}).get('jax') for e in evaluations),
+    'jax': _distinct(e.get('versions.jax') for e in evaluations),
     'device': _distinct(e.get('device') for e in evaluations),
     'evaluated': ' to '.join(dict.fromkeys([*times[:1], *times[-1:]])),
     'computing time': f'{seconds / 3600:.2f} hours of training and evaluating, '
@@ -177,9 +183,7 @@ def _header(study):
     _html_facts({name: fact or 'not known' for name, fact in facts.items()}),
     '<h2>What was run</h2>',
     '<p class="note">Every combination of these:</p>',
-    _html_facts(
-      {f: ', '.join(map(results.show, v)) for f, v in study.grid.items()}
-    ),
+    _html_facts(_grid_values(study)),
     '<p class="note">with these held fixed (all fields are at the end):</p>',
     _html_facts({f: results.show(study.config[f]) for f in fixed}),
   ]
@@ -216,6 +220,7 @@ def _cell_section(study):
       f'{cell.number("effective_rank"):.1f}; cells/{cell.name}'
       for name, cell in zip(names, cells, strict=True)
     ),
+    *(f'<p>{_text(s)}</p>' for s in results.lone_divergences(study)),
     *map(_html_figure, study_figures.cell_figures(study, cells)),
   ]
 
@@ -252,7 +257,8 @@ def _means_table(study):
   if diverged:
     caption += (
       f' {_are(diverged, "diverged run")} counted at chance accuracy (1 / '
-      'number of classes) and effective rank 0, and not at all in the '
+      'number of classes) and effective rank 0'
+      f'{study_figures.unknown_chance(study)}, and not at all in the '
       'prototype cosine.'
     )
   if failed:
@@ -371,6 +377,15 @@ def _mean_and_deviation(values, digits):
   if len(values) > 1:
     deviation = f'{statistics.stdev(values):.{digits}f}'
   return f'{statistics.fmean(values):.{digits}f} ± {deviation}'
+
+
+def _grid_values(study):
+  return {f: ', '.join(map(results.show, v)) for f, v in study.grid.items()}
+
+
+def _grid_line(study):
+  values = _grid_values(study)
+  return f'Grid: {"; ".join(f"{f}: {v}" for f, v in values.items())}'
 
 
 def _shown(settings):

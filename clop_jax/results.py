@@ -2,7 +2,8 @@
 
 `clop_jax.study` leaves `study.json` (base config and grid), `results.csv` (a
 row a cell) and a folder for each cell; `read_study` reads them. A diverged cell
-counts as chance accuracy and effective rank 0, a failed one not at all.
+counts as chance accuracy (0 where the number of classes is not known) and
+effective rank 0, a failed one not at all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,14 @@ RATE, BATCH = 'optimizer.learning_rate', 'train.batch_size'
 WEIGHT = 'loss.clop_weight'
 STATUSES = ('done', 'diverged', 'failed')
 _CLASSES = 'data.num_classes'
+# What decides how many classes there are if the config does not.
+_SOURCE = (
+  'data.name',
+  'data.data_dir',
+  'data.train_split',
+  'data.unlabelled_split',
+  'data.options',
+)
 _TITLES = {
   RATE: 'base learning rate',
   BATCH: 'batch size, images',
@@ -112,19 +121,33 @@ class Study:
   @functools.cached_property
   def num_classes(self) -> int | None:
     """None: not known, or not the same in all cells."""
-    if {'data.name', _CLASSES} & set(self.fields):
-      return None
-    known = [*self.grid.get(_CLASSES, ()), self.config.get(_CLASSES)]
-    if known[0]:
-      return int(known[0])
-    # 0 in the config: as many as the data have, which the prototypes know.
+    known = {self._classes[cell.name] for cell in self.where({})}
+    return known.pop() if len(known) == 1 else None
+
+  @functools.cached_property
+  def _classes(self) -> dict[str, int | None]:
+    """The number of classes of each cell, by its name; None: not known."""
+    configs = {cell.name: self._config_of(cell) for cell in self.cells}
+    numbers = {name: config.get(_CLASSES) for name, config in configs.items()}
+    # 0 in the config: as many as the data have, which an evaluation knows.
+    found = {}
     for cell in self.cells:
-      path = self.path(cell, 'embeddings.npz')
-      if cell.status == 'done' and os.path.exists(path):
-        arrays = self.arrays(cell)
-        if arrays is not None:
-          return len(arrays['prototypes'])
-    return None
+      if cell.status == 'done' and not numbers[cell.name]:
+        evaluation = self.evaluation(cell) or {}
+        number = evaluation.get(f'config.{_CLASSES}')
+        found.setdefault(_source(configs[cell.name]), number)
+    return {
+      name: number or found.get(_source(configs[name])) or None
+      for name, number in numbers.items()
+    }
+
+  @property
+  def without_chance(self) -> int:
+    """Diverged cells that count at accuracy 0: their classes are unknown."""
+    return sum(
+      cell.status == 'diverged' and not self._classes[cell.name]
+      for cell in self.cells
+    )
 
   def count(self, status: str) -> int:
     """Cells of this status."""
@@ -168,14 +191,16 @@ class Study:
     """Of a cell's file."""
     return os.path.join(self.workdir, 'cells', cell.name, file)
 
+  def evaluation(self, cell: Cell) -> dict | None:
+    """A cell's eval.json by dotted names, or None with a note."""
+    with self._noting(cell, 'eval.json') as path, open(path) as file:
+      return _flat(_object(file.read()))
+    return None
+
   def evaluations(self) -> list[dict]:
-    """eval.json of each done cell; a note for each that cannot be read."""
-    found = []
-    for cell in self.cells:
-      if cell.status == 'done':
-        with self._noting(cell, 'eval.json') as path, open(path) as file:
-          found.append(json.load(file))
-    return found
+    """`evaluation` of each done cell that has one."""
+    done = [cell for cell in self.cells if cell.status == 'done']
+    return [e for e in map(self.evaluation, done) if e is not None]
 
   def arrays(self, cell: Cell) -> dict[str, np.ndarray] | None:
     """The arrays of a cell's embeddings.npz, or None with a note."""
@@ -190,7 +215,6 @@ class Study:
         'labels': archive['labels'],
         'spectrum': archive['spectrum'].astype(np.float32),
         'class_mean_cosines': archive['class_mean_cosines'].astype(np.float32),
-        'prototypes': archive['prototypes'],
       }
     return None
 
@@ -204,7 +228,7 @@ class Study:
     entries = []
     with self._noting(cell, 'metrics.jsonl') as path, open(path) as file:
       for line in file:
-        entries.append(json.loads(line))
+        entries.append(_object(line))
     if not entries:
       return None
     return {
@@ -215,10 +239,19 @@ class Study:
   def _collapsed(self, cell, metric):
     if metric == 'effective_rank':
       return 0.0
-    num_classes = cell.settings.get(_CLASSES) or self.num_classes
-    if num_classes and metric in ('linear_top1', 'knn_top1'):
-      return 1 / num_classes
+    if metric in ('linear_top1', 'knn_top1'):
+      number = self._classes[cell.name]
+      return 1 / number if number else 0.0  # below any chance
     return np.nan
+
+  def _config_of(self, cell):
+    """The config that a cell ran with, by dotted names."""
+    if cell.row.get('config'):
+      try:
+        return _flat(_object(cell.row['config']))
+      except ValueError as error:
+        self.notes.append(f'config of cell {cell.name}: {error}')
+    return self.config | cell.settings
 
   @contextlib.contextmanager
   def _noting(self, cell, file) -> Iterator[str]:
@@ -314,6 +347,42 @@ def telling_cells(study: Study) -> tuple[list[Cell], str]:
   )
 
 
+def lone_divergences(study: Study) -> list[str]:
+  """Settings at which only the run without or only that with CLOP diverged.
+
+  These have no embeddings of one side to draw, so no cell of `telling_cells`.
+
+  Returns:
+    At most two sentences, one for each side, with the seeds of each setting.
+  """
+  if study.clop_weight is None:
+    return []
+  alone, clop = {WEIGHT: 0}, {WEIGHT: study.clop_weight}
+  name = settings_name(clop)
+
+  def seeds(settings, status):
+    return [c.seed for c in study.where(settings) if c.status == status]
+
+  sentences = []
+  for told, lost, kept in (
+    (f'Diverged alone and not with {name}', alone, clop),
+    (f'Diverged with {name} and not alone', clop, alone),
+  ):
+    found = []
+    for settings in study.combinations(
+      [f for f in study.fields if f != WEIGHT]
+    ):
+      survived = seeds(settings | kept, 'done')
+      both = [s for s in seeds(settings | lost, 'diverged') if s in survived]
+      if both:
+        which = f'seed{"s"[: len(both) - 1]} {", ".join(map(show, both))}'
+        where = settings_name(settings)
+        found.append(f'{where} ({which})' if where else which)
+    if found:
+      sentences.append(f'{told}: {"; ".join(found)}.')
+  return sentences
+
+
 def title(field: str) -> str:
   """What a config field is called, with its unit."""
   return _TITLES.get(field, field)
@@ -323,7 +392,9 @@ def show(value: object) -> str:
   """A value of a config field as text."""
   if isinstance(value, float):
     return f'{value:g}'
-  return value if isinstance(value, str) else json.dumps(value)
+  # None, as `--grid` takes it, and not JSON's null.
+  text = value is None or isinstance(value, str)
+  return str(value) if text else json.dumps(value)
 
 
 def settings_name(settings: dict) -> str:
@@ -382,6 +453,21 @@ def _grid_value(text, values):
   except ValueError:
     return text
   return next((v for v in values if _is_number(v) and v == number), text)
+
+
+def _object(text):
+  """The object of a JSON text; anything else is as bad as none."""
+  value = json.loads(text)
+  if not isinstance(value, dict):
+    raise ValueError(f'must be a JSON object, got {text.strip()[:40]}')
+  return value
+
+
+def _source(config):
+  """What tells a cell's data from other data, to look them up by."""
+  return json.dumps(
+    {f: v for f, v in config.items() if f.startswith(_SOURCE)}, sort_keys=True
+  )
 
 
 def _position(values, value):

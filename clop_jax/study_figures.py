@@ -133,6 +133,16 @@ def cell_names(
   ]
 
 
+def unknown_chance(study: results.Study) -> str:
+  """What a caption adds about diverged cells whose chance is not known."""
+  number = study.without_chance
+  return (
+    f' ({number} at accuracy 0, as the number of classes is not known)'
+    if number
+    else ''
+  )
+
+
 def _path(study, name):
   return os.path.join(study.workdir, 'figures', f'{name}.png')
 
@@ -212,8 +222,9 @@ def _sweep(study, x):
   if study.count('diverged'):
     caption += (
       ' A cross is a diverged run: it counts at chance accuracy and effective '
-      'rank 0 in the means and bands.'
+      'rank 0 in the means and bands'
     )
+    caption += f'{unknown_chance(study)}.'
   if study.count('failed'):
     caption += ' Failed runs are left out.'
   return StudyFigure(
@@ -234,7 +245,13 @@ def _panels(study, fields):
     values = sorted(study.grid[field])
     base = study.config.get(field)
     fixed[field] = base if base in values else values[len(values) // 2]
-  return study.combinations([f for f in fields if f not in fixed]), fixed
+  # Names have no sweep of their own: only as many as need be, from the last.
+  shown = [f for f in fields if f not in fixed]
+  while len(study.combinations(shown)) > _MOST_PANELS:
+    field = shown.pop()
+    values, base = study.grid[field], study.config.get(field)
+    fixed[field] = base if base in values else values[0]
+  return study.combinations(shown), fixed
 
 
 def _band(study, metric, factor, x, order, settings):

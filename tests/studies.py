@@ -35,6 +35,8 @@ def make_study(folder, grid=GRID, *, num_classes=K, points=POINTS, changed=()):
   """Rows by cell name; `changed` maps such names to what differs in a row."""
   rng = np.random.default_rng(0)
   config = {'data': {'name': 'dice', 'num_classes': num_classes}, 'seed': 0}
+  known = {'config': {'data': {'num_classes': num_classes or K}}}
+  folder.mkdir(exist_ok=True)
   (folder / 'study.json').write_text(
     json.dumps({'config': config, 'grid': grid})
   )
@@ -50,7 +52,7 @@ def make_study(folder, grid=GRID, *, num_classes=K, points=POINTS, changed=()):
       'train_seconds': 1800,
       'evaluate_seconds': 60,
       'commit': 'f00ba4',
-      'config': json.dumps(config),
+      'config': json.dumps(_applied(config, row)),
     }
     row |= dict(changed).get(row['cell'], {})
     if row['status'] != 'done':
@@ -61,7 +63,7 @@ def make_study(folder, grid=GRID, *, num_classes=K, points=POINTS, changed=()):
     cell = folder / 'cells' / row['cell']
     cell.mkdir(parents=True)
     if row['status'] == 'done':
-      (cell / 'eval.json').write_text(json.dumps(EVALUATION))
+      (cell / 'eval.json').write_text(json.dumps(EVALUATION | known))
       np.savez(cell / 'embeddings.npz', **arrays(rng, points=points))
       (cell / 'metrics.jsonl').write_text(
         ''.join(
@@ -74,6 +76,11 @@ def make_study(folder, grid=GRID, *, num_classes=K, points=POINTS, changed=()):
       )
   write_rows(folder, rows.values())
   return rows
+
+
+def _applied(config, row):
+  data = {f.removeprefix('data.'): v for f, v in row.items() if 'data.' in f}
+  return config | {'data': config['data'] | data}
 
 
 def write_rows(folder, rows):

@@ -1,5 +1,6 @@
 import math
 
+from matplotlib import collections
 from matplotlib import figure as figure_lib
 import numpy as np
 from PIL import Image
@@ -73,3 +74,21 @@ def test_the_principal_plane_is_the_one_of_greatest_variance():
   values = np.linalg.eigvalsh(np.cov(x.T))[::-1]
   np.testing.assert_allclose(plane.var(axis=0, ddof=1), values[:2], rtol=1e-4)
   assert math.isclose(plane.mean(), 0, abs_tol=1e-5)
+
+
+def test_the_colour_bar_of_classes_has_the_colours_of_the_points():
+  classes = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 50, 1000])
+  figure = figure_lib.Figure()
+  axis = figure.subplots()
+  figures._class_legend(figure, [axis], classes)
+  bar = figure.axes[-1]
+  (colours,) = [
+    c for c in bar.collections if isinstance(c, collections.QuadMesh)
+  ]
+  shown = [t.get_text() for t in bar.get_yticklabels()]
+  assert {'0', '50'} <= set(shown)
+  for place, label in zip(bar.get_yticks(), shown, strict=True):
+    (position,) = np.flatnonzero(classes == int(label))
+    np.testing.assert_allclose(
+      colours.to_rgba(place), figures._class_colour(position, classes.size)
+    )

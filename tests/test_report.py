@@ -1,6 +1,7 @@
 import base64
 import html.parser
 import io
+import json
 import pathlib
 
 import numpy as np
@@ -240,6 +241,63 @@ def test_missing_and_odd_files_of_cells_do_not_stop_the_page(tmp_path):
   assert 'cell c2: none of them is finite' in page.text
   assert 'eval.json of cell c2: there is none' in page.text
   assert 'c3: needs at least 20 different embeddings, got 12' in page.text
+
+
+def test_json_that_is_no_object_is_left_out_and_said(tmp_path):
+  studies.make_study(tmp_path, GRID | {'seed': [0]})
+  (tmp_path / 'cells' / 'c0' / 'eval.json').write_text('[1, 2]')
+  (tmp_path / 'cells' / 'c1' / 'eval.json').write_text('{"versions": 3}')
+  for cell in (tmp_path / 'cells').iterdir():
+    (cell / 'metrics.jsonl').write_text('{"step": 1, "loss": 2}\nnull\n')
+  page = page_of(tmp_path)
+  assert len(page.images) == 5
+  left_out = page.text.split('Left out')[1]
+  reason = 'cannot be read (ValueError: must be a JSON object, got'
+  assert f'eval.json of cell c0: {reason} [1, 2])' in left_out
+  assert 'metrics.jsonl of cell' in left_out
+  assert f'{reason} null)' in left_out
+  # What comes before such a line is kept.
+  study = results.read_study(str(tmp_path))
+  assert study.curves(study.cells[1], ['loss'])['loss'].tolist() == [2.0]
+
+
+def test_what_has_no_embeddings_or_no_chance_is_said(tmp_path):
+  grid = {'data.name': ['dice', 'cards'], WEIGHT: [0, 1], 'seed': [0]}
+  changed = {'c0': {'status': 'diverged'}, 'c2': {'status': 'diverged'}}
+  changed['c3'] = {'status': 'failed'}
+  studies.make_study(tmp_path, grid, num_classes=0, changed=changed)
+  page = page_of(tmp_path)
+  assert 'Diverged alone and not with CLOP (weight 1): dice (seed 0).' in (
+    page.text
+  )
+  told = (
+    'effective rank 0 (1 at accuracy 0, as the number of classes is not '
+    'known), and not'
+  )
+  assert told in page.text
+  (cards,) = [r for t in page.tables for r in t if r[:2] == ['cards', '0']]
+  assert cards[2] == '0.0 ± –'  # noqa: RUF001
+
+
+def test_the_page_has_the_word_of_the_command_for_none(tmp_path):
+  grid = {'data.labels_per_class': [None, 4], WEIGHT: [0, 1]}
+  studies.make_study(tmp_path, grid)
+  content = json.loads((tmp_path / 'study.json').read_text())
+  content['config']['data']['image_size'] = None
+  (tmp_path / 'study.json').write_text(json.dumps(content))
+  page = page_of(tmp_path)
+  assert 'null' not in page.text
+  assert 'data.image_size: None' in page.text
+  rows = [row for table in page.tables for row in table]
+  assert ['data.labels_per_class', 'None, 4'] in rows
+
+
+def test_a_pasted_table_says_of_which_grid_it_is(whole):
+  folder, _, _ = whole
+  text = (folder / 'table.md').read_text()
+  line = f'Grid: {RATE}: 0.01, 1; {WEIGHT}: 0, 1; seed: 0, 1'
+  # Above each table: one may be pasted alone.
+  assert text.count(f'\n\n{line}\n\n| ') == text.count('\n|--') == 3
 
 
 def test_a_study_without_results_has_a_page_that_says_so(tmp_path):

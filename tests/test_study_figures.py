@@ -37,6 +37,16 @@ def test_the_drawn_bands_have_the_diverged_cell_in_them(tmp_path):
   [
     ({'train.batch_size': [8, 16], RATE: [1, 2]}, [RATE, 'train.batch_size']),
     ({WEIGHT: [0, 1], RATE: [1, 2]}, [RATE]),
+    # Not by the alphabet, by which these two would be first.
+    (
+      {
+        'data.label_fraction': [0.1, 1],
+        WEIGHT: [0, 1, 5],
+        'train.batch_size': [8, 16],
+        RATE: [1, 2],
+      },
+      [RATE, 'train.batch_size', 'data.label_fraction', WEIGHT],
+    ),
     ({WEIGHT: [0, 1, 5], 'prototypes.kind': ['a', 'b']}, [WEIGHT]),
     ({WEIGHT: [0, 1], 'prototypes.kind': ['a', 'b']}, ['prototypes.kind']),
     ({WEIGHT: [0, 1]}, [WEIGHT]),
@@ -65,3 +75,43 @@ def test_names_make_dots_and_many_settings_fewer_panels(tmp_path):
   panels, fixed = study_figures._panels(study, [RATE, 'train.num_epochs', 'a'])
   assert panels == [{'a': 'x'}, {'a': 'y'}, {'a': 'z'}]
   assert fixed == {RATE: 2, 'train.num_epochs': 2}
+
+
+def test_names_too_are_held_fixed_if_they_would_make_many_panels(tmp_path):
+  losses = [f'l{i}' for i in range(5)]
+  grid = {
+    RATE: [1, 2],
+    WEIGHT: [0, 1],
+    'loss.contrastive': losses,
+    'data.name': ['cards', 'dice', 'coins'],
+    'prototypes.kind': ['a', 'b'],
+  }
+  studies.make_study(tmp_path, grid)
+  study = results.read_study(str(tmp_path))
+  names = ['loss.contrastive', 'data.name', 'prototypes.kind']
+  panels, fixed = study_figures._panels(study, names)
+  assert panels == [{'loss.contrastive': name} for name in losses]
+  # The base config's where it has one of the grid's values.
+  assert fixed == {'prototypes.kind': 'a', 'data.name': 'dice'}
+  # No more than need be.
+  panels, fixed = study_figures._panels(study, names[1:])
+  assert (len(panels), fixed) == (6, {})
+  caption = study_figures._sweep(study, RATE).caption
+  assert 'Drawn at a, dice; the tables have the rest.' in caption
+
+
+def test_the_caption_tells_of_runs_without_a_chance(tmp_path):
+  diverged = {'c3': {'status': 'diverged'}}
+  grid = {'data.name': ['dice', 'cards'], 'seed': [0, 1]}
+  studies.make_study(tmp_path, grid, changed=diverged)
+  study = results.read_study(str(tmp_path))
+  caption = study_figures._sweep(study, 'data.name').caption
+  assert 'in the means and bands.' in caption
+  diverged = {f'c{i}': {'status': 'diverged'} for i in (2, 3)}
+  studies.make_study(tmp_path / 'b', grid, num_classes=0, changed=diverged)
+  study = results.read_study(str(tmp_path / 'b'))
+  caption = study_figures._sweep(study, 'data.name').caption
+  assert '(2 at accuracy 0, as the number of classes is not known)' in caption
+  assert study_figures._band(
+    study, 'linear_top1', 100, 'data.name', ['cards'], {}
+  ).crosses == [(0, 0.0), (0, 0.0)]
