@@ -17,6 +17,9 @@ from jax.experimental import multihost_utils
 EXIT_CODE = 75
 
 
+_asked = threading.Event()
+
+
 class PreemptionError(Exception):
   """The run was told to end, and has saved; the same command goes on."""
 
@@ -65,16 +68,30 @@ class Notice:
         process calls this with the same ranges.
     """
     if not jax.distributed.is_initialized():
-      return self._told
+      return self._told or _asked.is_set()
     # The service picks one step from all that it is asked about.
     return any(
       [multihost_utils.reached_preemption_sync_point(s + 1) for s in steps]
     )
 
 
+def ask() -> None:
+  """Tells this process, of a run of one, what a first SIGTERM tells.
+
+  Not counted with signals: a SIGTERM to the whole job, before or after this, is
+  no second one.
+  """
+  _asked.set()
+
+
+def is_listened_for() -> bool:
+  """Whether a `Notice` is entered; any thread may ask."""
+  return callable(signal.getsignal(signal.SIGTERM))
+
+
 def _native_handler():
   """Address of a SIGTERM handler that is not Python's, or None."""
-  if callable(signal.getsignal(signal.SIGTERM)):
+  if is_listened_for():
     return None
   # The C library tells the old handler only to who sets a new one.
   address = _libc().signal(signal.SIGTERM, None)
