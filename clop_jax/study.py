@@ -5,10 +5,10 @@ python -m clop_jax.study --config=configs/digits.py --workdir=runs/study \
   --grid loss.clop_weight=0,1 --grid seed=0,1,2
 
 Each cell has a workdir of its own, `<workdir>/cells/<name>`, as of `train` and
-`evaluate`; `<workdir>/results.csv` has a line for each that is through, and
-`report.html` shows them. The same command again (or `--workdir` alone) goes on
-where it was stopped, and tries failed cells again; more values of the same
-fields make the study larger.
+`evaluate`; `<workdir>/results.csv` has a line for each that is done, diverged
+or failed, and `report.html` shows them. The same command again (or `--workdir`
+alone) goes on where it was stopped, and tries failed cells again; more values
+of the same fields make the study larger.
 """
 
 import contextlib
