@@ -240,4 +240,4 @@ def _work(task):
 if __name__ == '__main__':
   # Orbax and TFDS tell of every file they touch.
   logging.set_verbosity(logging.FATAL)
-  workers.serve(_work)
+  workers.serve(_work, end=preemption.ask)

@@ -78,20 +78,18 @@ class Notice:
 def ask() -> None:
   """Tells this process, of a run of one, what a first SIGTERM tells.
 
-  Not counted with signals: a SIGTERM to the whole job, before or after this, is
-  no second one.
+  Any thread may. Not counted with signals: a SIGTERM to the whole job, before
+  or after this, is no second one. Where no `Notice` listens nothing would be
+  saved, and the process ends at once.
   """
   _asked.set()
-
-
-def is_listened_for() -> bool:
-  """Whether a `Notice` is entered; any thread may ask."""
-  return callable(signal.getsignal(signal.SIGTERM))
+  if not callable(signal.getsignal(signal.SIGTERM)):
+    os._exit(EXIT_CODE)
 
 
 def _native_handler():
   """Address of a SIGTERM handler that is not Python's, or None."""
-  if is_listened_for():
+  if callable(signal.getsignal(signal.SIGTERM)):
     return None
   # The C library tells the old handler only to who sets a new one.
   address = _libc().signal(signal.SIGTERM, None)

@@ -18,8 +18,6 @@ import threading
 import time
 from typing import Any
 
-from clop_jax import preemption
-
 # A training that is told to end saves its state first.
 SECONDS_TO_END = 120
 # In the place of a task.
@@ -200,11 +198,13 @@ def run(
     stop(workers.values())
 
 
-def serve(function: Callable[[Any], Any]) -> None:
+def serve(function: Callable[[Any], Any], *, end: Callable[[], None]) -> None:
   """What a worker's module runs: replies to tasks until the caller is gone.
 
   Args:
     function: of the task; gives the reply.
+    end: called in another thread when the caller asks for the end; it ends the
+      task under way, or the process.
   """
   caller = connection.Connection(int(sys.argv[1]))
   tasks = queue.SimpleQueue()
@@ -217,10 +217,7 @@ def serve(function: Callable[[Any], Any]) -> None:
         # Also in the middle of a task: nobody would see to what it does.
         os._exit(1)
       if task is _END:
-        preemption.ask()
-        if not preemption.is_listened_for():
-          # Nothing is under way that would be saved.
-          os._exit(preemption.EXIT_CODE)
+        end()
       tasks.put(task)
 
   threading.Thread(target=listen, daemon=True).start()

@@ -292,7 +292,7 @@ def work(task):
     sys.exit(75)
   return task, os.getpid(), sorted(os.sched_getaffinity(0))
 
-workers.serve(work)
+workers.serve(work, end=preemption.ask)
 """
 
 
@@ -406,7 +406,7 @@ def work(task):
   cell.record(str(folder), outcome)
   return {name: outcome}
 
-workers.serve(work)
+workers.serve(work, end=preemption.ask)
 """
 
 
