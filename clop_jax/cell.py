@@ -15,23 +15,29 @@ import traceback
 from absl import logging
 import jax
 import ml_collections
+import numpy as np
 
 from clop_jax import ensemble
 from clop_jax import evaluate
 from clop_jax import experiment
 from clop_jax import inputs
+from clop_jax import parallel
 from clop_jax import preemption
 from clop_jax import train
 from clop_jax import workdir as workdir_lib
 from clop_jax import workers
+from clop_jax.data import loader
+from clop_jax.data import sources
 
 # In a cell's workdir: what it printed, and how it ended.
 LOG = 'log.txt'
 RECORD = 'cell.json'
+_LONGEST_ERROR = 300
+_USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def check(cells: dict[str, dict]) -> tuple[str, str | None]:
-  """Looks for what is wrong with cells, without tracing or writing.
+  """Looks for what is wrong with cells, without training or writing.
 
   Args:
     cells: the config of each, by name.
@@ -39,23 +45,67 @@ def check(cells: dict[str, dict]) -> tuple[str, str | None]:
   Returns:
     `(platform, fault)`: what JAX runs on here, and one line or None.
   """
-  known = set()
+  data, lengths = {}, {}
   fault = None
   for name, values in cells.items():
     config = ml_collections.ConfigDict(values).lock()
-    # Any length will do: that of the data shows only when they are read.
-    epochs = max(1, config.train.num_epochs)
+    read = json.dumps([values['data'], values['eval']], sort_keys=True)
+    traced = json.dumps(ensemble.shared_part(values), sort_keys=True)
     try:
-      experiment.build(config, total_steps=1000 * epochs, steps_per_epoch=1000)
-      data = json.dumps(values['data'], sort_keys=True)
-      if data not in known:
+      if read not in data:
         # Once, and not by all cells at the same time: it may be prepared here.
-        known.add(data)
-        inputs.with_num_classes(config, inputs.training_source(config))
-    except (ValueError, OSError) as error:
+        data[read] = _check_data(config)
+      if traced not in lengths:
+        lengths[traced] = _check_step(config, *data[read])
+      experiment.build(config, **lengths[traced])
+    except Exception as error:
+      if not isinstance(error, _USER_ERRORS):
+        traceback.print_exc()
       fault = f'cell {name}: {_one_line(error)}'
       break
   return jax.default_backend(), fault
+
+
+def _check_data(config):
+  """The training source and its true labels, if both splits will do."""
+  source = inputs.training_source(config)
+  config = inputs.with_num_classes(config, source)
+  if not config.data.test_split:
+    raise ValueError(
+      'config.data.test_split must name a split: a study evaluates each cell; '
+      f'got {config.data.test_split!r}'
+    )
+  inputs.evaluation_reader(config, *inputs.labelled_source(config, 'test'))
+  return source, sources.labels_of(source)
+
+
+def _check_step(config, source, true_labels):
+  """Traces a training step on shapes; gives the lengths for `build`."""
+  mesh = parallel.make_mesh()
+  batch_size = config.train.batch_size
+  parallel.check_batch_size(batch_size, mesh)
+  config = inputs.with_num_classes(config, source)
+  labels = inputs.training_labels(config, true_labels)
+  reader = inputs.training_reader(config, source, labels)
+  order = loader.Order(len(reader), batch_size=batch_size, seed=config.seed)
+  lengths = {
+    'total_steps': train.count_steps(config, order.steps_per_epoch),
+    'steps_per_epoch': order.steps_per_epoch,
+  }
+  run = experiment.build(config, **lengths)
+  integers = jax.ShapeDtypeStruct((batch_size,), np.int32)
+  image = jax.ShapeDtypeStruct((batch_size, *reader.shape), np.uint8)
+  batch = {'image': image, 'label': integers, 'index': integers}
+  if config.loss.pseudo_label_threshold is not None:
+    batch['true_label'] = integers
+  step = parallel.map_step(run.step, mesh, batch_axes=(None, 0, None))
+  key = experiment.training_key(config)
+  _, metrics = jax.eval_shape(
+    step, jax.eval_shape(run.create_state), batch, key
+  )
+  save_every = config.train.checkpoint_every_epochs * order.steps_per_epoch
+  train.check_best(config, sorted(metrics), lengths['total_steps'], save_every)
+  return lengths
 
 
 def run(cells: dict[str, tuple[dict, str]]) -> dict[str, dict]:
@@ -80,41 +130,45 @@ def run(cells: dict[str, tuple[dict, str]]) -> dict[str, dict]:
   }
   workdirs = {name: workdir for name, (_, workdir) in cells.items()}
   first, *others = cells
-  for name in cells:
-    os.makedirs(workdirs[name], exist_ok=True)
-  for name in others:
-    with open(os.path.join(workdirs[name], LOG), 'a') as log:
-      log.write(f'trains together with {first}, whose log this is in\n')
+  began, trained = time.monotonic(), None
 
-  def end(name, **outcome):
+  def end(name, status, error=None, evaluate_seconds=None):
     if name in outcomes:
       return
-    nothing = {'error': None, 'train_seconds': None, 'evaluate_seconds': None}
-    outcomes[name] = nothing | outcome
-    record(workdirs[name], outcomes[name])
+    seconds = (trained or time.monotonic()) - began
+    outcomes[name] = {
+      'status': status,
+      'error': error,
+      'train_seconds': round(seconds / len(cells), 2),
+      'evaluate_seconds': evaluate_seconds,
+    }
+    # A folder that cannot be written to ends this cell alone.
+    with contextlib.suppress(OSError):
+      record(workdirs[name], outcomes[name])
 
   def diverged(number, error):
     # At once: if this is stopped, the others go on without it.
-    end(list(cells)[number], status='diverged', error=_one_line(error))
+    end(list(cells)[number], 'diverged', _cause(error))
 
-  began = time.monotonic()
-  with _printing_to(os.path.join(workdirs[first], LOG)), _ending(end, cells):
-    if others:
-      ensemble.train_together(
-        list(configs.values()), list(workdirs.values()), diverged=diverged
-      )
-    else:
-      train.train(configs[first], workdirs[first])
-  share = round((time.monotonic() - began) / len(cells), 2)
+  with _ending(end, cells):
+    for name in cells:
+      os.makedirs(workdirs[name], exist_ok=True)
+    for name in others:
+      with open(os.path.join(workdirs[name], LOG), 'a') as log:
+        log.write(f'trains together with {first}, whose log this is in\n')
+    with _printing_to(os.path.join(workdirs[first], LOG)), _ending(end, cells):
+      if others:
+        ensemble.train_together(
+          list(configs.values()), list(workdirs.values()), diverged=diverged
+        )
+      else:
+        train.train(configs[first], workdirs[first])
+  trained = time.monotonic()
   for name in [name for name in cells if name not in outcomes]:
-    began = time.monotonic()
-    with (
-      _printing_to(os.path.join(workdirs[name], LOG)),
-      _ending(end, [name], train_seconds=share),
-    ):
+    start = time.monotonic()
+    with _printing_to(os.path.join(workdirs[name], LOG)), _ending(end, [name]):
       evaluate.write(workdirs[name], *evaluate.evaluate(workdirs[name]))
-      seconds = round(time.monotonic() - began, 2)
-      end(name, status='done', train_seconds=share, evaluate_seconds=seconds)
+      end(name, 'done', evaluate_seconds=round(time.monotonic() - start, 2))
   # A traceback holds on to the arrays of its frames.
   gc.collect()
   return outcomes
@@ -127,24 +181,34 @@ def record(workdir: str, outcome: dict) -> None:
 
 
 @contextlib.contextmanager
-def _ending(end, names, **known):
+def _ending(end, names):
   """Ends cells by what is raised."""
   try:
     yield
   except preemption.PreemptionError:
     raise
   except Exception as error:
+    traceback.print_exc()
     status = 'diverged' if isinstance(error, FloatingPointError) else 'failed'
-    if status == 'failed':
-      traceback.print_exc()
     for name in names:
-      end(name, status=status, error=_one_line(error), **known)
+      end(name, status, _cause(error))
 
 
 def _one_line(error):
   text = ' '.join(str(error).split())
-  if not isinstance(error, (ValueError, OSError, FloatingPointError)):
+  if not isinstance(error, _USER_ERRORS):
     text = f'{type(error).__name__}: {text}'
+  return text
+
+
+def _cause(error):
+  """What goes into the table; the log has the whole."""
+  text = _one_line(error)
+  if isinstance(error, FloatingPointError):
+    # What follows is advice for a run that is alone.
+    text = text.split(';')[0]
+  if len(text) > _LONGEST_ERROR:
+    text = f'{text[: _LONGEST_ERROR - 3]}...'
   return text
 
 
@@ -176,4 +240,4 @@ def _work(task):
 if __name__ == '__main__':
   # Orbax and TFDS tell of every file they touch.
   logging.set_verbosity(logging.FATAL)
-  workers.serve(_work)
+  workers.serve(_work, end=preemption.ask)

@@ -12,6 +12,8 @@ import ml_collections
 from clop_jax import defaults
 
 _BOOLEANS = {'true': True, 'false': False}
+# Of the common file systems, in bytes.
+_LONGEST_NAME = 255
 
 
 def parse(
@@ -64,12 +66,7 @@ def _type(field, config):
   *path, last = field.split('.')
   for depth, name in enumerate([*path, last]):
     if not isinstance(group, ml_collections.ConfigDict) or name not in group:
-      where = '.'.join(['config', *path[:depth]])
-      has = isinstance(group, ml_collections.ConfigDict) and sorted(group)
-      raise ValueError(
-        f'--grid {field}: {where} has no field {name!r}; it has: '
-        f'{", ".join(has or ["no fields"])}'
-      )
+      raise _unknown(field, path[:depth], name, group)
     if depth < len(path):
       group = group[name]
       default = default.get(name, {}) if default else {}
@@ -88,6 +85,14 @@ def _type(field, config):
       f'--config.{field}=...'
     )
   return kind, optional
+
+
+def _unknown(field, path, name, group):
+  has = sorted(group) if hasattr(group, 'keys') else ['no fields']
+  return ValueError(
+    f'--grid {field}: {".".join(["config", *path])} has no field {name!r}; it '
+    f'has: {", ".join(has) or "no fields"}'
+  )
 
 
 def _value(field, given, kind, optional):
@@ -132,6 +137,9 @@ def cells(grid: dict[str, list]) -> dict[str, dict[str, Any]]:
 
   Returns:
     The fields and values of each cell, the first field changing last.
+
+  Raises:
+    ValueError: if two cells have one name, or one is too long for a file.
   """
   short = [field.split('.')[-1] for field in grid]
   labels = [
@@ -144,17 +152,33 @@ def cells(grid: dict[str, list]) -> dict[str, dict[str, Any]]:
       f'{label}={urllib.parse.quote(text(value), safe="+")}'
       for label, value in zip(labels, values, strict=True)
     ]
-    found[','.join(parts)] = dict(zip(grid, values, strict=True))
+    name = ','.join(parts)
+    if name in found:
+      raise ValueError(f'--grid has two cells {name}; leave one of them out')
+    if len(name.encode()) > _LONGEST_NAME:
+      raise ValueError(
+        f'--grid makes a cell whose name, a folder, has {len(name.encode())} '
+        f'bytes, and {_LONGEST_NAME} are allowed: {name:.60}...; set long '
+        'values for the whole study with --config.FIELD=, or vary fewer fields'
+      )
+    found[name] = dict(zip(grid, values, strict=True))
   return found
 
 
 def applied(config: dict, values: dict[str, Any]) -> dict:
-  """A config (as JSON has it) with the values of a cell in it."""
+  """A config (as JSON has it) with the values of a cell in it.
+
+  Raises:
+    ValueError: for a field that the config does not have.
+  """
   config = copy.deepcopy(config)
   for field, value in values.items():
     group = config
     *path, last = field.split('.')
-    for name in path:
-      group = group[name]
+    for depth, name in enumerate([*path, last]):
+      if not isinstance(group, dict) or name not in group:
+        raise _unknown(field, path[:depth], name, group)
+      if depth < len(path):
+        group = group[name]
     group[last] = value
   return config

@@ -17,6 +17,9 @@ from jax.experimental import multihost_utils
 EXIT_CODE = 75
 
 
+_asked = threading.Event()
+
+
 class PreemptionError(Exception):
   """The run was told to end, and has saved; the same command goes on."""
 
@@ -65,11 +68,23 @@ class Notice:
         process calls this with the same ranges.
     """
     if not jax.distributed.is_initialized():
-      return self._told
+      return self._told or _asked.is_set()
     # The service picks one step from all that it is asked about.
     return any(
       [multihost_utils.reached_preemption_sync_point(s + 1) for s in steps]
     )
+
+
+def ask() -> None:
+  """Tells this process, of a run of one, what a first SIGTERM tells.
+
+  Any thread may. Not counted with signals: a SIGTERM to the whole job, before
+  or after this, is no second one. Where no `Notice` listens nothing would be
+  saved, and the process ends at once.
+  """
+  _asked.set()
+  if not callable(signal.getsignal(signal.SIGTERM)):
+    os._exit(EXIT_CODE)
 
 
 def _native_handler():

@@ -5,10 +5,10 @@ python -m clop_jax.study --config=configs/digits.py --workdir=runs/study \
   --grid loss.clop_weight=0,1 --grid seed=0,1,2
 
 Each cell has a workdir of its own, `<workdir>/cells/<name>`, as of `train` and
-`evaluate`; `<workdir>/results.csv` has a line for each that is through, and
-`report.html` shows them. The same command again (or `--workdir` alone) goes on
-where it was stopped, and tries failed cells again; more values of the same
-fields make the study larger.
+`evaluate`; `<workdir>/results.csv` has a line for each that is done, diverged
+or failed, and `report.html` shows them. The same command again (or `--workdir`
+alone) goes on where it was stopped, and tries failed cells again; more values
+of the same fields make the study larger.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from ml_collections import config_flags
 from clop_jax import cell
 from clop_jax import command
 from clop_jax import ensemble
+from clop_jax import experiment
 from clop_jax import grid as grid_lib
 from clop_jax import preemption
 from clop_jax import report
@@ -48,7 +49,7 @@ def study(
   grid: dict[str, list] | None = None,
   *,
   jobs: int | None = None,
-  vmap: bool = False,
+  vmap: int = 0,
 ) -> list[dict]:
   """Runs the cells of a grid that are not through yet.
 
@@ -59,7 +60,8 @@ def study(
     grid: values of each field, see `grid.parse`; None: the study's own. Values
       that the study does not have yet are added to it.
     jobs: processes at the same time. Default: one per core on CPU, else 1.
-    vmap: train cells that differ in numbers alone in one program.
+    vmap: the most cells, alike but for numbers, to train in one program; 0:
+      each in its own.
 
   Returns:
     The rows of `results.csv` of these cells.
@@ -67,7 +69,9 @@ def study(
   Raises:
     ValueError: for a wrong config, a workdir of something else or of another
       study, or one that is in use; nothing has been written then.
-    preemption.PreemptionError: after SIGTERM, when running cells have saved.
+    preemption.PreemptionError: after SIGTERM, when running cells have saved;
+      those that have not after `workers.SECONDS_TO_END` are killed, which it
+      says.
   """
   if jax.distributed.is_initialized():
     raise ValueError(
@@ -75,12 +79,21 @@ def study(
       'on one machine without a cluster, or SLURM with one task'
     )
   plan = _Plan(workdir, config, grid)
+  _check_writable(workdir)
   todo = plan.todo()
   with contextlib.ExitStack() as stack:
     notice = stack.enter_context(preemption.Notice())
     pool = None
     if todo:
-      pool = stack.enter_context(_Pool(todo, jobs, len(_groups(todo, vmap))))
+      try:
+        pool = stack.enter_context(_Pool(todo, jobs, len(_groups(todo, vmap))))
+      except ChildProcessError as error:
+        if notice.reached(range(0)):
+          # So was the process, which had nothing to save.
+          raise preemption.PreemptionError(
+            'told to end before it began; the same command begins anew'
+          ) from error
+        raise
     stack.enter_context(workdir_lib.locked(workdir))
     # Only now can no other process write to it.
     plan = _Plan(workdir, config, grid)
@@ -99,7 +112,11 @@ def _groups(todo, vmap):
   for name, config in todo.items():
     alike = json.dumps(ensemble.shared_part(config), sort_keys=True)
     groups.setdefault(alike, []).append(name)
-  return list(groups.values())
+  return [
+    group[first : first + vmap]
+    for group in groups.values()
+    for first in range(0, len(group), vmap)
+  ]
 
 
 def _run(plan, todo, groups, pool, notice):
@@ -115,17 +132,37 @@ def _run(plan, todo, groups, pool, notice):
   count = 0
   outcomes = pool.run(tasks, told=lambda: notice.reached(range(0)))
   with contextlib.closing(outcomes):
-    for names, _, death in outcomes:
+    for names, reply, death in outcomes:
       count += len(names)
       each = (time.monotonic() - began) / count
       for name in names:
-        row = plan.finish(name, death)
+        if death:
+          error = _advice(death, os.path.join(plan.folder(names[0]), cell.LOG))
+        else:
+          error = reply[name]['error']
+        row = plan.finish(name, error)
         _say(_progress(name, row, len(todo) - count, each))
   if count < len(todo):
-    raise preemption.PreemptionError(
-      f'told to end: {len(todo) - count} of {len(plan.cells)} cells are left; '
-      'the same command goes on'
+    killed = pool.killed()
+    unsaved = (
+      f' ({killed} of their processes had not saved after '
+      f'{workers.SECONDS_TO_END} s and were killed: these go on from an '
+      'earlier checkpoint)'
     )
+    raise preemption.PreemptionError(
+      f'told to end: {len(todo) - count} of {len(plan.cells)} cells are left'
+      f'{unsaved if killed else ""}; the same command goes on'
+    )
+
+
+def _advice(death, log):
+  """What is known of a process's death, in a line."""
+  if 'SIGKILL' in death:
+    death += (
+      ', most often because memory has run out: try fewer --jobs (or a '
+      'smaller --vmap)'
+    )
+  return f'{death}; see {log}'
 
 
 def _progress(name, row, left, seconds_a_cell):
@@ -160,7 +197,8 @@ class _Pool:
     Raises:
       ValueError: if one is found.
     """
-    self._cores = sorted(os.sched_getaffinity(0))
+    self._cores = workers.cores()
+    self._started = []
     self._environment = dict(os.environ)
     self.jobs = min(jobs or len(self._cores), limit)
     with contextlib.ExitStack() as stack:
@@ -207,7 +245,13 @@ class _Pool:
       each = max(1, len(cores) // self.jobs)
       first = place * each % len(cores)
       cores = cores[first : first + each]
-    return workers.Worker(_WORKER, cores=cores, environment=self._environment)
+    worker = workers.Worker(_WORKER, cores=cores, environment=self._environment)
+    self._started.append(worker)
+    return worker
+
+  def killed(self):
+    """How many processes did not end when told to."""
+    return sum(worker.killed for worker in self._started)
 
   def run(self, tasks, told):
     """See `workers.run`."""
@@ -244,7 +288,7 @@ class _Plan:
       for name, values in self._every.items()
       if all(value in grid[field] for field, value in values.items())
     }
-    self._outcomes, self._results = {}, {}
+    self._outcomes, self._results, self._broken = {}, {}, []
     for name in self._every:
       self._read(name)
 
@@ -268,29 +312,48 @@ class _Plan:
     saved = {'config': self._config, 'grid': self._grid}
     _write(self._workdir, _FILE, json.dumps(saved, indent=2) + '\n')
     self._write_results()
+    for path in self._broken:
+      _warn(f'{path} is empty or damaged; that cell is taken as not through')
 
-  def finish(self, name, death=None):
-    """Takes in how a cell ended, or what ended its process; gives its row."""
+  def finish(self, name, error=None):
+    """Takes in how a cell ended, and gives its row.
+
+    Args:
+      name: of the cell.
+      error: what the cell's process says, or was ended by; it may not have come
+        to write that down.
+    """
     self._read(name)
-    # In a group it may have diverged before.
-    if death and self._status(name) not in _THROUGH:
-      os.makedirs(self.folder(name), exist_ok=True)
-      cell.record(self.folder(name), {'status': 'failed', 'error': death})
-      self._read(name)
+    known = self._outcomes.get(name, {})
+    if not error and not known:
+      error = f'{self.folder(name)}: its results cannot be read'
+    # In a group it may have diverged before its process died.
+    through = known.get('status') in _THROUGH
+    if error and not through and known.get('error') != error:
+      self._fail(name, error)
     self._write_results()
     return self._row(name)
+
+  def _fail(self, name, error):
+    outcome = {'status': 'failed', 'error': error}
+    self._outcomes[name] = outcome | {'commit': experiment.commit()}
+    self._results[name] = {}
+    # Where even this cannot be written, the other cells still can go on.
+    with contextlib.suppress(OSError):
+      os.makedirs(self.folder(name), exist_ok=True)
+      cell.record(self.folder(name), outcome)
 
   def rows(self):
     """The rows of this grid's cells that are through or failed."""
     return [self._row(name) for name in self.cells if name in self._outcomes]
 
   def _read(self, name):
-    outcome = _load_json(os.path.join(self.folder(name), cell.RECORD))
+    outcome = self._load_of(name, cell.RECORD, {'status', 'error', 'commit'})
     if outcome is None:
       return
     self._results[name] = {}
     if outcome['status'] == 'done':
-      result = _load_json(os.path.join(self.folder(name), 'eval.json'))
+      result = self._load_of(name, 'eval.json', {'linear_top1'})
       if result is None:
         return
       self._results[name] = {
@@ -299,6 +362,18 @@ class _Plan:
         if isinstance(v, (int, float)) and k != 'seed'
       }
     self._outcomes[name] = outcome
+
+  def _load_of(self, name, file, fields):
+    """What a cell's file holds, or None if it is missing or cut."""
+    path = os.path.join(self.folder(name), file)
+    try:
+      found = _load_json(path)
+    except ValueError:
+      found = {}
+    if found is None or (isinstance(found, dict) and fields <= set(found)):
+      return found
+    self._broken.append(path)
+    return None
 
   def _row(self, name):
     values = self._every[name]
@@ -371,8 +446,24 @@ def _load_json(path):
   with open(path) as file:
     try:
       return json.load(file)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
       raise ValueError(f'{path} is not JSON ({error})') from error
+
+
+def _check_writable(workdir):
+  """Refuses a folder that cannot be written to, and leaves nothing there."""
+  folder = os.path.abspath(workdir)
+  while not os.path.exists(folder):
+    folder = os.path.dirname(folder)
+  try:
+    # Permissions do not tell of file systems that cannot be written to.
+    with tempfile.TemporaryDirectory(dir=folder):
+      pass
+  except OSError as error:
+    raise ValueError(
+      f'--workdir={workdir} cannot be written to ({error.strerror}: {folder}); '
+      'use another --workdir'
+    ) from error
 
 
 def _check_same(workdir, saved, config, grid):
@@ -398,6 +489,10 @@ def _write(folder, name, text):
   workdir_lib.write_whole(os.path.join(folder, name), text.encode())
 
 
+def _warn(message):
+  print(f'warning: {message}', file=sys.stderr, flush=True)
+
+
 def _say(message):
   print(message, flush=True)
 
@@ -415,11 +510,12 @@ def define_flags() -> None:
     'Cells at the same time; default: one per core on CPU, else one.',
     lower_bound=1,
   )
-  flags.DEFINE_bool(
+  flags.DEFINE_integer(
     'vmap',
-    False,
-    'Train cells that differ in learning rate, CLOP weight and seed alone in '
-    'one program.',
+    0,
+    'Train up to so many cells that differ in learning rate, CLOP weight and '
+    'seed alone in one program; 0: each in its own.',
+    lower_bound=0,
   )
   flags.DEFINE_bool('report', True, 'Make report.html at the end.')
 
@@ -445,7 +541,7 @@ def main() -> None:
   by_status = {status: [] for status in ('done', 'diverged', 'failed')}
   for row in rows:
     by_status[row['status']].append(row)
-  if values.report and by_status['done']:
+  if values.report and rows:
     _say(f'report: {report.study_report(values.workdir)}')
   for status in ('diverged', 'failed'):
     for row in by_status[status]:

@@ -19,11 +19,39 @@ import time
 from typing import Any
 
 # A training that is told to end saves its state first.
-_SECONDS_TO_END = 20
+SECONDS_TO_END = 120
+# In the place of a task.
+_END = None
+
+
+def cores() -> list[int]:
+  """The CPU cores that this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return sorted(os.sched_getaffinity(0))
+  # macOS binds no process to cores.
+  return list(range(os.cpu_count() or 1))
+
+
+@contextlib.contextmanager
+def _bound_to(chosen):
+  """Binds this thread to cores, where the system can."""
+  if not hasattr(os, 'sched_setaffinity'):
+    yield
+    return
+  allowed = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, chosen)
+  try:
+    yield
+  finally:
+    os.sched_setaffinity(0, allowed)
 
 
 class Worker:
-  """A process that does what it is sent, seen from the one that sends."""
+  """A process that does what it is sent, seen from the one that sends.
+
+  Attributes:
+    killed: whether `stop` had to kill it.
+  """
 
   def __init__(
     self, module: str, *, cores: Iterable[int], environment: dict[str, str]
@@ -35,12 +63,11 @@ class Worker:
       cores: CPU cores that the process may use.
       environment: variables of the process.
     """
+    self.killed = False
     self.connection, theirs = multiprocessing.Pipe()
-    allowed = os.sched_getaffinity(0)
     # The process inherits the cores from this thread; XLA makes as many threads
     # as there are when it starts.
-    os.sched_setaffinity(0, cores)
-    try:
+    with theirs, _bound_to(cores):
       # In a session of its own: a Ctrl-C in the terminal is the caller's.
       self._process = subprocess.Popen(
         [sys.executable, '-m', module, str(theirs.fileno())],
@@ -49,9 +76,6 @@ class Worker:
         stdin=subprocess.DEVNULL,
         start_new_session=True,
       )
-    finally:
-      os.sched_setaffinity(0, allowed)
-      theirs.close()
 
   @property
   def pid(self) -> int:
@@ -75,19 +99,29 @@ class Worker:
     except (EOFError, OSError):
       code = self._process.wait()
       self.connection.close()
-      raise ChildProcessError(
-        f'the process ended with exit code {code}'
-      ) from None
+      how = f'the process ended with exit code {code}'
+      if code < 0:
+        how = f'the process was ended by {_signal_name(-code)}'
+      raise ChildProcessError(how) from None
 
   def ended(self) -> bool:
     """Whether the process is no more."""
     return self._process.poll() is not None
 
-  def signal(self, number: int) -> None:
-    """Sends a signal to the process and to what it has started."""
+  def tell_to_end(self) -> None:
+    """Asks it to save and end; it may be told by others as well."""
+    # A signal could be its second SIGTERM, which would end it in the middle of
+    # the save: schedulers send the first to all processes of a job.
     if not self.ended():
+      with contextlib.suppress(OSError):
+        self.connection.send(_END)
+
+  def kill(self) -> None:
+    """Ends the process and what it has started."""
+    if not self.ended():
+      self.killed = True
       with contextlib.suppress(ProcessLookupError):
-        os.killpg(self.pid, number)
+        os.killpg(self.pid, signal.SIGKILL)
 
   def wait(self) -> None:
     """Returns when the process has ended."""
@@ -99,13 +133,20 @@ def stop(processes: Iterable[Worker]) -> None:
   """Ends workers: tells them, and kills those that do not follow."""
   processes = list(processes)
   for worker in processes:
-    worker.signal(signal.SIGTERM)
-  limit = time.monotonic() + _SECONDS_TO_END
+    worker.tell_to_end()
+  limit = time.monotonic() + SECONDS_TO_END
   while time.monotonic() < limit and not all(w.ended() for w in processes):
     time.sleep(0.05)
   for worker in processes:
-    worker.signal(signal.SIGKILL)
+    worker.kill()
     worker.wait()
+
+
+def _signal_name(number):
+  try:
+    return signal.Signals(number).name
+  except ValueError:
+    return f'signal {number}'
 
 
 def run(
@@ -149,16 +190,21 @@ def run(
         except ChildProcessError as caught:
           error = str(caught)
           del workers[place]
+          if told():
+            # It was told as well, and was faster.
+            return
         yield busy.pop(place), reply, error
   finally:
     stop(workers.values())
 
 
-def serve(function: Callable[[Any], Any]) -> None:
+def serve(function: Callable[[Any], Any], *, end: Callable[[], None]) -> None:
   """What a worker's module runs: replies to tasks until the caller is gone.
 
   Args:
     function: of the task; gives the reply.
+    end: called in another thread when the caller asks for the end; it ends the
+      task under way, or the process.
   """
   caller = connection.Connection(int(sys.argv[1]))
   tasks = queue.SimpleQueue()
@@ -166,11 +212,14 @@ def serve(function: Callable[[Any], Any]) -> None:
   def listen():
     while True:
       try:
-        tasks.put(caller.recv())
+        task = caller.recv()
       except (EOFError, OSError):
         # Also in the middle of a task: nobody would see to what it does.
         os._exit(1)
+      if task is _END:
+        end()
+      tasks.put(task)
 
   threading.Thread(target=listen, daemon=True).start()
-  while True:
-    caller.send(function(tasks.get()))
+  while (task := tasks.get()) is not _END:
+    caller.send(function(task))

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -15,10 +16,13 @@ import pytest
 
 from clop_jax import cell
 from clop_jax import defaults
+from clop_jax import ensemble
 from clop_jax import evaluate
 from clop_jax import grid
+from clop_jax import preemption
 from clop_jax import report
 from clop_jax import study
+from clop_jax import train
 from clop_jax import workdir as workdir_lib
 from clop_jax import workers
 from tests import small
@@ -129,6 +133,22 @@ def test_a_cell_s_config_is_the_base_with_its_values():
   ]
 
 
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'optimizer.lr': [1, 2]}, "config.optimizer has no field 'lr'; it has: "),
+    ({'seed.x': [1]}, "config.seed has no field 'x'; it has: no fields"),
+    ({'seed': [0, 0.0]}, 'has two cells seed=0; leave one of them out'),
+    ({'data.data_dir': ['a' * 250]}, 'a folder, has 259 bytes, and 255 are'),
+  ],
+)
+def test_a_grid_that_is_no_text_is_checked_as_well(tmp_path, fields, message):
+  folder = tmp_path / 'study'
+  with pytest.raises(ValueError, match=message):
+    study.study(str(folder), defaults.get_config(), fields)
+  assert not folder.exists()
+
+
 def digits(digits_dir, **changes):
   return workdir_lib.to_json(small.digits_config(digits_dir, **changes))
 
@@ -142,35 +162,144 @@ def digits(digits_dir, **changes):
     ),
     ({'data__num_classes': 1}, 'num_classes must be at least 2 for .*, got 1'),
     ({'data__name': 'cifra10'}, "cell b: .* got 'cifra10'; near it: cifar10"),
+    (
+      {'data__test_split': ''},
+      'config.data.test_split must name a split: a st',
+    ),
+    ({'data__test_split': 'tset'}, "cell b: config.data.test_split='tset'"),
+    ({'loss__clop_distance': 'cosin'}, "distance must be one of .*got 'cosin'"),
+    ({'model__embedding_dim': 8}, 'num_classes must be at most dim=8'),
+    ({'train__batch_size': 4096}, 'batch_size must be at most the 1438'),
+    ({'data__label_fraction': 2.0}, 'label_fraction must be '),
   ],
 )
 def test_a_wrong_cell_is_found_before_any_starts(digits_dir, changes, message):
-  cells = {'a': digits(digits_dir), 'b': digits(digits_dir, **changes)}
-  platform, fault = cell.check(cells)
+  platform, fault = cell.check({'b': digits(digits_dir, **changes)})
   assert platform == 'cpu'
   with pytest.raises(ValueError, match=message):
     raise ValueError(fault)
-  assert cell.check({'a': cells['a']}) == ('cpu', None)
+
+
+def test_cells_that_differ_in_numbers_are_traced_once(digits_dir, monkeypatch):
+  traced = []
+
+  def check_step(config, source, labels):
+    traced.append((config.seed, len(source), len(labels)))
+    return {'total_steps': 10, 'steps_per_epoch': 5}
+
+  monkeypatch.setattr(cell, '_check_step', check_step)
+  cells = {str(seed): digits(digits_dir, seed=seed) for seed in range(3)}
+  cells['b'] = digits(digits_dir, seed=7, loss__clop_temperature=0.2)
+  assert cell.check(cells) == ('cpu', None)
+  assert traced == [(0, 1438, 1438), (7, 1438, 1438)]
+  # What the numbers can break is looked at in each.
+  cells['c'] = digits(digits_dir, loss__contrastive='none')
+  cells['d'] = digits(
+    digits_dir, loss__contrastive='none', loss__clop_weight=0.0
+  )
+  assert cell.check(cells)[1].startswith('cell d: config.loss.contrastive is')
+
+
+def test_a_cell_that_can_be_trained_passes(digits_dir):
+  assert cell.check({'a': digits(digits_dir)}) == ('cpu', None)
+
+
+def test_groups_are_of_cells_alike_and_not_too_many(digits_dir):
+  todo = {str(seed): digits(digits_dir, seed=seed) for seed in range(5)}
+  todo['b'] = digits(digits_dir, train__batch_size=64)
+  assert study._groups(todo, 0) == [['0'], ['1'], ['2'], ['3'], ['4'], ['b']]
+  assert study._groups(todo, 3) == [['0', '1', '2'], ['3', '4'], ['b']]
+
+
+def test_cells_in_one_program_end_each_in_its_own_way(
+  digits_dir, tmp_path, monkeypatch
+):
+  def train_together(configs, workdirs, *, diverged):
+    assert [config.seed for config in configs] == [0, 1, 2]
+    assert workdirs == [str(tmp_path / name) for name in 'abc']
+    print('training')
+    time.sleep(0.05)
+    diverged(1, FloatingPointError('the loss is nan at step 2; go\nhome'))
+
+  def evaluated(workdir):
+    if workdir.endswith('c'):
+      raise ValueError('far too long ' * 100)
+    return {'linear_top1': 0.5}, {}
+
+  monkeypatch.setattr(ensemble, 'train_together', train_together)
+  monkeypatch.setattr(evaluate, 'evaluate', evaluated)
+  monkeypatch.setattr(evaluate, 'write', lambda workdir, result, arrays: None)
+  got = cell.run(
+    {
+      name: (digits(digits_dir, seed=seed), str(tmp_path / name))
+      for seed, name in enumerate('abc')
+    }
+  )
+  assert [got[name]['status'] for name in 'abc'] == [
+    'done',
+    'diverged',
+    'failed',
+  ]
+  assert got['a']['error'] is None
+  assert got['b']['error'] == 'the loss is nan at step 2'
+  assert len(got['c']['error']) == 300
+  for name, outcome in got.items():
+    # A third of the time that they took together.
+    assert 0.01 < outcome['train_seconds'] < 5
+    assert (outcome['evaluate_seconds'] is None) == (name != 'a')
+    written = json.loads((tmp_path / name / 'cell.json').read_text())
+    assert written.items() >= outcome.items()
+  assert 'training' in (tmp_path / 'a' / 'log.txt').read_text()
+  assert 'together with a' in (tmp_path / 'b' / 'log.txt').read_text()
+  assert 'far too long ' * 100 in (tmp_path / 'c' / 'log.txt').read_text()
+
+
+def test_a_cell_whose_folder_cannot_be_made_fails_alone(
+  digits_dir, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(train, 'train', None)
+  (tmp_path / 'cells').write_text('')
+  plan = study._Plan(
+    str(tmp_path / 'new'), defaults.get_config(), {'seed': [0]}
+  )
+  path = str(tmp_path / 'cells' / 'a')
+  got = cell.run({'a': (digits(digits_dir), path)})
+  assert got['a']['status'] == 'failed'
+  assert 'Not a directory' in got['a']['error']
+  monkeypatch.setattr(plan, 'folder', lambda name: path)
+  (tmp_path / 'new').mkdir()
+  row = plan.finish('seed=0', got['a']['error'])
+  assert (row['status'], row['error']) == ('failed', got['a']['error'])
 
 
 WORKER = """
-import os, signal, time
-from clop_jax import workers
+import os, pathlib, signal, sys, time
+from clop_jax import preemption, workers
 
 def work(task):
   if task == 'die':
     os.kill(os.getpid(), signal.SIGKILL)
   if task == 'sleep':
     time.sleep(60)
+  if task == 'train':
+    with preemption.Notice() as notice:
+      pathlib.Path('training').write_text('')
+      while not notice.reached(range(0)):
+        time.sleep(0.02)
+      pathlib.Path('saving').write_text('')
+      time.sleep(1)
+      pathlib.Path('saved').write_text('')
+    sys.exit(75)
   return task, os.getpid(), sorted(os.sched_getaffinity(0))
 
-workers.serve(work)
+workers.serve(work, end=preemption.ask)
 """
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, monkeypatch):
   """Starts a worker of WORKER, and keeps it in `start.made`."""
+  monkeypatch.chdir(tmp_path)
   (tmp_path / 'sample_worker.py').write_text(WORKER)
   path = os.pathsep.join([str(tmp_path), str(small.ROOT)])
   environment = os.environ | {'PYTHONPATH': path}
@@ -194,7 +323,7 @@ def test_a_worker_that_dies_fails_its_task_alone_and_is_replaced(start):
   allowed = os.sched_getaffinity(0)
   for name, reply, error in workers.run(tasks, start, 1):
     replies[name] = (reply, error)
-  assert replies[1] == (None, 'the process ended with exit code -9')
+  assert replies[1] == (None, 'the process was ended by SIGKILL')
   assert [replies[i][0][0] for i in (0, 2, 3)] == ['a', 'b', 'c']
   assert all(replies[i][1] is None for i in (0, 2, 3))
   # One process for all, but for the one in the place of the dead.
@@ -214,6 +343,97 @@ def test_workers_are_ended_when_told_and_when_left(start):
   (running,) = [workers.run(tasks[1:], start, 1, told=lambda: True)]
   assert list(running) == []
   assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize('first', ['signal', 'pipe'])
+def test_a_sigterm_to_the_whole_job_lets_a_worker_save(start, tmp_path, first):
+  worker = start(0)
+  worker.send('train')
+  wait_for(tmp_path / 'training', worker)
+  if first == 'signal':
+    os.kill(worker.pid, signal.SIGTERM)
+    wait_for(tmp_path / 'saving', worker)
+    workers.stop([worker])
+  else:
+    worker.tell_to_end()
+    wait_for(tmp_path / 'saving', worker)
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.wait()
+  assert (tmp_path / 'saved').exists()
+  assert not worker.killed
+
+
+def test_a_worker_that_does_not_end_is_killed(start, tmp_path, monkeypatch):
+  monkeypatch.setattr(workers, 'SECONDS_TO_END', 0.3)
+  worker = start(0)
+  worker.send('train')
+  wait_for(tmp_path / 'training', worker)
+  workers.stop([worker])
+  assert worker.killed
+  assert not (tmp_path / 'saved').exists()
+
+
+def test_a_system_that_binds_no_process_to_cores(start, monkeypatch):
+  monkeypatch.delattr(os, 'sched_getaffinity')
+  monkeypatch.delattr(os, 'sched_setaffinity')
+  assert workers.cores() == list(range(os.cpu_count()))
+  tasks = [('a', 'a')]
+  assert [reply[0] for _, reply, _ in workers.run(tasks, start, 1)] == ['a']
+
+
+STUDY_WORKER = """
+import json, os, pathlib, sys, time
+from clop_jax import cell, preemption, workers
+
+def work(task):
+  if task[0] == 'check':
+    return 'cpu', None
+  ((name, (_, folder)),) = task[1].items()
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  if name == 'seed=1' and not (folder / 'saved').exists():
+    with preemption.Notice() as notice:
+      (folder / 'training').write_text(str(os.getpid()))
+      while not notice.reached(range(0)):
+        time.sleep(0.02)
+      time.sleep(0.5)
+      (folder / 'saved').write_text('')
+    sys.exit(75)
+  figures = dict.fromkeys(('linear_top1', 'knn_top1', 'effective_rank'), 0.5)
+  (folder / 'eval.json').write_text(json.dumps(figures))
+  outcome = {'status': 'done', 'error': None}
+  outcome |= {'train_seconds': 1.0, 'evaluate_seconds': 1.0}
+  cell.record(str(folder), outcome)
+  return {name: outcome}
+
+workers.serve(work, end=preemption.ask)
+"""
+
+
+def test_a_study_that_is_told_to_end_saves_and_goes_on(tmp_path, monkeypatch):
+  (tmp_path / 'study_worker.py').write_text(STUDY_WORKER)
+  path = os.pathsep.join([str(tmp_path), str(small.ROOT)])
+  monkeypatch.setenv('PYTHONPATH', path)
+  monkeypatch.setattr(study, '_WORKER', 'study_worker')
+  folder = tmp_path / 'study'
+  training = folder / 'cells' / 'seed=1' / 'training'
+
+  def tell():
+    wait_for(training)
+    # As a scheduler does, to all of the job.
+    os.kill(int(training.read_text()), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  teller = threading.Thread(target=tell)
+  teller.start()
+  message = 'told to end: 2 of 3 cells are left; the same command goes on'
+  with pytest.raises(preemption.PreemptionError, match=f'^{message}$'):
+    study.study(str(folder), defaults.get_config(), {'seed': [0, 1, 2]}, jobs=1)
+  teller.join()
+  assert (training.parent / 'saved').exists()
+  assert [row['seed'] for row in rows_of(folder)] == ['0']
+  rows = study.study(str(folder), jobs=1)
+  assert [row['status'] for row in rows] == ['done'] * 3
 
 
 def test_a_worker_ends_with_the_process_that_started_it(start):
@@ -326,6 +546,31 @@ def test_a_study_grows_by_values_and_keeps_those_it_has(tmp_path):
   assert list(study._Plan(str(folder), None, None).todo()) == ['seed=0']
 
 
+@pytest.mark.parametrize('file', ['cell.json', 'eval.json'])
+@pytest.mark.parametrize('text', ['', '{"status": "done', '[]', '{}'])
+def test_a_cell_of_a_cut_file_is_not_through(tmp_path, capsys, file, text):
+  folder = tmp_path / 'study'
+  fake_study(folder, defaults.get_config(), [0, 1])
+  path = folder / 'cells' / 'seed=1' / file
+  path.write_text(text)
+  plan = study._Plan(str(folder), None, None)
+  assert list(plan.todo()) == ['seed=1']
+  plan.save()
+  warned = capsys.readouterr().err
+  assert warned == (
+    f'warning: {path} is empty or damaged; that cell is taken as not through\n'
+  )
+
+
+@pytest.mark.skipif(not os.path.exists('/proc'), reason='no such file system')
+def test_a_folder_that_cannot_be_made_is_refused_first(monkeypatch):
+  monkeypatch.setattr(study, '_Pool', None)
+  with pytest.raises(
+    ValueError, match=r'^--workdir=/proc/xx cannot be written'
+  ):
+    study.study('/proc/xx', defaults.get_config(), {'seed': [0]})
+
+
 def test_a_folder_of_something_else_is_refused_and_left_as_it_is(tmp_path):
   config, seeds = defaults.get_config(), {'seed': [0, 1]}
   made = tmp_path / 'study'
@@ -377,7 +622,9 @@ def test_two_studies_at_once_in_one_folder_are_refused(tmp_path):
   [
     (['done', 'diverged'], 0, True),
     (['done', 'failed'], 1, True),
-    (['diverged'], 0, False),
+    (['diverged'], 0, True),
+    (['failed'], 1, True),
+    ([], 0, False),
   ],
 )
 def test_only_a_failed_cell_fails_the_command(
@@ -417,10 +664,11 @@ def command(workdir, *arguments):
   )
 
 
-def wait_for(path, process):
+def wait_for(path, process=None):
+  ended = getattr(process, 'ended', None) or getattr(process, 'poll', None)
   limit = time.monotonic() + 120
   while not path.exists():
-    assert time.monotonic() < limit and process.poll() is None, path
+    assert time.monotonic() < limit and not (ended and ended()), path
     time.sleep(0.02)
 
 
@@ -480,8 +728,12 @@ def test_a_study_is_killed_continued_and_loses_a_process(digits_dir, tmp_path):
   expected = ['done', 'done', 'failed', 'diverged', 'diverged', 'diverged']
   assert [row['status'] for row in rows] == expected
   unbroken, continued, killed, diverged = rows[:4]
-  assert killed['error'] == 'the process ended with exit code -9'
-  assert 'the loss is nan at step 2' in diverged['error']
+  assert killed['error'] == (
+    'the process was ended by SIGKILL, most often because memory has run out: '
+    f'try fewer --jobs (or a smaller --vmap); see {cells[2] / "log.txt"}'
+  )
+  assert diverged['error'] == 'the loss is nan at step 2'
+  assert diverged['train_seconds']
   assert f'failed: {killed["cell"]}: {killed["error"]}\n' in errors
   assert f'diverged: {diverged["cell"]}: {diverged["error"]}\n' in errors
   own = {'cell', 'train.keep_checkpoints', 'config'}
