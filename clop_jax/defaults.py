@@ -101,6 +101,7 @@ def get_config() -> ml_collections.ConfigDict:
   # term where the softmax over the prototypes is at least so sure, in (0, 1];
   # None: they stay unlabelled.
   loss.pseudo_label_threshold = ml_collections.config_dict.placeholder(float)
+  loss.pseudo_label_after_epochs = 1  # a new network is sure of wrong ones
 
   config.prototypes = prototypes = ml_collections.ConfigDict()
   # orthonormal, simplex_etf or random (not orthogonal), all fixed; learned

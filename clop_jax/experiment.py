@@ -250,7 +250,7 @@ def build(
       repulsion=config.loss.clop_repulsion,
     ),
     prototype_rule=rule,
-    pseudo_labels=_pseudo_labels(config.loss),
+    pseudo_labels=_pseudo_labels(config, steps_per_epoch),
     log_every=config.train.log_every_steps,
     bn_scope=model.bn_scope,
     num_micro_batches=config.train.num_micro_batches,
@@ -315,20 +315,35 @@ def _prototype_rule(config, steps_per_epoch):
   )
 
 
-def _pseudo_labels(config):
+def _pseudo_labels(config, steps_per_epoch):
   """Labels for unlabelled examples, or None if there are to be none."""
-  if config.pseudo_label_threshold is None:
+  fields, epochs = config.loss, config.train.num_epochs
+  if fields.pseudo_label_threshold is None:
     return None
-  if not 0 < config.pseudo_label_threshold <= 1:
+  if not 0 < fields.pseudo_label_threshold <= 1:
     raise ValueError(
       'config.loss.pseudo_label_threshold must be None or in (0, 1], got '
-      f'{config.pseudo_label_threshold}'
+      f'{fields.pseudo_label_threshold}'
     )
-  return functools.partial(
-    prototypes.pseudo_labels,
-    threshold=config.pseudo_label_threshold,
-    temperature=config.clop_temperature,
-  )
+  after = fields.pseudo_label_after_epochs
+  if not 0 <= after < epochs:
+    raise ValueError(
+      'config.loss.pseudo_label_after_epochs must be at least 0 and below '
+      f'config.train.num_epochs={epochs}, or there would be none at all; got '
+      f'{after}'
+    )
+
+  def label(embeddings, labels, prototypes_, step):
+    guessed = prototypes.pseudo_labels(
+      embeddings,
+      labels,
+      prototypes_,
+      threshold=fields.pseudo_label_threshold,
+      temperature=fields.clop_temperature,
+    )
+    return jnp.where(step >= after * steps_per_epoch, guessed, labels)
+
+  return label
 
 
 def recipe(config: ml_collections.ConfigDict) -> dict:

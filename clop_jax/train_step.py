@@ -76,8 +76,8 @@ def train_step(
       is still reported).
     clop: `(embeddings, labels, prototypes, axis_name=...) -> loss`.
     prototype_rule: how the prototypes change.
-    pseudo_labels: `(embeddings, labels, prototypes) -> labels` for the CLOP
-      loss; None: those of the batch alone.
+    pseudo_labels: `(embeddings, labels, prototypes, step) -> labels` for the
+      CLOP loss; None: those of the batch alone.
     log_every: the diagnostics (norms, effective rank, ...) are made on steps
       that are a multiple of this; on others they are 0.
     bn_scope: as in the networks. With 'device' the running statistics are the
@@ -114,7 +114,7 @@ def train_step(
     labels = examples['label']
     contrastive_loss = contrastive(embeddings, labels, axis_name=axis_name)
     if pseudo_labels is not None:
-      labels = pseudo_labels(embeddings, labels, state.prototypes)
+      labels = pseudo_labels(embeddings, labels, state.prototypes, state.step)
     clop_loss = clop(embeddings, labels, state.prototypes, axis_name=axis_name)
     weight = clop_weight * prototype_rule.clop_factor(state.step)
     total = contrastive_loss + weight * clop_loss

@@ -132,6 +132,8 @@ def test_a_resumed_run_sets_the_same_prototypes_and_pseudo_labels(
   lines = metrics_of(tmp_path / 'unbroken')
   for line in lines[:5]:
     assert line['loss'] == line['contrastive_loss']
+    # Neither is there a pseudo-label in the first epoch.
+    assert line['pseudo_label_share'] == 0
   assert lines[5]['loss'] > lines[5]['contrastive_loss']
   # Of the half without a label some are sure, and not all of those are right.
   assert 0 < lines[-1]['pseudo_label_share'] < 1
@@ -253,6 +255,13 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
     (
       {'loss__pseudo_label_threshold': 1.5},
       r'pseudo_label_threshold must be None or in \(0, 1\], got 1.5',
+    ),
+    (
+      {
+        'loss__pseudo_label_threshold': 0.9,
+        'loss__pseudo_label_after_epochs': 2,
+      },
+      'pseudo_label_after_epochs must .* below config.train.num_epochs=2',
     ),
     ({'loss__clop_repulsion': -1.0}, 'repulsion must be at least 0, got -1'),
     ({'data__num_classes': 1}, 'num_classes must be at least 2'),

@@ -190,8 +190,8 @@ def test_aligned_prototypes_have_no_clop_term_before_they_are_set():
 
 @pytest.mark.parametrize('devices', [1, 8])
 def test_pseudo_labels_are_counted_over_the_global_batch(devices):
-  def label_all_as_two(embeddings, labels, prototypes):
-    del embeddings, prototypes
+  def label_all_as_two(embeddings, labels, prototypes, step):
+    del embeddings, prototypes, step
     return jnp.where(labels < 0, 2, labels)
 
   _, history = run_on(devices, pseudo_labels=label_all_as_two)
@@ -205,8 +205,8 @@ def test_pseudo_labels_are_counted_over_the_global_batch(devices):
 
 
 def test_no_pseudo_label_is_no_accuracy():
-  def label_none(embeddings, labels, prototypes):
-    del embeddings, prototypes
+  def label_none(embeddings, labels, prototypes, step):
+    del embeddings, prototypes, step
     return labels
 
   _, history = run_on(1, pseudo_labels=label_none)
