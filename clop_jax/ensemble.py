@@ -115,7 +115,7 @@ def train_together(
     'image': images,
   }
   if config.loss.pseudo_label_threshold is not None:
-    shared['true_label'] = true_labels.astype(np.int32)
+    shared['true_label'] = true_labels[owners].astype(np.int32)
   shared = parallel.replicate(mesh, shared)
   program = _program(run, mesh)
   save_every = config.train.checkpoint_every_epochs * steps_per_epoch
@@ -211,7 +211,8 @@ class _Member:
 
   def add(self, metrics):
     """Keeps the metrics `[steps]` of a dispatch, still on the device."""
-    self._metrics.append(metrics)
+    if self.alive:
+      self._metrics.append(metrics)
 
   def check(self, step):
     """Reports a loss that is not finite."""
@@ -222,6 +223,7 @@ class _Member:
       train.check_finite(losses, step, self.checkpoints)
     except FloatingPointError as error:
       self.alive = False
+      self._metrics.clear()
       self._diverged(error)
     del self._metrics[:-1]
 
