@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -692,7 +693,8 @@ def test_a_study_is_killed_continued_and_loses_a_process(digits_dir, tmp_path):
     '--config.model.embedding_dim=16',
     '--config.model.head_hidden_dim=16',
     '--config.train.batch_size=256',
-    '--config.train.num_epochs=2',
+    # Long enough for the kill to come before the end on a busy machine.
+    '--config.train.num_epochs=4',
     '--config.train.log_every_steps=5',
     '--config.train.checkpoint_every_epochs=1',
     '--config.eval.probe_iterations=20',
@@ -722,7 +724,7 @@ def test_a_study_is_killed_continued_and_loses_a_process(digits_dir, tmp_path):
   assert '5 of 6 cells to go, 1 at the same time on cpu' in output
   assert {p: p.stat().st_mtime_ns for p in kept} == kept
   log = (cells[1] / 'log.txt').read_text()
-  assert 'going on from step 5 of 10' in log or 'already trained' in log
+  assert re.search(r'going on from step \d+ of 20|already trained', log), log
 
   rows = rows_of(folder)
   expected = ['done', 'done', 'failed', 'diverged', 'diverged', 'diverged']
