@@ -3,13 +3,15 @@
 python -m clop_jax.evaluate --workdir=runs/digits
 python -m clop_jax.evaluate --workdir=runs/a --workdir=runs/b --figure=ab.png
 
-Writes `eval.json` and `figures/embeddings.png` into each workdir and prints a
-table. Nothing but the workdir is needed: the config is in it.
+Writes `eval.json`, `embeddings.npz` and `figures/embeddings.png` into each
+workdir and prints a table. Nothing but the workdir is needed: the config is in
+it.
 """
 
 import datetime
 import functools
 import importlib.metadata
+import io
 import json
 import os
 import sys
@@ -34,6 +36,7 @@ from clop_jax.data import loader
 from clop_jax.data import sources
 
 _SPLITS = ('train', 'test')
+_MAX_ROWS = 2000  # of the embeddings that are kept for figures
 _LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -57,11 +60,15 @@ def evaluate(
     devices: default: all, of all processes.
 
   Returns:
-    `(result, arrays)`: what `eval.json` gets, and `embeddings`, `labels` and
-    `spectrum` for figures.
+    `(result, arrays)`: what `eval.json` gets, and for figures, of the test
+    split: normalized `embeddings` `[n, dim]`, `labels` `[n]`, the singular
+    values of the embeddings as `spectrum` `[min(n, dim)]`, and
+    `class_mean_cosines` `[num_classes, num_classes]`; and the `prototypes`
+    `[num_classes, dim]`.
 
   Raises:
     ValueError: if the workdir is missing or holds no run or no checkpoint.
+    FloatingPointError: if the features are not finite: the training diverged.
     checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
   """
   config = workdir_lib.load_config(workdir)
@@ -91,31 +98,37 @@ def evaluate(
     features[split], embeddings[split], labels[split] = probe.extract(
       apply, batches, batch_size=config.eval.batch_size, mesh=mesh
     )
-  linear = probe.linear_probe(
-    features['train'],
-    labels['train'],
-    features['test'],
-    labels['test'],
-    num_classes=config.data.num_classes,
-    l2_strengths=config.eval.probe_l2,
-    max_iterations=config.eval.probe_iterations,
-    seed=config.seed,
-  )
-  neighbours = probe.knn(
-    features['train'],
-    labels['train'],
-    features['test'],
-    labels['test'],
-    num_classes=config.data.num_classes,
-    neighbours=config.eval.knn_neighbours,
-    temperature=config.eval.knn_temperature,
-  )
+  try:
+    linear = probe.linear_probe(
+      features['train'],
+      labels['train'],
+      features['test'],
+      labels['test'],
+      num_classes=config.data.num_classes,
+      l2_strengths=config.eval.probe_l2,
+      max_iterations=config.eval.probe_iterations,
+      seed=config.seed,
+    )
+    neighbours = probe.knn(
+      features['train'],
+      labels['train'],
+      features['test'],
+      labels['test'],
+      num_classes=config.data.num_classes,
+      neighbours=config.eval.knn_neighbours,
+      temperature=config.eval.knn_temperature,
+    )
+  except FloatingPointError as error:
+    raise FloatingPointError(f'{error} at step {int(state.step)}') from error
   after = probe.fingerprint((state.params, state.batch_stats))
   if before != after:
     raise RuntimeError('the frozen parameters changed during the evaluation')
 
   unit = collapse.normalize(embeddings['test'])
-  spectrum = np.asarray(collapse.singular_values(unit))
+  prototypes = np.asarray(state.prototypes)
+  cosines = np.asarray(
+    collapse.class_mean_cosines(unit, labels['test'], len(prototypes))
+  )
   result = {
     'protocol_version': probe.PROTOCOL_VERSION,
     'step': int(state.step),
@@ -125,7 +138,7 @@ def evaluate(
     'linear_held_out_top1': linear['held_out_top1'],
     'knn_top1': neighbours[config.eval.knn_neighbours[0]],
     **{f'knn{k}_top1': value for k, value in neighbours.items()},
-    **_collapse_measures(unit, labels['test'], np.asarray(state.prototypes)),
+    **_collapse_measures(unit, labels['test'], prototypes, cosines),
     'features_effective_rank': float(collapse.effective_rank(features['test'])),
     'features_within_between_ratio': float(
       collapse.within_between_ratio(
@@ -145,7 +158,9 @@ def evaluate(
   arrays = {
     'embeddings': np.asarray(unit),
     'labels': labels['test'],
-    'spectrum': spectrum,
+    'spectrum': np.asarray(collapse.singular_values(unit)),
+    'class_mean_cosines': cosines,
+    'prototypes': prototypes,
   }
   return result, arrays
 
@@ -203,10 +218,9 @@ def _frozen(run, state, recipe, mesh):
   return functools.partial(apply, state.params, state.batch_stats)
 
 
-def _collapse_measures(unit, labels, prototypes):
+def _collapse_measures(unit, labels, prototypes, cosines):
   """Measures of the normalized test embeddings, as plain numbers."""
   num_classes = len(prototypes)
-  cosines = collapse.class_mean_cosines(unit, labels, num_classes)
   angles = collapse.principal_angles(unit, labels, num_classes)
   between = ~np.eye(num_classes, dtype=bool)
   measures = {
@@ -218,7 +232,7 @@ def _collapse_measures(unit, labels, prototypes):
     'prototype_energy_share': collapse.prototype_energy_share(
       unit, labels, prototypes
     ),
-    'class_mean_cosine': np.nanmean(np.asarray(cosines)[between]),
+    'class_mean_cosine': np.nanmean(cosines[between]),
     'principal_angle_degrees': np.degrees(
       np.nanmean(np.asarray(angles)[between])
     ),
@@ -230,7 +244,30 @@ def _collapse_measures(unit, labels, prototypes):
   return {name: float(value) for name, value in measures.items()}
 
 
-def _write(workdir, result):
+def write(workdir: str, result: dict, arrays: dict) -> None:
+  """Writes what `evaluate` returned: `eval.json` and `embeddings.npz`.
+
+  Args:
+    workdir: of the run.
+    result: for `eval.json`.
+    arrays: for `embeddings.npz`: all as they are, but of the `embeddings`
+      (as float16) and `labels` at most 2,000 rows, evenly spaced.
+  """
+  count = len(arrays['labels'])
+  shown = np.linspace(0, count - 1, min(count, _MAX_ROWS)).round().astype(int)
+  packed = io.BytesIO()
+  np.savez_compressed(
+    packed,
+    embeddings=arrays['embeddings'][shown].astype(np.float16),
+    labels=arrays['labels'][shown].astype(np.int32),
+    spectrum=arrays['spectrum'].astype(np.float32),
+    class_mean_cosines=arrays['class_mean_cosines'].astype(np.float32),
+    prototypes=arrays['prototypes'].astype(np.float32),
+  )
+  workdir_lib.write_whole(
+    os.path.join(workdir, 'embeddings.npz'), packed.getvalue()
+  )
+  # Last: where it is, the rest is as well.
   text = json.dumps(result, indent=2) + '\n'
   workdir_lib.write_whole(os.path.join(workdir, 'eval.json'), text.encode())
 
@@ -283,7 +320,7 @@ def main() -> None:
     arrays.append(run_arrays)
     if not parallel.is_main():
       continue
-    _write(workdir, result)
+    write(workdir, result, run_arrays)
     path = os.path.join(workdir, 'figures', 'embeddings.png')
     _draw(path, [workdir], [result], [run_arrays])
   if not parallel.is_main():

@@ -108,8 +108,9 @@ def linear_probe(
     `top1`, `top5` (in [0, 1], on the test features), `l2` and `held_out_top1`.
 
   Raises:
-    ValueError: if a label is out of range, the features are not finite, or no
-      strength can be chosen (no candidate, or no class of two examples).
+    ValueError: if a label is out of range, or no strength can be chosen (no
+      candidate, or no class of two examples).
+    FloatingPointError: if the features are not finite.
   """
   if not l2_strengths:
     raise ValueError('l2_strengths must hold at least one strength, got none')
@@ -232,7 +233,8 @@ def knn(
     Top-1 accuracy in [0, 1] for each `k`.
 
   Raises:
-    ValueError: if a label is out of range or the features are not finite.
+    ValueError: if a label is out of range.
+    FloatingPointError: if the features are not finite.
 
   Reference:
     Wu et al., "Unsupervised feature learning via non-parametric instance
@@ -278,7 +280,10 @@ def _unit(x):
 def _check_finite(**splits):
   for name, x in splits.items():
     if not np.isfinite(x).all():
-      raise ValueError(f'{name}_features must be finite, got NaN or infinity')
+      # The training diverged: nothing that the caller passed was wrong.
+      raise FloatingPointError(
+        f'{name}_features must be finite, got NaN or infinity'
+      )
 
 
 def _check_labels(num_classes, **splits):

@@ -66,7 +66,7 @@ def claim(
     if parallel.is_main():
       try:
         _check_config(config, workdir)
-        stack.enter_context(_locked(workdir))
+        stack.enter_context(locked(workdir))
         _save_config(config, workdir)
         _save_labels(workdir, labels, true_labels)
       except (ValueError, OSError) as caught:
@@ -80,7 +80,12 @@ def claim(
 
 
 @contextlib.contextmanager
-def _locked(workdir):
+def locked(workdir: str) -> Iterator[None]:
+  """Holds a folder, made if it is missing, for one process at a time.
+
+  Raises:
+    ValueError: if another process holds it.
+  """
   path = epath.Path(workdir)
   path.mkdir(parents=True, exist_ok=True)
   if '://' in str(workdir):
@@ -106,11 +111,11 @@ def _check_config(config, workdir):
   """Refuses a workdir of another config."""
   if not (epath.Path(workdir) / 'config.json').exists():
     return
-  differences = _differences(to_json(load_config(workdir)), to_json(config))
-  if differences:
+  unlike = differences(to_json(load_config(workdir)), to_json(config))
+  if unlike:
     raise ValueError(
       f'--workdir={workdir} was made with another config: '
-      f'{"; ".join(differences)}. Use another --workdir, or the same config'
+      f'{"; ".join(unlike)}. Use another --workdir, or the same config'
     )
 
 
@@ -174,9 +179,12 @@ def load_config(workdir: str) -> ml_collections.ConfigDict:
   if not isinstance(saved, dict):
     raise ValueError(f'{path} is not a config: it holds {saved!r:.50}')
   # Dictionaries become groups by themselves; lists stay lists.
-  return ml_collections.ConfigDict(
-    _completed(saved, to_json(defaults.get_config()))
-  ).lock()
+  return ml_collections.ConfigDict(completed(saved)).lock()
+
+
+def completed(saved: dict) -> dict:
+  """A config of `to_json`, and the defaults of the fields it does not have."""
+  return _completed(saved, to_json(defaults.get_config()))
 
 
 def _completed(saved, default):
@@ -189,13 +197,14 @@ def _completed(saved, default):
   return fields
 
 
-def _differences(old, new, prefix=''):
+def differences(old: dict, new: dict, prefix: str = '') -> list[str]:
+  """What two configs of `to_json` differ in, a text for each field."""
   lines = []
   for name in sorted({*old, *new}):
     field = f'{prefix}{name}'
     before, after = old.get(name, 'missing'), new.get(name, 'missing')
     if isinstance(before, dict) and isinstance(after, dict):
-      lines += _differences(before, after, f'{field}.')
+      lines += differences(before, after, f'{field}.')
     elif before != after:
       lines.append(f'{field} is {before!r} there and {after!r} here')
   return lines

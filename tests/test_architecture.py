@@ -23,6 +23,7 @@ LAYERS = {
   'optimizer': 0,
   'parallel': 0,
   'preemption': 0,
+  'workers': 0,
   'data.labels': 0,
   'data.digits': 0,
   'data.tiny_imagenet': 0,
@@ -46,10 +47,13 @@ LAYERS = {
   'workdir': 3,
   'inputs': 3,
   'command': 3,
+  'grid': 3,
   'train': 4,
   'evaluate': 4,
   'data.prepare': 4,
   'data.preview': 4,
+  'cell': 4.5,  # train and evaluate in one
+  'study': 5,
 }
 LIBRARIES = {
   'loss': {'jax'},
@@ -70,6 +74,8 @@ LIBRARIES = {
   'optimizer': {'jax', 'optax'},
   'parallel': {'jax', 'numpy'},
   'preemption': {'jax'},
+  'workers': set(),
+  'grid': {'ml_collections'},
   'metrics_log': {'etils', 'jax', 'tqdm'},
   'data.labels': {'numpy'},
   'train_state': {'jax', 'flax', 'optax'},

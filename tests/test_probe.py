@@ -196,18 +196,28 @@ def test_no_strength_is_made_up_where_none_can_be_chosen(strengths, message):
 @pytest.mark.parametrize(
   ('position', 'value', 'message'),
   [
-    (0, np.nan, 'train_features must be finite'),
-    (0, np.inf, 'train_features must be finite'),
-    (2, np.nan, 'test_features must be finite'),
     (1, K, rf'train_labels must be in \[0, {K}\), got {K} at index 7'),
     (1, -1, 'train_labels must be in .*, got -1 at index 7'),
     (3, K + 3, rf'test_labels must be in .*, got {K + 3} at index 7'),
   ],
 )
-def test_wrong_features_and_labels_are_refused(position, value, message):
+def test_labels_out_of_range_are_refused(position, value, message):
   arrays = [np.array(array) for array in problem()]
   arrays[position][7] = value
   with pytest.raises(ValueError, match=message):
+    probe.linear_probe(*arrays, num_classes=K, l2_strengths=[0.1])
+
+
+@pytest.mark.parametrize(
+  ('position', 'value', 'name'),
+  [(0, np.nan, 'train'), (0, np.inf, 'train'), (2, np.nan, 'test')],
+)
+def test_features_that_are_not_finite_count_as_a_diverged_run(
+  position, value, name
+):
+  arrays = [np.array(array) for array in problem()]
+  arrays[position][7] = value
+  with pytest.raises(FloatingPointError, match=f'{name}_features must be fin'):
     probe.linear_probe(*arrays, num_classes=K, l2_strengths=[0.1])
 
 
@@ -285,7 +295,7 @@ def test_knn_refuses_labels_out_of_range(position, name):
 def test_knn_refuses_features_that_are_not_finite():
   arrays = [np.array(array) for array in knn_problem()]
   arrays[0][3] = np.nan
-  with pytest.raises(ValueError, match='finite'):
+  with pytest.raises(FloatingPointError, match='finite'):
     probe.knn(*arrays, num_classes=K)
 
 
