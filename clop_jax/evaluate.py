@@ -26,6 +26,7 @@ from clop_jax import checkpoint
 from clop_jax import collapse
 from clop_jax import command
 from clop_jax import experiment
+from clop_jax import figures
 from clop_jax import inputs
 from clop_jax import parallel
 from clop_jax import probe
@@ -273,7 +274,7 @@ def write(workdir: str, result: dict, arrays: dict) -> None:
 
 
 def _draw(path, workdirs, results, arrays):
-  report.embedding_figure(
+  figures.embedding_figure(
     path,
     [_name(workdir) for workdir in workdirs],
     [a['embeddings'] for a in arrays],

@@ -41,6 +41,7 @@ LAYERS = {
   'train_step': 2,
   'checkpoint': 2,
   'probe': 2,
+  'figures': 2,
   'report': 3,
   'defaults': 2,
   'experiment': 3,
@@ -80,7 +81,8 @@ LIBRARIES = {
   'data.labels': {'numpy'},
   'train_state': {'jax', 'flax', 'optax'},
   'train_step': {'jax', 'flax', 'optax'},
-  'report': {'matplotlib', 'numpy'},
+  'figures': {'matplotlib', 'numpy'},
+  'report': {'numpy', 'sklearn', 'threadpoolctl'},
 }
 
 
