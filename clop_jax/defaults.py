@@ -94,6 +94,7 @@ def get_config() -> ml_collections.ConfigDict:
   loss.vicreg_weights = (25.0, 25.0, 1.0)  # invariance, variance, covariance
   loss.barlow_weight = 5e-3  # of the redundancy term
   loss.clop_weight = 1.0  # the paper's lambda; 0 trains without CLOP
+  loss.clop_after_epochs = 0  # until then no CLOP term
   loss.clop_distance = 'cosine'  # cosine, euclidean, manhattan or softmax
   loss.clop_temperature = 0.1  # of softmax, and of the pseudo-labels
   loss.clop_repulsion = 0.0  # from the other prototypes; of cosine only

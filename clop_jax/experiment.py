@@ -210,6 +210,7 @@ def build(
     _PROTOTYPES, 'prototypes.kind', config.prototypes.kind
   )
   rule = _prototype_rule(config, steps_per_epoch)
+  first_clop_step = _first_clop_step(config, steps_per_epoch)
   images.check_size('config.augment.size', augment.size)
   image_shape = (augment.size, augment.size, config.data.channels)
 
@@ -259,11 +260,14 @@ def build(
 
   def step(state, batch, key, numbers=None):
     numbers = own_numbers if numbers is None else numbers
+    clop_weight = numbers['clop_weight']
+    if first_clop_step:
+      clop_weight *= state.step >= first_clop_step
     return bound(
       state,
       batch,
       key,
-      clop_weight=numbers['clop_weight'],
+      clop_weight=clop_weight,
       **optimizer_at(numbers['learning_rate']),
     )
 
@@ -284,6 +288,18 @@ def numbers_of(config: ml_collections.ConfigDict) -> dict[str, float]:
     ),
     'clop_weight': config.loss.clop_weight,
   }
+
+
+def _first_clop_step(config, steps_per_epoch):
+  """Steps that are trained without CLOP."""
+  after, epochs = config.loss.clop_after_epochs, config.train.num_epochs
+  if not 0 <= after < epochs:
+    raise ValueError(
+      'config.loss.clop_after_epochs must be at least 0 and below '
+      f'config.train.num_epochs={epochs}, or there would be no CLOP term at '
+      f'all; got {after}'
+    )
+  return after * steps_per_epoch
 
 
 def _prototype_rule(config, steps_per_epoch):

@@ -40,8 +40,8 @@ def call(*arguments, cwd=None):
     (
       [f'--config={CONFIG}', '--config.loss.clop_wieght=0', '--workdir=w'],
       "--config.loss.clop_wieght: config.loss has no field 'clop_wieght'; it "
-      'has: barlow_weight, block_size, clop_distance, clop_repulsion, '
-      'clop_temperature, clop_weight',
+      'has: barlow_weight, block_size, clop_after_epochs, clop_distance, '
+      'clop_repulsion, clop_temperature, clop_weight',
     ),
     (
       [f'--config={CONFIG}', '--config.los.clop_weight=0', '--workdir=w'],

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from clop_jax import experiment
+from clop_jax import parallel
 from clop_jax import train_state
 from tests import small
 
@@ -37,6 +38,24 @@ def test_runs_that_differ_in_their_numbers_alone_are_one_program():
   other = {'optimizer__learning_rate': 7.0, 'loss__clop_weight': 0.0, 'seed': 5}
   assert program(**other) == one
   assert program(loss__temperature=0.1) != one
+
+
+def test_clop_begins_after_the_epochs_without_it():
+  _, run = build(loss__clop_after_epochs=1, loss__clop_weight=3.0)
+  rng = np.random.default_rng(0)
+  batch = {
+    'image': rng.integers(0, 256, (8, 8, 8, 1), np.uint8),
+    'label': np.arange(8) % 10,
+    'index': np.arange(8),
+  }
+  mesh = jax.make_mesh((1,), ('data',), (jax.sharding.AxisType.Auto,))
+  step = parallel.map_step(run.step, mesh, batch_axes=(None, 0, None))
+  for number, weight in (4, 0.0), (5, 3.0):
+    state = jax.jit(run.create_state)().replace(step=jax.numpy.array(number))
+    _, metrics = step(state, batch, jax.random.key(0))
+    of_clop = metrics['loss'] - metrics['contrastive_loss']
+    assert metrics['clop_loss'] > 0.1
+    np.testing.assert_allclose(of_clop, weight * metrics['clop_loss'], 1e-5)
 
 
 def test_the_seed_decides_the_first_state_also_as_an_argument():

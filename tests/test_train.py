@@ -263,6 +263,10 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
       },
       'pseudo_label_after_epochs must .* below config.train.num_epochs=2',
     ),
+    (
+      {'loss__clop_after_epochs': 2},
+      'clop_after_epochs must .* below config.train.num_epochs=2',
+    ),
     ({'loss__clop_repulsion': -1.0}, 'repulsion must be at least 0, got -1'),
     ({'data__num_classes': 1}, 'num_classes must be at least 2'),
     ({'optimizer__name': 'adam'}, r"\['adamw', 'lars', 'sgd'\], got 'adam'"),
