@@ -14,6 +14,7 @@ from absl import logging
 import jax
 
 from clop_jax import checkpoint
+from clop_jax import compilation_cache
 from clop_jax import defaults
 from clop_jax import parallel
 from clop_jax import preemption
@@ -68,6 +69,7 @@ def _guarded(main):
       values.process_id,
       peer_timeout_seconds=values.peer_timeout_seconds,
     )
+    compilation_cache.enable()
     main()
   except KeyboardInterrupt:
     _fail('interrupted', code=130)

@@ -204,9 +204,13 @@ class _Pool:
     with contextlib.ExitStack() as stack:
       if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         # Cells that differ in numbers only are one program, compiled once.
-        folder = tempfile.TemporaryDirectory(prefix='clop_jax_study_')
+        folder = jax.config.jax_compilation_cache_dir
+        if not folder:
+          folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix='clop_jax_study_')
+          )
         self._environment |= {
-          'JAX_COMPILATION_CACHE_DIR': stack.enter_context(folder),
+          'JAX_COMPILATION_CACHE_DIR': folder,
           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
         }
       self.platform, self._first = 'cpu', []
