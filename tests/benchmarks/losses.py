@@ -1,57 +1,112 @@
-"""Time and memory of NT-Xent, dense against blocked, in one run.
+"""NT-Xent, value and gradient: ours dense and in blocks, Optax's, PyTorch's."""
 
-python -m tests.benchmarks.losses
-
-Memory is the compiler's own analysis of the temporaries of value and gradient.
-Times are medians of turns A B A B; machines are noisy, so trust the ratio.
-"""
-
-import statistics
-import time
+from collections.abc import Iterator
 
 import jax
+import numpy as np
+import optax
 
 from clop_jax import loss
+from tests.benchmarks import contest
+from tests.benchmarks import machine
 
-EMBEDDINGS, DIM, BLOCK_SIZE, TURNS = 8192, 128, 512, 9
+DIM, TEMPERATURE, BLOCK_SIZE = 128, 0.5, 1024
+# Arrays of the whole matrix's size that a dense form in PyTorch holds at one
+# time, masks included; counted in its code, for machines without a limit.
+_TORCH_MATRICES = 8
+BATCHES = {
+  'cpu': (256, 1024, 4096, 16384, 65536),
+  'gpu': (256, 1024, 4096, 16384, 65536),
+  'small': (32,),
+}
 
 
-def compiled(z, block_size):
-  function = jax.jit(
-    jax.value_and_grad(lambda z: loss.nt_xent_loss(z, block_size=block_size))
-  )
-  return function.lower(z).compile()
-
-
-def main():
-  z = jax.random.normal(jax.random.key(0), (2, EMBEDDINGS // 2, DIM))
-  programs = {'dense': compiled(z, None), 'blocked': compiled(z, BLOCK_SIZE)}
-  seconds = {name: [] for name in programs}
-  for _ in range(TURNS + 1):
-    for name, program in programs.items():
-      began = time.perf_counter()
-      jax.block_until_ready(program(z))
-      seconds[name].append(time.perf_counter() - began)
-  # The first turn pays for cold caches.
-  medians = {k: statistics.median(v[1:]) for k, v in seconds.items()}
-  memory = {
-    k: p.memory_analysis().temp_size_in_bytes for k, p in programs.items()
-  }
-  print(
-    f'NT-Xent, value and gradient, {EMBEDDINGS} embeddings of dim {DIM}, '
-    f'{jax.devices()[0].device_kind}, jax {jax.__version__}'
-  )
-  for name in programs:
-    spread = max(seconds[name][1:]) / min(seconds[name][1:])
-    print(
-      f'{name:8} {medians[name] * 1e3:8.1f} ms (max/min {spread:.2f}) '
-      f'{memory[name] / 1e6:8.1f} MB of temporaries'
+def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
+  """One for each batch."""
+  for batch in BATCHES['small' if small else suite]:
+    key = jax.random.key(batch)
+    embeddings = jax.random.normal(key, (2, batch, DIM))
+    yield contest.Contest(
+      'losses',
+      f'NT-Xent, value and gradient, batch {batch:,}, dim {DIM}',
+      {
+        'ours, dense': lambda z=embeddings: _ours(z, None),
+        f'ours, blocks of {BLOCK_SIZE:,}': lambda z=embeddings: _ours(
+          z, BLOCK_SIZE
+        ),
+        'optax.losses.ntxent': lambda z=embeddings: _optax(z),
+        "PyTorch, authors' form": lambda z=embeddings: _torch(z, 'authors'),
+        'PyTorch, expert form': lambda z=embeddings: _torch(z, 'expert'),
+      },
+      # Minutes a call on a few cores.
+      turns=1 if suite == 'cpu' and batch > 20_000 else 7,
+      check=_agree,
     )
-  print(
-    f'blocked / dense: time {medians["blocked"] / medians["dense"]:.2f} '
-    f'(bar 1.20), memory {memory["blocked"] / memory["dense"]:.3f} (bar 0.25)'
+
+
+def _agree(results):
+  """Value and gradient of all forms are the same."""
+  first, *others = results.values()
+  for value, gradient in others:
+    np.testing.assert_allclose(value, first[0], rtol=1e-4)
+    error = np.linalg.norm(gradient - first[1]) / np.linalg.norm(first[1])
+    assert error < 1e-3, f'gradients differ by {error:.1e} of their norm'
+
+
+def _fitting(program):
+  machine.check_fits(program.temporaries)
+  return program
+
+
+def _ours(embeddings, block_size):
+  function = jax.value_and_grad(
+    lambda z: loss.nt_xent_loss(
+      z, temperature=TEMPERATURE, block_size=block_size
+    )
   )
+  return _fitting(contest.compiled(function, embeddings))
 
 
-if __name__ == '__main__':
-  main()
+def _optax(embeddings):
+  batch = embeddings.shape[1]
+  labels = np.tile(np.arange(batch), 2)
+
+  def function(z):
+    rows = z.reshape(-1, DIM)
+    return optax.losses.ntxent(rows, labels, temperature=TEMPERATURE)
+
+  return _fitting(contest.compiled(jax.value_and_grad(function), embeddings))
+
+
+def _torch(embeddings, form):
+  torch = machine.import_torch()
+  from tests.benchmarks import torch_losses
+
+  device = machine.torch_device()
+  if device == 'cpu':
+    rows = embeddings.shape[0] * embeddings.shape[1]
+    machine.check_fits(_TORCH_MATRICES * 4 * rows**2)
+  z = torch.tensor(np.asarray(embeddings), device=device, requires_grad=True)
+  last = {}
+
+  def run():
+    z.grad = None
+    if form == 'authors':
+      value = torch_losses.nt_xent_authors(z[0], z[1], TEMPERATURE)
+    else:
+      value = torch_losses.nt_xent_expert(z, TEMPERATURE)
+    value.backward()
+    last['value'] = value.detach()
+    machine.synchronize(torch)
+
+  def result():
+    run()
+    return last['value'].cpu().numpy(), z.grad.cpu().numpy()
+
+  temporaries = None
+  if device == 'cuda':
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    temporaries = torch.cuda.max_memory_allocated() - before
+  return contest.Program(run, temporaries, result)

@@ -1,0 +1,227 @@
+"""The benchmark suite: ours against its peers, in one table.
+
+python -m tests.benchmarks.run --suite=cpu
+python -m tests.benchmarks.run --suite=gpu --out=benchmarks --only=steps,input
+
+Writes `<out>/<suite>.json` and `<out>/<suite>.md` anew after each contest, so a
+run that is cut off keeps what it has measured. Needs jax, flax, optax and
+dm-pix; scikit-learn for one section, PyTorch (the extra `bench`) for the peers'
+rows.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import time
+
+# PyTorch shares the GPU's memory, which JAX would take at the start.
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+
+import jax
+
+from tests.benchmarks import changes
+from tests.benchmarks import contest
+from tests.benchmarks import losses
+from tests.benchmarks import machine
+from tests.benchmarks import prototypes
+from tests.benchmarks import startup
+from tests.benchmarks import steps
+
+
+def _protocol(suite, small):
+  # Only here: the other sections do without scikit-learn.
+  from tests.benchmarks import protocol
+
+  return protocol.contests(suite, small)
+
+
+# The most telling first: a run may be cut off.
+SECTIONS = {
+  'ceilings': machine.contests,
+  'steps': steps.contests,
+  'input': steps.input_contests,
+  'losses': losses.contests,
+  'changes': changes.contests,
+  'start': startup.contests,
+  'prototypes': prototypes.contests,
+  'protocol': _protocol,
+}
+
+
+def run(suite: str, out: str, *, sections=None, small: bool = False) -> dict:
+  """Holds all contests of a suite.
+
+  Args:
+    suite: 'cpu' or 'gpu', for its sizes; what it runs on is JAX's default.
+    out: folder of the results, made if missing.
+    sections: of `SECTIONS`; None: all.
+    small: the smallest sizes, to see that all of it works.
+
+  Returns:
+    What the JSON file holds: `machine`, `commit`, `time`, `suite` and `rows`.
+
+  Raises:
+    ValueError: for an unknown section.
+  """
+  sections = list(SECTIONS) if sections is None else sections
+  for name in sections:
+    if name not in SECTIONS:
+      raise ValueError(f'--only must be of {list(SECTIONS)}, got {name!r}')
+  results = {
+    'suite': suite + (' (smallest sizes)' if small else ''),
+    'machine': machine.facts(),
+    'commit': _commit(),
+    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'rows': [],
+  }
+  began = time.monotonic()
+  for name in sections:
+    for held in SECTIONS[name](suite, small):
+      if small:
+        held = dataclasses.replace(held, turns=1)
+      for row in contest.hold(held):
+        results['rows'].append(row)
+        print(_line(row), flush=True)
+      _finish(results, machine.copied_bytes(suite, small))
+      results['minutes'] = round((time.monotonic() - began) / 60, 1)
+      _write(results, pathlib.Path(out), suite)
+  return results
+
+
+def _commit():
+  result = subprocess.run(
+    ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+    cwd=pathlib.Path(__file__).parent,
+    capture_output=True,
+    text=True,
+  )
+  return result.stdout.strip() or 'not known'
+
+
+def _finish(results, copied):
+  """Adds what needs the ceilings, if they have been measured."""
+  peaks = {
+    row['dtype']: row['tflops']
+    for row in results['rows']
+    if row['section'] == 'ceilings' and 'dtype' in row
+  }
+  for row in results['rows']:
+    if 'tflops' in row and row['dtype'] in peaks:
+      row['share_of_peak'] = row['tflops'] / peaks[row['dtype']]
+    if row['section'] == 'ceilings' and 'copy' in row['case']:
+      row['gigabytes_per_second'] = copied / row['seconds'] / 1e9
+
+
+def _write(results, out, suite):
+  out.mkdir(parents=True, exist_ok=True)
+  for name, text in (
+    (f'{suite}.json', json.dumps(results, indent=1) + '\n'),
+    (f'{suite}.md', markdown(results)),
+  ):
+    (out / f'{name}.partial').write_text(text)
+    (out / f'{name}.partial').replace(out / name)
+
+
+def _line(row):
+  what = row.get('left_out') or ', '.join(_figures(row))
+  return f'{row["section"]} | {row["case"]} | {row["contestant"]}: {what}'
+
+
+def _figures(row):
+  yield f'{_time(row["seconds"])} ({_spread(row)})'
+  if 'ratio' in row:
+    yield f'{row["ratio"]:.2f} x'
+  if 'images_per_second' in row:
+    yield f'{row["images_per_second"]:,.0f} images/s'
+
+
+def _time(seconds):
+  for factor, unit in ((1, 's'), (1e3, 'ms')):
+    if seconds * factor >= 1:
+      return f'{seconds * factor:.3g} {unit}'
+  return f'{seconds * 1e6:.3g} µs'
+
+
+def _spread(row):
+  return f'{_time(row["smallest"])} to {_time(row["largest"])}'
+
+
+def markdown(results: dict) -> str:
+  """The results as a page: a table for each section."""
+  facts = results['machine']
+  lines = [
+    f'# Benchmark suite: {results["suite"]}',
+    '',
+    f'Commit {results["commit"]}, {results["time"]}, {results["minutes"]} '
+    'minutes.',
+    '',
+    ', '.join(f'{name}: {value}' for name, value in facts.items()) + '.',
+    '',
+    'Median of the turns (smallest to largest); contestants take turns, and '
+    '"times the first" is how often as long a call takes as that of the first '
+    'one of the same case. TFLOP/s count the products of convolutions and '
+    'dense layers. Memory: temporaries as the compiler plans them (JAX), or '
+    'what was allocated (PyTorch on a GPU) or grew (others on CPU) beside '
+    'arguments.',
+  ]
+  for section in dict.fromkeys(row['section'] for row in results['rows']):
+    lines += ['', f'## {section}', '']
+    rows = [row for row in results['rows'] if row['section'] == section]
+    lines += _table(rows)
+  return '\n'.join(lines) + '\n'
+
+
+def _table(rows):
+  columns = {
+    'case': lambda r: r['case'],
+    'contestant': lambda r: r['contestant'],
+    'time': lambda r: f'{_time(r["seconds"])} ({_spread(r)})',
+    'turns': lambda r: str(r['turns']),
+    'times the first': lambda r: f'{r["ratio"]:.2f}',
+    'images/s': lambda r: f'{r["images_per_second"]:,.0f}',
+    'TFLOP/s': lambda r: f'{r["tflops"]:.3g}',
+    'share of peak': lambda r: f'{100 * r["share_of_peak"]:.0f} %',
+    'GB/s': lambda r: f'{r["gigabytes_per_second"]:.0f}',
+    'memory, MB': lambda r: f'{r["temporaries"] / 1e6:,.1f}',
+  }
+
+  def cell(name, row):
+    if 'left_out' in row and name == 'time':
+      return row['left_out'].replace('|', '/')
+    try:
+      return columns[name](row)
+    except (KeyError, TypeError):
+      return ''
+
+  used = [c for c in columns if any(cell(c, row) for row in rows)]
+  lines = [used, ['---'] * len(used)]
+  lines += [[cell(c, row) for c in used] for row in rows]
+  return [f'| {" | ".join(line)} |' for line in lines]
+
+
+def main():
+  """The command."""
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--suite', choices=('cpu', 'gpu'), required=True)
+  parser.add_argument('--out', default='benchmarks', help='folder of results')
+  parser.add_argument('--only', help=f'sections, of {",".join(SECTIONS)}')
+  parser.add_argument(
+    '--small', action='store_true', help='smallest sizes: does it all work?'
+  )
+  arguments = parser.parse_args()
+  if arguments.suite != jax.default_backend() and not arguments.small:
+    parser.error(
+      f'--suite={arguments.suite} needs a {arguments.suite.upper()}, and JAX '
+      f'runs on {jax.default_backend()} here; with --small it can be tried'
+    )
+  sections = arguments.only.split(',') if arguments.only else None
+  run(arguments.suite, arguments.out, sections=sections, small=arguments.small)
+  print(f'results: {arguments.out}/{arguments.suite}.md')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,374 @@
+"""Whole training steps: augmentation, two views, forward, backward, update."""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import itertools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from clop_jax import loss
+from clop_jax import parallel
+from clop_jax import prototypes
+from clop_jax import train_state
+from clop_jax import train_step
+from clop_jax.data import loader
+from clop_jax.models import heads
+from clop_jax.models import resnet
+from tests.benchmarks import contest
+from tests.benchmarks import machine
+
+NUM_CLASSES, TEMPERATURE, LEARNING_RATE = 100, 0.5, 0.03
+_BACKBONES = {
+  8: resnet.ResNet8,
+  18: resnet.ResNet18,
+  50: resnet.ResNet50,
+}
+# Different images that a step can draw from; more at 224 px fill the memory.
+_EXAMPLES = {8: 4096, 32: 50_000, 64: 20_000, 224: 4096}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A backbone at an image size.
+
+  Attributes:
+    depth: of the ResNet.
+    size: of a view, pixels.
+    stem: see `resnet.ResNet`.
+    dim: of the embeddings.
+  """
+
+  depth: int
+  size: int
+  stem: str = 'cifar'
+  dim: int = 128
+
+  def __str__(self):
+    return f'ResNet-{self.depth} at {self.size} px'
+
+  def modules(self, dtype, axis_name=None):
+    """Backbone and projection head."""
+    backbone = _BACKBONES[self.depth](
+      stem=self.stem, dtype=dtype, axis_name=axis_name
+    )
+    head = heads.ProjectionHead(
+      dim=self.dim,
+      hidden_dim=self.dim,
+      dtype=dtype,
+      axis_name=axis_name,
+    )
+    return backbone, head
+
+
+RESNET18_32 = Network(18, 32)
+RESNET50_32 = Network(50, 32)
+RESNET18_64 = Network(18, 64)
+RESNET50_224 = Network(50, 224, 'imagenet')
+NETWORKS = (RESNET18_32, RESNET50_32, RESNET18_64, RESNET50_224)
+SMALL = Network(8, 8)
+
+# Batches of each network. On CPU one that takes some seconds.
+BATCHES = {
+  'cpu': ((RESNET18_32, 64), (RESNET50_32, 16), (RESNET18_64, 16)),
+  'gpu': (
+    (RESNET18_32, 256),
+    (RESNET18_32, 1024),
+    (RESNET18_32, 4096),
+    (RESNET50_32, 256),
+    (RESNET50_32, 1024),
+    (RESNET18_64, 1024),
+    (RESNET50_224, 256),
+  ),
+  'small': ((SMALL, 8),),
+}
+# Steps of one call, so that waiting for the device is not what is timed.
+_STEPS = {'cpu': 1, 'gpu': 10}
+
+
+def recipe(size: int) -> dict:
+  """Arguments of `augment.view`: the CIFAR recipe, in place of all sizes."""
+  return {'size': size, 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
+
+
+@functools.cache
+def examples(size: int, small: bool) -> tuple[np.ndarray, np.ndarray]:
+  """Random images, and labels, of which a tenth is known."""
+  count = 64 if small else _EXAMPLES[size]
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (count, size, size, 3), np.uint8)
+  labels = rng.integers(0, NUM_CLASSES, count)
+  return images, np.where(np.arange(count) % 10 == 0, labels, -1)
+
+
+def our_step(network: Network, dtype, **changes):
+  """`(create_state, step)`: the library's step, on a mesh of any size."""
+  backbone, head = network.modules(dtype, parallel.DATA_AXIS)
+  schedule = optax.constant_schedule(LEARNING_RATE)
+  tx = optax.chain(
+    optax.add_decayed_weights(1e-4), optax.sgd(schedule, momentum=0.9)
+  )
+  made = prototypes.orthonormal_prototypes(
+    jax.random.key(1), NUM_CLASSES, network.dim
+  )
+
+  def create_state():
+    return train_state.create(
+      jax.random.key(0),
+      backbone=backbone,
+      projection_head=head,
+      tx=tx,
+      image_shape=(network.size, network.size, 3),
+      prototypes=made,
+    )
+
+  def contrastive(embeddings, labels, axis_name):
+    del labels
+    return loss.nt_xent_loss(
+      embeddings, temperature=TEMPERATURE, axis_name=axis_name
+    )
+
+  arguments = {
+    'backbone': backbone,
+    'projection_head': head,
+    'tx': tx,
+    'schedule': schedule,
+    'recipe': recipe(network.size),
+    'contrastive': contrastive,
+    'clop_weight': 1.0,
+    'log_every': 50,
+  }
+  return create_state, functools.partial(
+    train_step.train_step, **arguments | changes
+  )
+
+
+def default_dtype():
+  """What training computes in, as `model.dtype='auto'`."""
+  return jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16
+
+
+def constant_batch(network: Network, batch: int, small: bool) -> dict:
+  """The first examples, as the step takes them."""
+  images, labels = examples(network.size, small)
+  index = np.arange(batch) % len(images)
+  return {
+    'image': images[index],
+    'label': labels[index].astype(np.int32),
+    'index': index.astype(np.int32),
+  }
+
+
+def ours(
+  network: Network,
+  batch: int,
+  *,
+  small: bool,
+  resident: bool = True,
+  dtype=None,
+  steps: int = 1,
+  scanned: bool = False,
+  **changes,
+) -> contest.Program:
+  """The library's step as a contestant.
+
+  Args:
+    network: that is trained.
+    batch: examples of a step.
+    small: few images.
+    resident: batches are gathered from the resident set; else they are one and
+      the same.
+    dtype: default: that of the platform.
+    steps: in one call.
+    scanned: these steps are one dispatch.
+    **changes: to the arguments of `train_step.train_step`.
+  """
+  mesh = parallel.make_mesh(jax.devices()[:1])
+  create_state, step = our_step(network, dtype or default_dtype(), **changes)
+  key = parallel.replicate(mesh, jax.random.key(2))
+  count = steps if scanned else 1
+  if resident:
+    images, labels = examples(network.size, small)
+    data = loader.ResidentLoader(
+      images, labels, batch_size=batch, seed=0, mesh=mesh
+    )
+    kept = data.resident
+    chunks = (range(i, i + count) for i in itertools.count(0, count))
+    batches = data.batches(chunks)
+  else:
+    # One device holds the whole batch; the row of zeros only counts the steps.
+    kept = parallel.replicate(mesh, constant_batch(network, batch, small))
+    row = parallel.shard(mesh, np.zeros((count, batch), np.int32), axis=1)
+    batches = itertools.repeat({'index': row})
+
+  def steps_of(state, kept, batches, key):
+    def one(state, batch):
+      found = loader.unpack(kept, batch) if resident else kept
+      return step(state, found, key)
+
+    if scanned:
+      return lax.scan(one, state, batches)
+    return one(state, jax.tree.map(lambda x: x[0], batches))
+
+  program = parallel.map_step(steps_of, mesh, batch_axes=(None, None, 1, None))
+  state = jax.jit(create_state, out_shardings=parallel.replicated(mesh))()
+
+  compiled = program.lower(state, kept, next(batches), key).compile()
+  memory = compiled.memory_analysis().temp_size_in_bytes
+  machine.check_fits(memory)
+  current = {'state': state}
+
+  def run():
+    for _ in range(steps // count):
+      current['state'], metrics = compiled(
+        current['state'], kept, next(batches), key
+      )
+    jax.block_until_ready((current['state'], metrics))
+
+  return contest.Program(run, memory)
+
+
+def flop_per_image(network: Network) -> float:
+  """Of a step: two views, forward and backward.
+
+  Counted are the products of convolutions and dense layers, one forward and two
+  (by the input and by the kernel) backward; nothing that is added, normalized
+  or augmented, and not the losses.
+  """
+  backbone, head = network.modules(jnp.float32)
+  image = jax.ShapeDtypeStruct((1, network.size, network.size, 3), jnp.float32)
+
+  def forward(key, image):
+    features, _ = backbone.init_with_output(key, image, train=True)
+    embeddings, _ = head.init_with_output(key, features, train=True)
+    return embeddings
+
+  jaxpr = jax.make_jaxpr(forward)(jax.random.key(0), image)
+  return 2 * 3 * sum(_flop(e) for e in _equations(jaxpr.jaxpr))
+
+
+def conv_bytes_per_image(network: Network, itemsize: int) -> float:
+  """Of the convolutions' outputs of two views, the least that must be moved.
+
+  Each is written once and read once on the way forward; on the way back it is
+  read once and its gradient written and read once.
+  """
+  backbone, _ = network.modules(jnp.float32)
+  image = jax.ShapeDtypeStruct((1, network.size, network.size, 3), jnp.float32)
+
+  def forward(key, image):
+    return backbone.init_with_output(key, image, train=True)[0]
+
+  jaxpr = jax.make_jaxpr(forward)(jax.random.key(0), image)
+  outputs = sum(
+    e.outvars[0].aval.size
+    for e in _equations(jaxpr.jaxpr)
+    if e.primitive.name == 'conv_general_dilated'
+  )
+  return 2 * 5 * itemsize * outputs
+
+
+def _equations(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation
+    for value in equation.params.values():
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        yield from _equations(inner)
+
+
+def _flop(equation):
+  name = equation.primitive.name
+  if name == 'conv_general_dilated':
+    kernel = equation.invars[1].aval.shape
+    layout = equation.params['dimension_numbers'].rhs_spec
+    filters = kernel[layout[0]]
+    return 2 * equation.outvars[0].aval.size * np.prod(kernel) / filters
+  if name == 'dot_general':
+    (contracted, _), _ = equation.params['dimension_numbers']
+    shape = equation.invars[0].aval.shape
+    return (
+      2
+      * equation.outvars[0].aval.size
+      * np.prod([shape[axis] for axis in contracted])
+    )
+  return 0
+
+
+def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
+  """Our step against both forms of PyTorch's."""
+  steps = 1 if small else _STEPS[suite]
+  for network, batch in BATCHES['small' if small else suite]:
+    yield contest.Contest(
+      'steps',
+      f'{network}, batch {batch:,}',
+      {
+        f'ours, {_name(default_dtype())}': functools.partial(
+          ours, network, batch, small=small, steps=steps
+        ),
+        "PyTorch, authors' form": functools.partial(
+          _torch, 'authors', network, batch, small, steps
+        ),
+        'PyTorch, expert form': functools.partial(
+          _torch, 'expert', network, batch, small, steps
+        ),
+      },
+      images=steps * batch,
+      flop=steps * batch * flop_per_image(network),
+      dtype=_name(default_dtype()),
+      turns=5 if suite == 'cpu' else 7,
+    )
+
+
+def input_contests(suite: str, small: bool) -> Iterator[contest.Contest]:
+  """A step with its input against the same step on a constant batch."""
+  steps = 1 if small else 5 * _STEPS[suite]
+  for network, batch in BATCHES['small' if small else suite][:1]:
+    yield contest.Contest(
+      'input',
+      f'{network}, batch {batch:,}: order, transfer and gather',
+      {
+        'batches from the resident set': functools.partial(
+          ours, network, batch, small=small, steps=steps
+        ),
+        'a constant batch': functools.partial(
+          ours, network, batch, small=small, steps=steps, resident=False
+        ),
+      },
+      images=steps * batch,
+    )
+
+
+def _name(dtype):
+  return jnp.dtype(dtype).name
+
+
+def _torch(form, network, batch, small, steps):
+  torch = machine.import_torch()
+  from tests.benchmarks import torch_steps
+
+  images, labels = examples(network.size, small)
+  make = {'authors': torch_steps.authors, 'expert': torch_steps.expert}[form]
+  step = make(
+    network.depth,
+    network.stem,
+    network.size,
+    batch,
+    machine.torch_device(),
+    images,
+    labels,
+    num_classes=NUM_CLASSES,
+    dim=network.dim,
+    temperature=TEMPERATURE,
+  )
+
+  def run():
+    for _ in range(steps):
+      step()
+    machine.synchronize(torch)
+
+  return contest.Program(run, close=getattr(step, 'close', lambda: None))

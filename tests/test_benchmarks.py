@@ -1,0 +1,171 @@
+"""The benchmark suite runs, says what it measured, and compares like with like.
+
+Nothing here is timed.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.benchmarks import contest
+from tests.benchmarks import losses
+from tests.benchmarks import run
+from tests.benchmarks import steps
+
+ROOT = pathlib.Path(__file__).parents[1]
+PEERS = {
+  'steps': {"PyTorch, authors' form", 'PyTorch, expert form'},
+  'losses': {'optax.losses.ntxent', "PyTorch, authors' form"},
+  'prototypes': {'PyTorch, orthogonal_', 'PyTorch, polar factor by SVD'},
+  'protocol': {'scikit-learn'},
+  'start': {'empty cache', 'second start'},
+  'input': {'a constant batch'},
+}
+
+
+@pytest.mark.parametrize('suite', ['cpu', 'gpu'])
+def test_a_suite_runs_at_its_smallest_size(tmp_path, suite):
+  # What starts processes is the same in both suites.
+  sections = [s for s in run.SECTIONS if suite == 'cpu' or s != 'start']
+  run.run(suite, str(tmp_path), sections=sections, small=True)
+  results = json.loads((tmp_path / f'{suite}.json').read_text())
+  rows = results['rows']
+  assert [*dict.fromkeys(row['section'] for row in rows)] == sections
+  assert results['commit'] != 'not known'
+  assert results['machine']['jax'] == jax.__version__
+  for row in rows:
+    if 'left_out' in row:
+      # Nothing fails but what is not installed.
+      assert row['left_out'].startswith('PyTorch is not installed'), row
+    else:
+      assert 0 < row['smallest'] <= row['seconds'] <= row['largest']
+      assert row['ratio'] > 0
+  for section in sections:
+    names = {row['contestant'] for row in rows if row['section'] == section}
+    assert PEERS.get(section, set()) <= names
+  page = (tmp_path / f'{suite}.md').read_text()
+  for row in rows:
+    assert row['contestant'] in page
+    assert row['case'] in page
+
+
+def test_the_benchmark_and_the_step_need_no_input_libraries(tmp_path):
+  code = """
+    import sys
+    for name in ('tensorflow_datasets', 'grain', 'ml_collections', 'sklearn',
+                 'matplotlib', 'orbax', 'tensorflow'):
+      sys.modules[name] = None  # an import of it fails
+    from tests.benchmarks import run
+    run.run('cpu', sys.argv[1], sections=['ceilings', 'steps'], small=True)
+  """
+  code = '\n'.join(line[4:] for line in code.splitlines())
+  result = subprocess.run(
+    [sys.executable, '-c', code, str(tmp_path)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr
+  assert 'ours, float32' in (tmp_path / 'cpu.md').read_text()
+
+
+def program(seconds, result=None):
+  return contest.Program(
+    run=lambda: None, seconds=lambda: next(seconds), result=result
+  )
+
+
+def test_contestants_take_turns_and_are_held_against_the_first():
+  order = []
+
+  def make(name, each):
+    def seconds():
+      order.append(name)
+      return next(each)
+
+    return lambda: contest.Program(run=lambda: None, seconds=seconds)
+
+  rows = list(
+    contest.hold(
+      contest.Contest(
+        's',
+        'c',
+        {
+          'ours': make('ours', iter([3.0, 1.0, 2.0])),
+          'theirs': make('theirs', iter([4.0, 8.0, 6.0])),
+        },
+        images=12,
+        flop=6e12,
+        turns=3,
+      )
+    )
+  )
+  assert order == ['ours', 'theirs'] * 3
+  ours, theirs = rows
+  assert (ours['seconds'], ours['smallest'], ours['largest']) == (2, 1, 3)
+  assert (theirs['seconds'], theirs['ratio']) == (6.0, 3.0)
+  assert (ours['images_per_second'], ours['tflops']) == (6.0, 3.0)
+
+
+def test_a_contestant_that_fails_is_a_row_and_the_others_go_on():
+  def fails():
+    raise RuntimeError('out of\nmemory')
+
+  def leaves():
+    raise contest.LeftOut('is not here')
+
+  rows = list(
+    contest.hold(
+      contest.Contest(
+        's',
+        'c',
+        {
+          'ours': fails,
+          'theirs': leaves,
+          'third': lambda: program(iter([1.0, 1.0])),
+        },
+        turns=2,
+      )
+    )
+  )
+  assert rows[0]['left_out'] == 'failed: RuntimeError: out of memory'
+  assert rows[1]['left_out'] == 'is not here'
+  assert rows[2]['seconds'] == 1.0
+  assert 'ratio' not in rows[2]
+
+
+def test_results_that_differ_are_not_timed():
+  z = jax.random.normal(jax.random.key(0), (2, 4, 8))
+  value = jax.value_and_grad(lambda z: (z**2).sum())(z)
+  other = jax.value_and_grad(lambda z: 1.01 * (z**2).sum())(z)
+  held = contest.Contest(
+    's',
+    'c',
+    {
+      'ours': lambda: program(iter([1.0]), lambda: jax.device_get(value)),
+      'theirs': lambda: program(iter([1.0]), lambda: jax.device_get(other)),
+    },
+    check=losses._agree,
+  )
+  with pytest.raises(AssertionError):
+    list(contest.hold(held))
+
+
+@pytest.mark.parametrize(
+  ('network', 'gigaflop'),
+  [
+    (steps.RESNET18_32, 6.67),
+    (steps.RESNET50_32, 15.6),
+    (steps.RESNET50_224, 49.0),
+  ],
+)
+def test_the_flop_of_a_step_are_those_of_the_published_networks(
+  network, gigaflop
+):
+  counted = steps.flop_per_image(network) / 1e9
+  np.testing.assert_allclose(counted, gigaflop, rtol=2e-3)
