@@ -384,6 +384,7 @@ def test_steps_lower_the_loss(form):
     losses.append(step.loss.item())
   torch_steps.synchronize('cpu')
   assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+  assert min(losses) > 0
 
 
 # 20 examples are two batches of 8, so the fifth step is of a third epoch.
