@@ -9,7 +9,6 @@ A B A B; machines are noisy, so trust the ratio.
 """
 
 import functools
-import math
 import multiprocessing
 import random
 import statistics
@@ -18,61 +17,25 @@ import time
 import jax
 import numpy as np
 from PIL import Image
-from PIL import ImageEnhance
 
 from clop_jax import augment
+from tests.benchmarks import pillow_views
 
 BATCH, SIZE, PROCESSES, TURNS, BAR = 512, 32, 2, 25, 5.0
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
-
-
-def random_box(rng):
-  log_aspect = math.log(3 / 4), math.log(4 / 3)
-  for _ in range(10):
-    area = rng.uniform(0.08, 1.0) * SIZE * SIZE
-    aspect = math.exp(rng.uniform(*log_aspect))
-    width, height = math.sqrt(area * aspect), math.sqrt(area / aspect)
-    if width <= SIZE and height <= SIZE:
-      left = rng.uniform(0, SIZE - width)
-      top = rng.uniform(0, SIZE - height)
-      return left, top, left + width, top + height
-  return 0, 0, SIZE, SIZE
-
-
-def turn_hue(picture, turn):
-  hue, saturation, value = picture.convert('HSV').split()
-  turned = np.asarray(hue) + np.uint8(round(turn * 256) % 256)
-  hue = Image.fromarray(turned)
-  return Image.merge('HSV', (hue, saturation, value)).convert('RGB')
-
-
-def pillow_view(picture, rng):
-  picture = picture.resize(
-    (SIZE, SIZE), Image.Resampling.BILINEAR, box=random_box(rng)
-  )
-  if rng.random() < 0.5:
-    picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-  if rng.random() < 0.8:
-    for which in rng.sample(range(4), 4):
-      if which == 3:
-        picture = turn_hue(picture, rng.uniform(-0.1, 0.1))
-      else:
-        enhancer = (
-          ImageEnhance.Brightness,
-          ImageEnhance.Contrast,
-          ImageEnhance.Color,
-        )[which]
-        picture = enhancer(picture).enhance(rng.uniform(0.6, 1.4))
-  if rng.random() < 0.2:
-    picture = picture.convert('L').convert('RGB')
-  return np.asarray(picture)
 
 
 def pillow_chunk(seed, images):
   rng = random.Random(seed)  # NumPy's is slow for one number at a time
   pictures = [Image.fromarray(image) for image in images]
   return np.stack(
-    [[pillow_view(picture, rng) for picture in pictures] for _ in range(2)]
+    [
+      [
+        np.asarray(pillow_views.view(picture, SIZE, rng))
+        for picture in pictures
+      ]
+      for _ in range(2)
+    ]
   )
 
 

@@ -1,0 +1,280 @@
+"""Whole training steps in PyTorch, as peers of clop_jax/train_step.py.
+
+`authors` is the step as the authors' code makes it, `expert` what somebody who
+knows PyTorch well would write for the same loss. Both come to the same network,
+NT-Xent plus the CLOP term and SGD with momentum. `torch.set_num_threads` is the
+caller's.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import os
+import random
+import shutil
+
+import numpy as np
+from PIL import Image
+import torch
+from torch import nn
+from torch.utils import data
+
+from tests.benchmarks import pillow_views
+from tests.benchmarks import torch_augment
+from tests.benchmarks import torch_losses
+from tests.benchmarks import torch_networks
+
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-6
+
+
+@dataclasses.dataclass
+class Step:
+  """A call is one training step; it does not wait for a GPU to finish it.
+
+  Attributes:
+    network: images to embeddings, what is trained.
+    run: makes the step, to its loss.
+    close: ends the step's processes; it cannot be called afterwards.
+    loss: of the last step, a scalar on the device.
+  """
+
+  network: nn.Module
+  run: Callable[[], torch.Tensor]
+  close: Callable[[], None] = lambda: None
+  loss: torch.Tensor | None = None
+
+  def __call__(self):
+    self.loss = self.run()
+
+
+def synchronize(device):
+  """Waits for all that was started on the device."""
+  if torch.device(device).type == 'cuda':
+    torch.cuda.synchronize(device)
+
+
+class TwoViews(data.Dataset):
+  """Two views of each image and its label, made with Pillow one at a time."""
+
+  def __init__(self, images, labels, size):
+    self.images, self.labels, self.size = images, labels, size
+    self.mean = torch_augment.channels(torch_augment.MEAN)
+    self.std = torch_augment.channels(torch_augment.STD)
+
+  def __len__(self):
+    return len(self.images)
+
+  def __getitem__(self, index):
+    picture = Image.fromarray(self.images[index])
+    # Each worker has its own seed for Python's generator, given by PyTorch.
+    first, second = (
+      self.tensor(pillow_views.view(picture, self.size, random))
+      for _ in range(2)
+    )
+    return first, second, int(self.labels[index])
+
+  def tensor(self, picture):
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    return x.float().div_(255).sub_(self.mean).div_(self.std)
+
+
+def authors(
+  depth,
+  stem,
+  size,
+  batch,
+  device,
+  images,
+  labels,
+  num_classes,
+  dim,
+  temperature,
+  *,
+  workers=2,
+  hidden_dim=None,
+):
+  """The step as the authors' code makes it; a `Step`, to be closed.
+
+  Pillow on the images one by one in worker processes, float32 without autocast
+  or compilation, and the network run three times: on each of the views, and on
+  the first once more for the term.
+
+  Args:
+    depth: 18 or 50.
+    stem: 'cifar' or 'imagenet'.
+    size: of a view, pixels.
+    batch: images of a step.
+    device: 'cpu' or 'cuda'.
+    images: `[examples, height, width, 3]` uint8, NumPy.
+    labels: `[examples]` integers, -1 is unlabelled.
+    num_classes: prototypes, at most `dim`.
+    dim: of the embeddings.
+    temperature: of NT-Xent.
+    workers: processes; 0 loads in this one.
+    hidden_dim: of the projection head; None is `dim`.
+  """
+  device = torch.device(device)
+  check_images(images, batch)
+  network = make_network(depth, stem, hidden_dim or dim, dim).to(device)
+  prototypes = make_prototypes(num_classes, dim, device)
+  optimizer = torch.optim.SGD(
+    network.parameters(),
+    LEARNING_RATE,
+    momentum=MOMENTUM,
+    weight_decay=WEIGHT_DECAY,
+  )
+  loader = data.DataLoader(
+    TwoViews(images, labels, size),
+    batch_size=batch,
+    shuffle=True,
+    drop_last=True,
+    num_workers=workers,
+    pin_memory=device.type == 'cuda',
+    # Not forked, which the threads of JAX in this process would not survive,
+    # and kept from epoch to epoch, so that their start is not in the steps.
+    multiprocessing_context='forkserver' if workers else None,
+    persistent_workers=bool(workers),
+  )
+  # In a list, for `close` to let go of: the workers end with their loader.
+  batches = [endless(loader)]
+
+  def run():
+    first, second, labels = (
+      x.to(device, non_blocking=True) for x in next(batches[0])
+    )
+    z1, z2 = network(first), network(second)
+    loss = torch_losses.nt_xent_authors(z1, z2, temperature)
+    loss = loss + torch_losses.clop(network(first), labels, prototypes)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+  return Step(network, run, batches.clear)
+
+
+def expert(
+  depth,
+  stem,
+  size,
+  batch,
+  device,
+  images,
+  labels,
+  num_classes,
+  dim,
+  temperature,
+  *,
+  dtype=None,
+  compile=None,
+  mode=None,
+  hidden_dim=None,
+):
+  """The step as an expert would write it; a `Step`.
+
+  The images stay on the device, where both views of a batch are made at once
+  and go through the network in one pass, channels_last.
+
+  Args:
+    depth: as for `authors`, with all that follow up to the temperature.
+    stem: likewise.
+    size: likewise.
+    batch: likewise.
+    device: likewise.
+    images: likewise.
+    labels: likewise.
+    num_classes: likewise.
+    dim: likewise.
+    temperature: likewise.
+    dtype: of the network's computation, 'float32' or 'bfloat16' (autocast);
+      None is bfloat16 on CUDA and float32 elsewhere.
+    compile: None compiles where a compiler is at hand.
+    mode: of torch.compile.
+    hidden_dim: as for `authors`.
+  """
+  device = torch.device(device)
+  check_images(images, batch)
+  if dtype is None:
+    dtype = 'bfloat16' if device.type == 'cuda' else 'float32'
+  if dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
+  if compile is None:
+    compiler = shutil.which(os.environ.get('CXX', 'g++'))
+    compile = device.type == 'cuda' or compiler is not None
+  network = make_network(depth, stem, hidden_dim or dim, dim)
+  network = network.to(device, memory_format=torch.channels_last)
+  prototypes = make_prototypes(num_classes, dim, device)
+  optimizer = torch.optim.SGD(
+    network.parameters(),
+    LEARNING_RATE,
+    momentum=MOMENTUM,
+    weight_decay=WEIGHT_DECAY,
+    fused=True,
+  )
+  images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
+  labels = torch.as_tensor(labels, dtype=torch.long, device=device)
+
+  mean = torch_augment.channels(torch_augment.MEAN, device)
+  std = torch_augment.channels(torch_augment.STD, device)
+
+  @torch.no_grad()
+  def two_views(index):
+    both = images[index].repeat(2, 1, 1, 1)
+    return torch_augment.views(both, size, mean, std)
+
+  def total(views, labels):
+    with torch.autocast(
+      device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16'
+    ):
+      z = network(views).unflatten(0, (2, batch))
+    loss = torch_losses.nt_xent_expert(z, temperature)
+    return loss + torch_losses.clop(z, labels, prototypes)
+
+  if compile:
+    two_views = torch.compile(two_views, dynamic=False, mode=mode)
+    total = torch.compile(total, dynamic=False, mode=mode)
+  indices = shuffled(len(images), batch, device)
+
+  def run():
+    index = next(indices)
+    optimizer.zero_grad(set_to_none=True)
+    loss = total(two_views(index), labels[index])
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+  return Step(network, run)
+
+
+def check_images(images, batch):
+  if len(images) < batch:
+    raise ValueError(
+      f'images must hold at least one batch of {batch}, got {len(images)}'
+    )
+
+
+def make_network(depth, stem, hidden_dim, dim):
+  # The shapes never change, so cuDNN may try which algorithm is best. It is a
+  # switch of the process: in both forms, or it would depend on their order.
+  torch.backends.cudnn.benchmark = True
+  return torch_networks.network(depth, stem, hidden_dim, dim)
+
+
+def make_prototypes(num_classes, dim, device):
+  if num_classes > dim:
+    raise ValueError(
+      f'num_classes must be at most dim={dim}, got {num_classes}'
+    )
+  # Gaussian and orthogonalized, like the paper's.
+  return nn.init.orthogonal_(torch.empty(num_classes, dim)).to(device)
+
+
+def endless(loader):
+  while True:
+    yield from loader
+
+
+def shuffled(num_examples, batch, device):
+  """Numbers of a batch's examples, each example once in an epoch."""
+  while True:
+    order = torch.randperm(num_examples, device=device)
+    yield from order.split(batch)[: num_examples // batch]
