@@ -30,7 +30,11 @@ from tests.benchmarks import torch_networks
 from tests.benchmarks import torch_steps
 
 HIDDEN_DIM, DIM = 24, 12
-BACKBONES = {18: resnet.ResNet18, 50: resnet.ResNet50}
+BACKBONES = {
+  8: resnet.ResNet8,
+  18: resnet.ResNet18,
+  50: resnet.ResNet50,
+}
 PEERS = {
   'authors': lambda z, t: torch_losses.nt_xent_authors(z[0], z[1], t),
   'expert': torch_losses.nt_xent_expert,
@@ -112,7 +116,7 @@ def peer(depth, stem):
 
 
 @pytest.mark.parametrize('stem', ['cifar', 'imagenet'])
-@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize('depth', [8, 18, 50])
 def test_the_networks_have_as_many_parameters_as_ours(depth, stem):
   for ours, theirs in zip(
     our_shapes(depth, stem), peer(depth, stem), strict=True

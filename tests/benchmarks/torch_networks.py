@@ -4,8 +4,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-STAGES = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
-WIDTH = 64
+# Blocks of each stage; 8 is for trying things out.
+STAGES = {8: (1, 1, 1), 18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
+WIDTHS = {8: 16, 18: 64, 50: 64}
 
 
 def conv(inputs, outputs, kernel_size, stride=1):
@@ -74,21 +75,22 @@ class ResNet(nn.Module):
       raise ValueError(f'depth must be one of {list(STAGES)}, got {depth}')
     if stem not in ('cifar', 'imagenet'):
       raise ValueError(f"stem must be 'cifar' or 'imagenet', got {stem!r}")
-    block = BasicBlock if depth == 18 else BottleneckBlock
+    block = BottleneckBlock if depth == 50 else BasicBlock
+    width = WIDTHS[depth]
     if stem == 'imagenet':
-      self.conv1 = conv(3, WIDTH, 7, 2)
+      self.conv1 = conv(3, width, 7, 2)
       self.pool = nn.MaxPool2d(3, stride=2, padding=1)
     else:
-      self.conv1 = conv(3, WIDTH, 3)
+      self.conv1 = conv(3, width, 3)
       self.pool = nn.Identity()
-    self.bn1 = nn.BatchNorm2d(WIDTH)
-    inputs, stages = WIDTH, []
+    self.bn1 = nn.BatchNorm2d(width)
+    inputs, stages = width, []
     for stage, num_blocks in enumerate(STAGES[depth]):
       blocks = []
       for index in range(num_blocks):
         stride = 2 if stage > 0 and index == 0 else 1
-        blocks.append(block(inputs, WIDTH * 2**stage, stride))
-        inputs = WIDTH * 2**stage * block.expansion
+        blocks.append(block(inputs, width * 2**stage, stride))
+        inputs = width * 2**stage * block.expansion
       stages.append(nn.Sequential(*blocks))
     self.layers = nn.Sequential(*stages)
     self.feature_dim = inputs
