@@ -260,7 +260,7 @@ class Recorder:
       fewer = f' (--profile={self._asked}, but no more were left)'
     text = (
       f'profile: {self._num_steps} steps recorded, {first} to {last}, in '
-      f'{len(self._chunks)} dispatches{fewer}\n{to_text(result)}'
+      f'{len(self._chunks)} dispatch(es){fewer}\n{to_text(result)}'
       f'trace: {trace.parent}\n'
     )
     (self._folder / 'breakdown.txt').write_text(text)
