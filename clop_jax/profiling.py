@@ -47,6 +47,7 @@ _KINDS = (
     'collectives',
     'all-(reduce|gather|to-all)|reduce-scatter|collective|nccl',
   ),
+  ('decompositions', 'lapack|solver|svd|eigh|cholesky'),
   ('random numbers, sort', r'\brng|sort|threefry|random_bits'),
   ('gather, scatter', r'\b(gather|scatter)\b'),
   ('reduction', 'reduce(?!-precision)'),

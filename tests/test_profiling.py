@@ -106,7 +106,7 @@ def broken_down(data, wall_ns, num_steps=1, programs=(PROGRAM,)):
     ('copy.2', 'other', 'copy, transpose, layout'),
     ('dot.1', 'losses', 'matrix product'),
     ('xor.1', 'augmentation', 'random numbers, sort'),
-    ('svd.1', 'diagnostics', 'other'),
+    ('svd.1', 'diagnostics', 'decompositions'),
     ('all-reduce.1', 'networks backward', 'collectives'),
     ('while.1', 'prototypes', 'loops'),
     ('gather.1', 'other', 'gather, scatter'),
