@@ -504,7 +504,9 @@ def break_down(
   Returns:
     The breakdown.
   """
-  parts, kinds = collections.Counter(), collections.Counter()
+  # What is not known shows, also when it is nothing.
+  parts = collections.Counter({_OTHER: 0.0})
+  kinds = collections.Counter({_OTHER: 0.0})
   busy = 0.0
   for events in devices.values():
     numbers, attributed = {}, []

@@ -64,7 +64,7 @@ def call(*arguments, cwd=None):
     (['--workdir=w'], '--config must name a file'),
     (
       [f'--config={CONFIG}', '--workdir=w', '--profile=0'],
-      'flag --profile=0: value must be a positive integer',
+      'flag --profile=0: 0 is not a positive integer',
     ),
     (
       [f'--config={CONFIG}', '--wrokdir=w'],
