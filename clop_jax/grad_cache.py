@@ -124,11 +124,13 @@ def value_and_grad(
     (of_part,) = pull_back(cotangent)
     return jax.tree.map(jnp.add, gradients, of_part), None
 
-  gradients, _ = lax.scan(add_part, zeros, (parts, cotangents))
+  with jax.named_scope('gradients'):
+    gradients, _ = lax.scan(add_part, zeros, (parts, cotangents))
   gradients = _summed(gradients, axis_name)
   return (total, aux), embeddings, batch_stats, gradients
 
 
+@jax.named_scope('gradients')
 def _summed(gradients, axis_name):
   return gradients if axis_name is None else lax.psum(gradients, axis_name)
 

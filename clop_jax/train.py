@@ -25,6 +25,7 @@ from clop_jax import inputs
 from clop_jax import metrics_log
 from clop_jax import parallel
 from clop_jax import preemption
+from clop_jax import profiling
 from clop_jax import workdir as workdir_lib
 from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
@@ -37,6 +38,7 @@ def train(
   *,
   source: sources.Source | None = None,
   devices=None,
+  profile_steps: int | None = None,
 ) -> None:
   """Runs, or goes on with, the training in `workdir`.
 
@@ -47,6 +49,7 @@ def train(
     source: training examples of your own, instead of those that `config.data`
       names; see `clop_jax.data.sources`.
     devices: default: all.
+    profile_steps: so many steps are recorded, see `profiling`; None: none.
 
   Raises:
     ValueError: for a wrong config, data that do not fit it, a batch that the
@@ -58,6 +61,8 @@ def train(
     checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
     OSError: if something cannot be written.
   """
+  if profile_steps is not None:
+    profiling.check(profile_steps, workdir)
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.train.batch_size, mesh)
   named = source is None
@@ -106,6 +111,8 @@ def train(
     _say(label_policy.summary(true_labels, labels, config.data.num_classes))
     if start >= total_steps:
       _say(f'step {start} of {total_steps}: already trained')
+      if profile_steps is not None:
+        _say('--profile: nothing is recorded; no step is left of the run')
       return
     if start:
       _say(f'going on from step {start} of {total_steps}')
@@ -118,8 +125,11 @@ def train(
         batch_size=config.train.batch_size,
       )
     chunks = split_steps(start, total_steps, chunk, (log_every, save_every))
+    recorder = profiling.Off()
+    if profile_steps is not None and parallel.is_main():
+      recorder = profiling.Recorder(workdir, profile_steps, chunks, program)
     batches = data.batches(chunks)
-    with log, contextlib.closing(batches):
+    with log, recorder, contextlib.closing(batches):
       _run(
         program,
         state,
@@ -130,6 +140,7 @@ def train(
         save_every=save_every,
         log=log,
         checkpoints=checkpoints,
+        recorder=recorder,
       )
 
 
@@ -144,12 +155,14 @@ def _run(
   save_every,
   log,
   checkpoints,
+  recorder,
 ):
   """The steps of `chunks`, `(steps, batch)` each, logged and saved."""
   losses, logged = [], []
   with preemption.Notice() as notice:
     for steps, batch in chunks:
       state, metrics = program(len(steps))(state, shared, batch)
+      recorder.dispatched(steps, state)
       losses.append(metrics['loss'])
       done = steps.stop
       told = notice.reached(steps)
@@ -159,7 +172,8 @@ def _run(
         check_finite(losses, done, checkpoints)
         losses.clear()
       if done % log_every == 0:
-        last = jax.tree.map(lambda x: x[-1], metrics)
+        # Taken on the host, where it compiles nothing.
+        last = {k: v[-1] for k, v in jax.device_get(metrics).items()}
         logged.append(metrics_log.to_floats(last))
         log.write(done, logged[-1])
       if saves:
@@ -171,6 +185,7 @@ def _run(
           f'told to end: saved step {done} of {total_steps}; the same command '
           'goes on from there'
         )
+      recorder.finished(steps, state)
     checkpoints.wait()
 
 
@@ -318,6 +333,12 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'workdir', None, 'Folder of the run: config, checkpoints, metrics.'
   )
+  flags.DEFINE_integer(
+    'profile',
+    None,
+    'Records so many steps in WORKDIR/profile, and says where their time went.',
+    lower_bound=1,
+  )
 
 
 def main() -> None:
@@ -326,7 +347,11 @@ def main() -> None:
     raise ValueError('--workdir must name a folder for the run, got none')
   if flags.FLAGS.config is None:
     raise ValueError('--config must name a file of configs/, got none')
-  train(flags.FLAGS.config, flags.FLAGS.workdir)
+  train(
+    flags.FLAGS.config,
+    flags.FLAGS.workdir,
+    profile_steps=flags.FLAGS.profile,
+  )
 
 
 if __name__ == '__main__':

@@ -96,20 +96,23 @@ def train_step(
   """
 
   def embed(params, examples):
-    keys = augment.example_keys(key, state.step, examples['index'])
-    images = examples['image']
-    if images.ndim == 5:
-      # Two crops of each example, made by the loader.
-      images = images.swapaxes(0, 1)
-    views = augment.two_views(keys, images, **recipe)
+    with jax.named_scope('augmentation'):
+      keys = augment.example_keys(key, state.step, examples['index'])
+      images = examples['image']
+      if images.ndim == 5:
+        # Two crops of each example, made by the loader.
+        images = images.swapaxes(0, 1)
+      views = augment.two_views(keys, images, **recipe)
     num_views, batch_size = views.shape[:2]
     # Both views in one pass: half the launches, and batch statistics over all.
     images = views.reshape(num_views * batch_size, *views.shape[2:])
-    _, embeddings, batch_stats = train_state.apply_networks(
-      backbone, projection_head, params, state.batch_stats, images, train=True
-    )
+    with jax.named_scope('networks'):
+      _, embeddings, batch_stats = train_state.apply_networks(
+        backbone, projection_head, params, state.batch_stats, images, train=True
+      )
     return embeddings.reshape(num_views, batch_size, -1), batch_stats
 
+  @jax.named_scope('losses')
   def loss_of(embeddings, examples):
     labels = examples['label']
     contrastive_loss = contrastive(embeddings, labels, axis_name=axis_name)
@@ -133,8 +136,9 @@ def train_step(
     gradients = lax.pmean(gradients, axis_name)
   if bn_scope == 'device' and axis_name is not None:
     batch_stats = lax.pmean(batch_stats, axis_name)
-  updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  with jax.named_scope('optimizer'):
+    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
   step = state.step + 1
 
   def prototype_gradient():
@@ -143,15 +147,16 @@ def train_step(
     )
     return lax.pmean(gradient, axis_name) if pmean_gradients else gradient
 
-  prototypes, prototype_statistics = prototype_rule.update(
-    state.prototypes,
-    state.prototype_statistics,
-    step=step,
-    embeddings=embeddings,
-    labels=batch['label'],
-    gradient=prototype_gradient,
-    axis_name=axis_name,
-  )
+  with jax.named_scope('prototypes'):
+    prototypes, prototype_statistics = prototype_rule.update(
+      state.prototypes,
+      state.prototype_statistics,
+      step=step,
+      embeddings=embeddings,
+      labels=batch['label'],
+      gradient=prototype_gradient,
+      axis_name=axis_name,
+    )
 
   def diagnostics():
     z, labels = embeddings, batch['label']
@@ -180,7 +185,8 @@ def train_step(
   shapes = jax.eval_shape(diagnostics)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   # The singular values of a large batch cost more than a small network's step.
-  metrics = lax.cond(step % log_every == 0, diagnostics, lambda: zeros)
+  with jax.named_scope('diagnostics'):
+    metrics = lax.cond(step % log_every == 0, diagnostics, lambda: zeros)
   metrics |= {
     'loss': total,
     'contrastive_loss': contrastive_loss,

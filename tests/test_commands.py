@@ -63,6 +63,10 @@ def call(*arguments, cwd=None):
     ([f'--config={CONFIG}'], '--workdir must name a folder'),
     (['--workdir=w'], '--config must name a file'),
     (
+      [f'--config={CONFIG}', '--workdir=w', '--profile=0'],
+      'flag --profile=0: 0 is not a positive integer',
+    ),
+    (
       [f'--config={CONFIG}', '--wrokdir=w'],
       "Unknown command line flag 'wrokdir'",
     ),
