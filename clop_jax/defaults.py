@@ -88,7 +88,8 @@ def get_config() -> ml_collections.ConfigDict:
   # nt_xent, supcon, dcl, vicreg, barlow_twins or none
   loss.contrastive = 'nt_xent'
   loss.temperature = 0.5  # of nt_xent, supcon and dcl
-  # Rows of the similarity matrix at one time (nt_xent, supcon); None is all.
+  # Rows of the similarity matrix at one time (nt_xent, supcon), over all
+  # devices; None: all, or 512 a device where `loss.choose_block_size` says so.
   loss.block_size = ml_collections.config_dict.placeholder(int)
   loss.supcon_variant = 'out'  # out or in
   loss.vicreg_weights = (25.0, 25.0, 1.0)  # invariance, variance, covariance

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from flax import linen as nn
 import jax
+from jax import lax
 import jax.numpy as jnp
 import ml_collections
 import optax
@@ -57,12 +58,20 @@ _ALIGNMENTS = {
 _DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
+def _block_size(config, embeddings, axis_name):
+  if config.block_size is not None:
+    return config.block_size
+  devices = 1 if axis_name is None else lax.axis_size(axis_name)
+  views, batch, _ = embeddings.shape
+  return loss.choose_block_size(views * batch * devices, devices)
+
+
 def _nt_xent(config, embeddings, labels, axis_name):
   del labels
   return loss.nt_xent_loss(
     embeddings,
     temperature=config.temperature,
-    block_size=config.block_size,
+    block_size=_block_size(config, embeddings, axis_name),
     axis_name=axis_name,
   )
 
@@ -73,7 +82,7 @@ def _supcon(config, embeddings, labels, axis_name):
     labels,
     temperature=config.temperature,
     variant=config.supcon_variant,
-    block_size=config.block_size,
+    block_size=_block_size(config, embeddings, axis_name),
     axis_name=axis_name,
   )
 

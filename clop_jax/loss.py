@@ -259,6 +259,42 @@ def supcon_loss(
   )
 
 
+def choose_block_size(
+  num_embeddings: int, num_devices: int = 1, *, platform: str | None = None
+) -> int | None:
+  """The `block_size` that training takes unless the config gives one.
+
+  Blocks of 512 rows on each device, where the whole matrix would be slower or
+  too large: on a CPU from 2,048 embeddings on (from there they are faster, as
+  they stay nearer to the caches), elsewhere from 2^26 numbers on a device on,
+  268 MB, as a loss needs two or three such matrices.
+
+  Args:
+    num_embeddings: of all views, over all devices.
+    num_devices: that share the rows.
+    platform: 'cpu', 'gpu' or 'tpu'; None: JAX's default.
+
+  Returns:
+    The block size, or None for the whole matrix.
+
+  Example:
+    >>> from clop_jax import loss
+    >>> print(loss.choose_block_size(1024, platform='gpu'))
+    None
+    >>> loss.choose_block_size(131072, 8, platform='gpu')
+    4096
+
+  Reference:
+    docs/performance.md, measured.
+  """
+  platform = platform or jax.default_backend()
+  if platform == 'cpu':
+    whole = num_embeddings < _ROWS_OF_WHOLE_ON_CPU
+  else:
+    whole = num_embeddings**2 // num_devices <= _LARGEST_WHOLE
+  return None if whole else _BLOCK_ROWS * num_devices
+
+
 def dcl_loss(
   embeddings: jax.Array,
   *,
@@ -463,6 +499,11 @@ _DISTANCES = {
   'manhattan': _manhattan_distance,
   'softmax': _cosine_distance,  # its logits are the cosines
 }
+
+# See `choose_block_size`.
+_BLOCK_ROWS = 512
+_ROWS_OF_WHOLE_ON_CPU = 2048
+_LARGEST_WHOLE = 1 << 26
 
 # An embedding's number is `view * _BATCH_STRIDE + example`: the same on every
 # device, and one remainder away from the example's number.

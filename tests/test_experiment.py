@@ -82,3 +82,20 @@ def test_the_learning_rate_of_the_numbers_is_the_scaled_one(scaling, expected):
   numbers = experiment.numbers_of(config)
   assert numbers['clop_weight'] == 3.0
   np.testing.assert_allclose(numbers['learning_rate'], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('given', 'in_blocks'), [(None, True), (4096, False), (64, True)]
+)
+def test_a_large_matrix_is_made_in_blocks_unless_the_config_says_otherwise(
+  given, in_blocks
+):
+  config, _ = build(loss__block_size=given)
+
+  def contrastive(z):
+    return experiment._nt_xent(config.loss, z, None, None)
+
+  z = jax.ShapeDtypeStruct((2, 1024, 16), np.float32)
+  program = str(jax.make_jaxpr(contrastive)(z))
+  assert ('scan[' in program) == in_blocks
+  assert ('f32[2048,2048]' in program) != in_blocks

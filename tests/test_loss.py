@@ -292,6 +292,25 @@ def test_blocks_of_any_size_give_the_dense_value_and_gradient(block_size):
     np.testing.assert_allclose(dense[1], blocked[1], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+  ('embeddings', 'devices', 'platform', 'expected'),
+  [
+    (2047, 1, 'cpu', None),
+    (2048, 1, 'cpu', 512),
+    (8192, 1, 'gpu', None),
+    (8194, 1, 'gpu', 512),
+    (8194, 2, 'gpu', None),
+    (131072, 256, 'tpu', None),  # docs/scaling.md: the whole is best there
+    (131072, 8, 'tpu', 4096),
+  ],
+)
+def test_blocks_are_chosen_where_the_matrix_is_large(
+  embeddings, devices, platform, expected
+):
+  chosen = loss.choose_block_size(embeddings, devices, platform=platform)
+  assert chosen == expected
+
+
 def test_blocks_scale_with_the_cotangent_and_pass_a_learned_temperature():
   z = jnp.asarray(_RNG.normal(size=(2, 6, 4)), jnp.float32)
 

@@ -18,6 +18,7 @@ def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
   """Each change against the step without it."""
   tiny = (steps.SMALL, 8 if small else 64)
   count = 2 if small else 20
+  turns = 3 if suite == 'cpu' else 7
   large = {'cpu': (steps.RESNET18_32, 32), 'gpu': (steps.RESNET18_32, 1024)}
   network, batch = tiny if small else large[suite]
   step = functools.partial(steps.ours, network, batch, small=small)

@@ -57,7 +57,8 @@ class Contest:
     images: of a call, for images/s.
     flop: of a call, for TFLOP/s.
     dtype: of the matrix peak that `flop` is held against.
-    turns: how often each runs, after one that does not count.
+    turns: how often each runs, after one that does not count (but for a single
+      turn, of what takes minutes).
     check: of the results; raises AssertionError where they differ.
   """
 
@@ -89,7 +90,7 @@ def hold(contest: Contest) -> Iterator[dict]:
         memory = program.temporaries
         if memory is None and jax.default_backend() == 'cpu':
           memory = _resident_growth(program.run)
-        else:
+        elif contest.turns > 1:
           program.run()
         programs[name] = (program, memory)
     if contest.check is not None:

@@ -10,6 +10,7 @@ rows.
 """
 
 import argparse
+from collections.abc import Sequence
 import dataclasses
 import datetime
 import json
@@ -52,13 +53,21 @@ SECTIONS = {
 }
 
 
-def run(suite: str, out: str, *, sections=None, small: bool = False) -> dict:
+def run(
+  suite: str,
+  out: str,
+  *,
+  sections: Sequence[str] | None = None,
+  case: str = '',
+  small: bool = False,
+) -> dict:
   """Holds all contests of a suite.
 
   Args:
     suite: 'cpu' or 'gpu', for its sizes; what it runs on is JAX's default.
     out: folder of the results, made if missing.
     sections: of `SECTIONS`; None: all.
+    case: only those whose name has this in it; the ceilings always are.
     small: the smallest sizes, to see that all of it works.
 
   Returns:
@@ -81,6 +90,8 @@ def run(suite: str, out: str, *, sections=None, small: bool = False) -> dict:
   began = time.monotonic()
   for name in sections:
     for held in SECTIONS[name](suite, small):
+      if case not in held.case and name != 'ceilings':
+        continue
       if small:
         held = dataclasses.replace(held, turns=1)
       for row in contest.hold(held):
@@ -209,6 +220,7 @@ def main():
   parser.add_argument('--suite', choices=('cpu', 'gpu'), required=True)
   parser.add_argument('--out', default='benchmarks', help='folder of results')
   parser.add_argument('--only', help=f'sections, of {",".join(SECTIONS)}')
+  parser.add_argument('--case', default='', help='cases that contain this')
   parser.add_argument(
     '--small', action='store_true', help='smallest sizes: does it all work?'
   )
@@ -219,7 +231,13 @@ def main():
       f'runs on {jax.default_backend()} here; with --small it can be tried'
     )
   sections = arguments.only.split(',') if arguments.only else None
-  run(arguments.suite, arguments.out, sections=sections, small=arguments.small)
+  run(
+    arguments.suite,
+    arguments.out,
+    sections=sections,
+    case=arguments.case,
+    small=arguments.small,
+  )
   print(f'results: {arguments.out}/{arguments.suite}.md')
 
 

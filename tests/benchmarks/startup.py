@@ -66,7 +66,7 @@ def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
         'empty cache': functools.partial(_program, small, part, cached=False),
         'second start': functools.partial(_program, small, part, cached=True),
       },
-      turns=1 if small else 3,
+      turns=3,
     )
 
 

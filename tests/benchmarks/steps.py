@@ -129,7 +129,12 @@ def our_step(network: Network, dtype, **changes):
   def contrastive(embeddings, labels, axis_name):
     del labels
     return loss.nt_xent_loss(
-      embeddings, temperature=TEMPERATURE, axis_name=axis_name
+      embeddings,
+      temperature=TEMPERATURE,
+      block_size=loss.choose_block_size(
+        embeddings.shape[0] * embeddings.shape[1]
+      ),
+      axis_name=axis_name,
     )
 
   arguments = {
@@ -320,13 +325,13 @@ def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
       images=steps * batch,
       flop=steps * batch * flop_per_image(network),
       dtype=_name(default_dtype()),
-      turns=5 if suite == 'cpu' else 7,
+      turns=4 if suite == 'cpu' else 7,
     )
 
 
 def input_contests(suite: str, small: bool) -> Iterator[contest.Contest]:
   """A step with its input against the same step on a constant batch."""
-  steps = 1 if small else 5 * _STEPS[suite]
+  steps = 1 if small else 3 * _STEPS[suite]
   for network, batch in BATCHES['small' if small else suite][:1]:
     yield contest.Contest(
       'input',
@@ -340,6 +345,7 @@ def input_contests(suite: str, small: bool) -> Iterator[contest.Contest]:
         ),
       },
       images=steps * batch,
+      turns=4 if suite == 'cpu' else 7,
     )
 
 
