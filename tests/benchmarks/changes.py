@@ -41,6 +41,7 @@ def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
       'bfloat16': functools.partial(step, dtype=jnp.bfloat16),
     },
     images=batch,
+    turns=turns,
   )
   yield contest.Contest(
     'changes',
@@ -52,6 +53,7 @@ def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
       ),
     },
     images=batch,
+    turns=turns,
   )
   dtype = steps.default_dtype()
   gradient = functools.partial(_gradient, network, batch, small, dtype)
@@ -69,6 +71,7 @@ def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
       ),
     },
     images=batch,
+    turns=turns,
   )
   yield contest.Contest(
     'changes',
@@ -89,6 +92,7 @@ def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
       'the network, forward and backward': gradient,
     },
     images=batch,
+    turns=turns,
   )
 
 
