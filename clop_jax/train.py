@@ -158,25 +158,37 @@ def _run(
   recorder,
 ):
   """The steps of `chunks`, `(steps, batch)` each, logged and saved."""
-  losses, logged = [], []
+  losses, due, logged = [], [], []
+
+  def write_due():
+    """Waits for the metrics that are to be logged, and logs them."""
+    for done, losses, metrics in due:
+      check_finite(losses, done, checkpoints)
+      # Taken on the host, where it compiles nothing.
+      last = {k: v[-1] for k, v in jax.device_get(metrics).items()}
+      logged.append(metrics_log.to_floats(last))
+      log.write(done, logged[-1])
+    due.clear()
+
   with preemption.Notice() as notice:
     for steps, batch in chunks:
       state, metrics = program(len(steps))(state, shared, batch)
       recorder.dispatched(steps, state)
+      # Only now: the devices have the next steps while the host waits for the
+      # numbers of the last ones.
+      write_due()
       losses.append(metrics['loss'])
       done = steps.stop
       told = notice.reached(steps)
       saves = done % save_every == 0 or done == total_steps or told
-      if done % log_every == 0 or saves:
-        # Only here does the host wait for the devices.
-        check_finite(losses, done, checkpoints)
-        losses.clear()
       if done % log_every == 0:
-        # Taken on the host, where it compiles nothing.
-        last = {k: v[-1] for k, v in jax.device_get(metrics).items()}
-        logged.append(metrics_log.to_floats(last))
-        log.write(done, logged[-1])
+        due.append((done, losses, metrics))
+        losses = []
       if saves:
+        write_due()
+        if losses:
+          check_finite(losses, done, checkpoints)
+          losses = []
         checkpoints.save(state, done, mean_metrics(logged))
         logged.clear()
       if told and done < total_steps:
