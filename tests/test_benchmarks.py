@@ -36,9 +36,9 @@ def test_a_suite_runs_at_its_smallest_size(tmp_path, suite):
   results = json.loads((tmp_path / f'{suite}.json').read_text())
   rows = results['rows']
   assert [*dict.fromkeys(row['section'] for row in rows)] == sections
-  assert results['commit'] != 'not known'
   assert results['machine']['jax'] == jax.__version__
   for row in rows:
+    assert row['commit'] != 'not known'
     if 'left_out' in row:
       # Nothing fails but what is not installed.
       assert row['left_out'].startswith('PyTorch is not installed'), row
@@ -72,6 +72,26 @@ def test_the_benchmark_and_the_step_need_no_input_libraries(tmp_path):
   )
   assert result.returncode == 0, result.stderr
   assert 'ours, float32' in (tmp_path / 'cpu.md').read_text()
+
+
+def test_a_second_run_adds_to_the_first_and_replaces_what_it_repeats(tmp_path):
+  def measure(*sections):
+    return run.run('cpu', str(tmp_path), sections=sections, small=True)['rows']
+
+  first = measure('prototypes')
+  both = measure('ceilings')
+  assert both[-len(first) :] == first
+  assert {row['section'] for row in both} == {'ceilings', 'prototypes'}
+  again = measure('ceilings')
+  assert len(again) == len(both)
+  assert again[0]['seconds'] != both[0]['seconds']
+  path = tmp_path / 'cpu.json'
+  other = json.loads(path.read_text())
+  other['machine']['jax'] = '0.1'
+  path.write_text(json.dumps(other))
+  with pytest.raises(ValueError, match=r'--out: .*use another --out'):
+    measure('ceilings')
+  assert json.loads(path.read_text()) == other
 
 
 def program(seconds, result=None):

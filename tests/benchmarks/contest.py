@@ -18,6 +18,9 @@ import jax
 
 # Shorter calls are repeated until so much time has passed, in seconds.
 _SHORTEST = 0.05
+# Before each turn: threads of the last contestant's library go on spinning for
+# a while, and its worker processes on preparing what comes next.
+_PAUSE = 0.5
 
 
 class LeftOut(Exception):  # noqa: N818 (it is no error)
@@ -105,6 +108,7 @@ def hold(contest: Contest) -> Iterator[dict]:
       for name, (program, _) in programs.items():
         if name not in left_out:
           with _excused(left_out, name):
+            time.sleep(_PAUSE if contest.turns > 1 else 0)
             seconds[name].append(_seconds(program))
   first = next(iter(contest.contestants))
   base = statistics.median(seconds[first]) if seconds.get(first) else None

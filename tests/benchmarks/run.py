@@ -4,9 +4,10 @@ python -m tests.benchmarks.run --suite=cpu
 python -m tests.benchmarks.run --suite=gpu --out=benchmarks --only=steps,input
 
 Writes `<out>/<suite>.json` and `<out>/<suite>.md` anew after each contest, so a
-run that is cut off keeps what it has measured. Needs jax, flax, optax and
-dm-pix; scikit-learn for one section, PyTorch (the extra `bench`) for the peers'
-rows.
+run that is cut off keeps what it has measured; the next one in that folder, on
+the same machine, adds to it and replaces what it measures again. Needs jax,
+flax, optax and dm-pix; scikit-learn for one section, PyTorch (the extra
+`bench`) for the peers' rows.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import json
 import os
 import pathlib
 import subprocess
-import time
 
 # PyTorch shares the GPU's memory, which JAX would take at the start.
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
@@ -71,10 +71,12 @@ def run(
     small: the smallest sizes, to see that all of it works.
 
   Returns:
-    What the JSON file holds: `machine`, `commit`, `time`, `suite` and `rows`.
+    What the JSON file holds: `suite`, `machine` and `rows`, each of which has
+    the `commit` and `time` at which it was measured.
 
   Raises:
-    ValueError: for an unknown section.
+    ValueError: for an unknown section, or a folder with results of another
+      machine, or other versions.
   """
   sections = list(SECTIONS) if sections is None else sections
   for name in sections:
@@ -83,24 +85,46 @@ def run(
   results = {
     'suite': suite + (' (smallest sizes)' if small else ''),
     'machine': machine.facts(),
-    'commit': _commit(),
-    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'rows': [],
   }
-  began = time.monotonic()
+  path = pathlib.Path(out) / f'{suite}.json'
+  if path.exists():
+    _add_to(results, path)
+  run_at = {
+    'commit': _commit(),
+    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='minutes'),
+  }
   for name in sections:
     for held in SECTIONS[name](suite, small):
       if case not in held.case and name != 'ceilings':
         continue
       if small:
         held = dataclasses.replace(held, turns=1)
+      rows = []
       for row in contest.hold(held):
-        results['rows'].append(row)
+        rows.append(row | run_at)
         print(_line(row), flush=True)
+      again = (held.section, held.case)
+      results['rows'] = sorted(
+        [r for r in results['rows'] if (r['section'], r['case']) != again]
+        + rows,
+        key=lambda row: list(SECTIONS).index(row['section']),
+      )
       _finish(results, machine.copied_bytes(suite, small))
-      results['minutes'] = round((time.monotonic() - began) / 60, 1)
-      _write(results, pathlib.Path(out), suite)
+      _write(results, path)
   return results
+
+
+def _add_to(results, path):
+  """Takes over the rows of an earlier run."""
+  earlier = json.loads(path.read_text())
+  for name in ('suite', 'machine'):
+    if earlier[name] != results[name]:
+      raise ValueError(
+        f'--out: {path} holds results of {earlier[name]}, and this is '
+        f'{results[name]}; use another --out'
+      )
+  results['rows'] = earlier['rows']
 
 
 def _commit():
@@ -127,14 +151,15 @@ def _finish(results, copied):
       row['gigabytes_per_second'] = copied / row['seconds'] / 1e9
 
 
-def _write(results, out, suite):
-  out.mkdir(parents=True, exist_ok=True)
-  for name, text in (
-    (f'{suite}.json', json.dumps(results, indent=1) + '\n'),
-    (f'{suite}.md', markdown(results)),
+def _write(results, path):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  for suffix, text in (
+    ('.json', json.dumps(results, indent=1) + '\n'),
+    ('.md', markdown(results)),
   ):
-    (out / f'{name}.partial').write_text(text)
-    (out / f'{name}.partial').replace(out / name)
+    partial = path.with_suffix('.partial')
+    partial.write_text(text)
+    partial.replace(path.with_suffix(suffix))
 
 
 def _line(row):
@@ -167,9 +192,6 @@ def markdown(results: dict) -> str:
   lines = [
     f'# Benchmark suite: {results["suite"]}',
     '',
-    f'Commit {results["commit"]}, {results["time"]}, {results["minutes"]} '
-    'minutes.',
-    '',
     ', '.join(f'{name}: {value}' for name, value in facts.items()) + '.',
     '',
     'Median of the turns (smallest to largest); contestants take turns, and '
@@ -183,6 +205,8 @@ def markdown(results: dict) -> str:
     lines += ['', f'## {section}', '']
     rows = [row for row in results['rows'] if row['section'] == section]
     lines += _table(rows)
+    runs = dict.fromkeys(f'{row["commit"]} ({row["time"]})' for row in rows)
+    lines += ['', f'Measured at commit {" and ".join(runs)}.']
   return '\n'.join(lines) + '\n'
 
 
