@@ -63,7 +63,7 @@ def test_values_get_the_type_of_their_field(given, field, values):
     (
       ['loss.clop_wieght=0,1'],
       "--grid loss.clop_wieght: config.loss has no field 'clop_wieght'; it "
-      'has: barlow_weight, block_size, clop_distance, ',
+      'has: barlow_weight, block_size, clop_after_epochs, ',
     ),
     (['lr=1'], "config has no field 'lr'; it has: augment, data, eval"),
     (['seed.x=1'], "config.seed has no field 'x'; it has: no fields"),
