@@ -21,6 +21,7 @@ import tqdm
 from clop_jax import parallel
 from clop_jax.data import reader as reader_lib
 
+_LEAST_SHARED = 1 << 16  # bytes
 _FEW_EXAMPLES = 2000  # read in less time than a bar takes to be looked at
 
 
@@ -330,6 +331,10 @@ def _grain_batches(examples, batch_size, num_workers, prefetch):
     options = grain.MultiprocessingOptions(
       num_workers=num_workers, per_worker_buffer_size=prefetch
     )
+    # A page of shared memory for each small array costs more than its copy, and
+    # Grain sometimes gives one back only when the process ends, with a warning.
+    small = grain.experimental.DatasetOptions(min_shm_size=_LEAST_SHARED)
+    iterator = grain.experimental.WithOptionsIterDataset(iterator, small)
     iterator = iterator.mp_prefetch(options)
   iterator = iter(iterator)
   try:
