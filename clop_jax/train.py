@@ -162,12 +162,12 @@ def _run(
 
   def write_due():
     """Waits for the metrics that are to be logged, and logs them."""
-    for done, losses, metrics in due:
-      check_finite(losses, done, checkpoints)
+    for step, since_last, metrics in due:
+      check_finite(since_last, step, checkpoints)
       # Taken on the host, where it compiles nothing.
       last = {k: v[-1] for k, v in jax.device_get(metrics).items()}
       logged.append(metrics_log.to_floats(last))
-      log.write(done, logged[-1])
+      log.write(step, logged[-1])
     due.clear()
 
   with preemption.Notice() as notice:

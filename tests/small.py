@@ -1,8 +1,15 @@
-"""A small config on real digits: seconds, not minutes."""
+"""Small things to train: seconds, not minutes."""
 
+import functools
 import importlib.util
 import os
 import pathlib
+
+import jax
+import optax
+
+from clop_jax import train_state
+from clop_jax import train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -40,3 +47,28 @@ def environment(devices=1):
   """Of a process that is to see so many CPU devices."""
   flags = f'--xla_force_host_platform_device_count={devices}'
   return os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+
+
+def training(
+  backbone, projection_head, *, learning_rate, momentum=0.9, **arguments
+):
+  """`(create, step)` for images of 8 px: a state by its prototypes, the step.
+
+  The arguments are those of `train_step.train_step`.
+  """
+  schedule = optax.constant_schedule(learning_rate)
+  networks = {
+    'backbone': backbone,
+    'projection_head': projection_head,
+    'tx': optax.sgd(schedule, momentum=momentum),
+  }
+  create = functools.partial(
+    train_state.create, jax.random.key(0), image_shape=(8, 8, 1), **networks
+  )
+  step = functools.partial(
+    train_step.train_step,
+    schedule=schedule,
+    **networks,
+    **{'clop_weight': 1.0} | arguments,
+  )
+  return create, step

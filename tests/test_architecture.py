@@ -25,7 +25,8 @@ LAYERS = {
   'parallel': 0,
   'preemption': 0,
   'compilation_cache': 0,
-  'profiling': 0,
+  'breakdown': 0,
+  'profiling': 0.5,  # prints a breakdown
   'workers': 0,
   'data.labels': 0,
   'data.digits': 0,
@@ -83,6 +84,7 @@ LIBRARIES = {
   'parallel': {'jax', 'numpy'},
   'preemption': {'jax'},
   'compilation_cache': {'jax'},
+  'breakdown': {'jax'},
   'profiling': {'jax'},
   'workers': set(),
   'grid': {'ml_collections'},

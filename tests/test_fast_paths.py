@@ -7,17 +7,15 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from clop_jax import loss
 from clop_jax import parallel
 from clop_jax import prototypes
-from clop_jax import train_state
-from clop_jax import train_step
 from clop_jax.data import loader
 from clop_jax.models import heads
 from clop_jax.models import resnet
+from tests import small
 
 RECIPE = {
   'size': 8,
@@ -47,8 +45,6 @@ def program(backbone, dtype=jnp.float32):
   head = heads.ProjectionHead(
     dim=8, hidden_dim=16, dtype=dtype, axis_name=parallel.DATA_AXIS
   )
-  schedule = optax.constant_schedule(0.05)
-  tx = optax.sgd(schedule, momentum=0.9)
   mesh = parallel.make_mesh(jax.devices()[:1])
   rng = np.random.default_rng(0)
   labels = np.arange(EXAMPLES) % 10
@@ -58,29 +54,16 @@ def program(backbone, dtype=jnp.float32):
   data = loader.ResidentLoader(
     images, labels, batch_size=BATCH, seed=0, mesh=mesh
   )
-  state = functools.partial(
-    train_state.create,
-    jax.random.key(0),
-    backbone=backbone,
-    projection_head=head,
-    tx=tx,
-    image_shape=(8, 8, 1),
-    prototypes=np.asarray(
-      prototypes.orthonormal_prototypes(jax.random.key(1), 8, 8)
-    ),
-  )
-  step = functools.partial(
-    train_step.train_step,
-    backbone=backbone,
-    projection_head=head,
-    tx=tx,
-    schedule=schedule,
+  create, step = small.training(
+    backbone,
+    head,
+    learning_rate=0.05,
     recipe=RECIPE,
     contrastive=lambda z, y, axis_name: loss.nt_xent_loss(
       z, axis_name=axis_name
     ),
-    clop_weight=1.0,
   )
+  made = np.asarray(prototypes.orthonormal_prototypes(jax.random.key(1), 8, 8))
 
   def steps(state, kept, batches, key):
     def one(state, batch):
@@ -98,10 +81,10 @@ def program(backbone, dtype=jnp.float32):
   key = parallel.replicate(mesh, jax.random.key(2))
 
   def run(*lengths, states=None):
-    current, losses = parallel.replicate(mesh, state()), []
+    current = parallel.replicate(mesh, create(prototypes=made))
     ends = np.cumsum(lengths)
     chunks = [range(end - n, end) for end, n in zip(ends, lengths, strict=True)]
-    visited = []
+    visited, losses = [], []
     for number, batch in enumerate(data.batches(chunks)):
       if states is not None:
         current = parallel.replicate(mesh, states[number])

@@ -7,17 +7,15 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from clop_jax import augment
 from clop_jax import loss
 from clop_jax import parallel
 from clop_jax import prototypes
-from clop_jax import train_state
-from clop_jax import train_step
 from clop_jax.models import heads
 from clop_jax.models import resnet
+from tests import small
 
 BATCH = 32
 STEPS = 3
@@ -83,34 +81,20 @@ def _parts(
   **changes,
 ):
   own, projection_head = _networks(batch_norm, axis_name, bn_scope)
-  backbone = backbone or own
-  schedule = optax.constant_schedule(LEARNING_RATE)
-  tx = optax.sgd(schedule, momentum=momentum)
-
-  def create():
-    return train_state.create(
-      jax.random.key(0),
-      backbone=backbone,
-      projection_head=projection_head,
-      tx=tx,
-      image_shape=(8, 8, 1),
-      prototypes=prototypes.orthonormal_prototypes(jax.random.key(1), 5, 6),
-    )
-
-  step = functools.partial(
-    train_step.train_step,
-    backbone=backbone,
-    projection_head=projection_head,
-    tx=tx,
-    schedule=schedule,
+  create, step = small.training(
+    backbone or own,
+    projection_head,
+    learning_rate=LEARNING_RATE,
+    momentum=momentum,
     recipe=RECIPE,
     contrastive=CONTRASTIVE[contrastive],
-    clop_weight=1.0,
     bn_scope=bn_scope,
     axis_name=axis_name,
     **changes,
   )
-  return create, step
+  made = prototypes.orthonormal_prototypes(jax.random.key(1), 5, 6)
+  # Not made once: some mappings give the state's memory away.
+  return lambda: create(prototypes=jnp.copy(made)), step
 
 
 def _batches():

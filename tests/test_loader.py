@@ -17,23 +17,30 @@ from tests import small
 CHUNKS = [range(3), range(3, 4), range(4, 8)]
 
 
-def make_images(n=50):
+def make_images(n=50, size=2):
   rng = np.random.default_rng(0)
-  return rng.integers(0, 256, size=(n, 2, 2, 1)).astype(np.uint8)
+  return rng.integers(0, 256, size=(n, size, size, 1)).astype(np.uint8)
 
 
-def make_reader(n=50, **options):
+def make_reader(n=50, size=2, **options):
   labels = np.arange(n) % 7 - 1
-  source = arrays.Arrays(make_images(n), labels)
+  source = arrays.Arrays(make_images(n, size), labels)
   return reader_lib.Reader(source, labels, channels=1, **options)
 
 
 def make_loader(
-  devices=8, *, kind='resident', n=50, batch_size=16, seed=3, num_workers=0
+  devices=8,
+  *,
+  kind='resident',
+  n=50,
+  size=2,
+  batch_size=16,
+  seed=3,
+  num_workers=0,
 ):
   mesh = parallel.make_mesh(jax.devices()[:devices])
   shared = {'batch_size': batch_size, 'seed': seed, 'mesh': mesh}
-  reader = make_reader(n)
+  reader = make_reader(n, size)
   if kind == 'resident':
     return loader.ResidentLoader(*loader.read_all(reader), **shared)
   return loader.StreamLoader(reader, num_workers=num_workers, **shared)
@@ -135,10 +142,11 @@ def test_structure_is_that_of_the_batches(kind):
         assert leaf.addressable_shards[0].data.shape[:2] == (len(chunk), 2)
 
 
-@pytest.mark.parametrize('num_workers', [0, 2])
-def test_streamed_batches_equal_the_resident_ones(num_workers):
-  resident = make_loader(n=64)
-  stream = make_loader(n=64, kind='stream', num_workers=num_workers)
+# A batch of 128 px comes through shared memory, one of 2 px through a pipe.
+@pytest.mark.parametrize(('num_workers', 'size'), [(0, 2), (2, 2), (2, 128)])
+def test_streamed_batches_equal_the_resident_ones(num_workers, size):
+  resident = make_loader(n=64, size=size)
+  stream = make_loader(n=64, size=size, kind='stream', num_workers=num_workers)
   # Over more than one epoch of four steps.
   for a, b in zip(take(resident), take(stream), strict=True):
     jax.tree.map(np.testing.assert_array_equal, a, b)

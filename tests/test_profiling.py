@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from clop_jax import breakdown
 from clop_jax import checkpoint
 from clop_jax import experiment
 from clop_jax import parallel
@@ -42,7 +43,7 @@ ENTRY %main (a: f32[8,8]) -> f32[8,8] {
   ROOT %while.1 = (s32[], f32[8,8]{1,0}) while(%a), condition=%c, body=%body, metadata={op_name="jit(steps)/prototypes/while"}
 }
 """  # noqa: E501 (as XLA prints it)
-PROGRAM = profiling.read_program(HLO)
+PROGRAM = breakdown.read_program(HLO)
 STATS = ('hlo_op', 'hlo_module', 'program_id', '_p', '_c', 'device_ordinal')
 
 
@@ -81,8 +82,8 @@ def op(name, start, end, **stats):
 
 def broken_down(data, wall_ns, num_steps=1, programs=(PROGRAM,)):
   """Parts and kinds in nanoseconds a step, without zeros."""
-  result = profiling.break_down(
-    profiling.read_events(data),
+  result = breakdown.break_down(
+    breakdown.read_events(data),
     programs,
     wall_ns=wall_ns,
     num_steps=num_steps,
@@ -218,7 +219,7 @@ def test_several_devices_count_as_their_mean():
 
 
 def test_programs_of_one_name_are_told_apart_by_their_numbers():
-  other = profiling.read_program(HLO.replace('jvp(networks)', 'optimizer'))
+  other = breakdown.read_program(HLO.replace('jvp(networks)', 'optimizer'))
   data = trace(
     '/device:GPU:0',
     {

@@ -77,7 +77,7 @@ def test_nt_xent_is_ours_in_value_and_gradient(form, temperature):
   'labels', [[0, 1, 2, 3, 0, 1, 2, 3, 0], [-1, 3, -1, 0, -1, 2, 2, -1, -1]]
 )
 def test_clop_is_ours_in_value_and_gradient(labels, views):
-  prototypes = torch_steps.make_prototypes(4, DIM, 'cpu')
+  prototypes = work(num_classes=4, dim=DIM).prototypes()
   np.testing.assert_allclose(prototypes @ prototypes.T, np.eye(4), atol=1e-6)
   squeezed = (lambda z: z[0]) if views == 1 else (lambda z: z)
   assert_same_loss_and_gradient(
@@ -344,12 +344,25 @@ def tiny_data(examples=20):
   return images, rng.integers(-1, 4, size=examples)
 
 
-def make_step(form, batch=8, examples=20, **options):
-  make = {'authors': torch_steps.authors, 'expert': torch_steps.expert}[form]
+def work(examples=20, num_classes=4, dim=8):
   images, labels = tiny_data(examples)
-  return make(
-    18, 'cifar', 8, batch, 'cpu', images, labels, 4, 8, 0.5, **options
+  return torch_steps.Work(
+    depth=18,
+    stem='cifar',
+    size=8,
+    batch=8,
+    device='cpu',
+    images=images,
+    labels=labels,
+    num_classes=num_classes,
+    dim=dim,
+    temperature=0.5,
   )
+
+
+def make_step(form, **options):
+  make = {'authors': torch_steps.authors, 'expert': torch_steps.expert}[form]
+  return make(work(), **options)
 
 
 @pytest.mark.parametrize(
@@ -412,15 +425,14 @@ def test_an_epoch_has_each_example_once():
   assert len(third) == 8
 
 
-@pytest.mark.parametrize('form', ['authors', 'expert'])
-def test_too_few_images_for_a_batch_are_refused(form):
+def test_too_few_images_for_a_batch_are_refused():
   with pytest.raises(ValueError, match='images must hold at least one batch'):
-    make_step(form, batch=8, examples=7)
+    work(examples=7)
 
 
 def test_more_prototypes_than_dimensions_are_refused():
   with pytest.raises(ValueError, match='num_classes must be at most dim=4'):
-    torch_steps.make_prototypes(5, 4, 'cpu')
+    work(num_classes=5, dim=4)
 
 
 def test_an_unknown_dtype_is_refused():

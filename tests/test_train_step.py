@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from clop_jax import augment
@@ -13,11 +12,10 @@ from clop_jax import loss
 from clop_jax import parallel
 from clop_jax import prototype_rules
 from clop_jax import prototypes
-from clop_jax import train_state
-from clop_jax import train_step
 from clop_jax.data import loader
 from clop_jax.models import heads
 from clop_jax.models import resnet
+from tests import small
 
 _FIXED = prototype_rules.Fixed()
 TRUE_LABELS = jnp.arange(40) % 5
@@ -46,31 +44,18 @@ def _parts(axis_name=parallel.DATA_AXIS, bn_scope='global', **changes):
   shared = {'axis_name': axis_name, 'bn_scope': bn_scope}
   backbone = resnet.ResNet8(width_multiplier=0.25, **shared)
   projection_head = heads.ProjectionHead(dim=8, hidden_dim=16, **shared)
-  schedule = optax.constant_schedule(0.05)
-  tx = optax.sgd(schedule, momentum=0.9)
-  create = functools.partial(
-    train_state.create,
-    jax.random.key(0),
-    backbone=backbone,
-    projection_head=projection_head,
-    tx=tx,
-    image_shape=(8, 8, 1),
-  )
-  step = functools.partial(
-    train_step.train_step,
-    backbone=backbone,
-    projection_head=projection_head,
-    tx=tx,
-    schedule=schedule,
+  return small.training(
+    backbone,
+    projection_head,
+    learning_rate=0.05,
     recipe=RECIPE,
     contrastive=lambda z, y, axis_name: loss.nt_xent_loss(
       z, axis_name=axis_name
     ),
     axis_name=axis_name,
     bn_scope=bn_scope,
-    **{'clop_weight': 1.0} | changes,
+    **changes,
   )
-  return create, step
 
 
 def _initial_state(create, rule=_FIXED):

@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from clop_jax import augment
 from clop_jax import train_state
@@ -56,7 +57,7 @@ def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
     turns=turns,
   )
   dtype = steps.default_dtype()
-  gradient = functools.partial(_gradient, network, batch, small, dtype)
+  gradient = functools.partial(_gradient, network, batch, dtype)
   yield contest.Contest(
     'changes',
     f'the network alone, forward and backward, {network}, batch {batch}',
@@ -96,15 +97,9 @@ def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
   )
 
 
-def _views(network, batch):
-  shape = (2 * batch, network.size, network.size, 3)
-  return jax.random.normal(jax.random.key(0), shape)
-
-
 def _gradient(
   network,
   batch,
-  small,
   dtype,
   *,
   passes=1,
@@ -112,11 +107,11 @@ def _gradient(
   channels_first=False,
 ):
   """Of a sum of the embeddings by all parameters."""
-  del small
   backbone, head = network.modules(dtype)
   if remat:
     backbone = backbone.clone(block=nn.remat(backbone.block))
-  views = _views(network, batch)
+  shape = (2 * batch, network.size, network.size, 3)
+  views = jax.random.normal(jax.random.key(0), shape)
   if channels_first:
     views = views.transpose(0, 3, 1, 2)
   weights = jax.random.normal(jax.random.key(1), (2 * batch, network.dim))
@@ -125,7 +120,7 @@ def _gradient(
       jax.random.key(0),
       backbone=backbone,
       projection_head=head,
-      tx=_NO_OPTIMIZER,
+      tx=optax.identity(),
       image_shape=(network.size, network.size, 3),
       prototypes=jnp.zeros((1, network.dim)),
     )
@@ -150,16 +145,6 @@ def _gradient(
     state.batch_stats,
     views,
   )
-
-
-class _NoOptimizer:
-  """For states that are not trained."""
-
-  def init(self, params):
-    del params
-
-
-_NO_OPTIMIZER = _NoOptimizer()
 
 
 def _augmentation(network, batch, small):

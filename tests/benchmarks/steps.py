@@ -91,7 +91,7 @@ _STEPS = {'cpu': 1, 'gpu': 10}
 
 
 def recipe(size: int) -> dict:
-  """Arguments of `augment.view`: the CIFAR recipe, in place of all sizes."""
+  """Arguments of `augment.view`: the same recipe, CIFAR's, at every size."""
   return {'size': size, 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
 
 
@@ -105,9 +105,15 @@ def examples(size: int, small: bool) -> tuple[np.ndarray, np.ndarray]:
   return images, np.where(np.arange(count) % 10 == 0, labels, -1)
 
 
-def our_step(network: Network, dtype, **changes):
-  """`(create_state, step)`: the library's step, on a mesh of any size."""
-  backbone, head = network.modules(dtype, parallel.DATA_AXIS)
+def our_step(
+  network: Network,
+  dtype,
+  *,
+  axis_name: str | None = parallel.DATA_AXIS,
+  **changes,
+):
+  """`(create_state, step)`: the library's step, for one device."""
+  backbone, head = network.modules(dtype, axis_name)
   schedule = optax.constant_schedule(LEARNING_RATE)
   tx = optax.chain(
     optax.add_decayed_weights(1e-4), optax.sgd(schedule, momentum=0.9)
@@ -146,6 +152,7 @@ def our_step(network: Network, dtype, **changes):
     'contrastive': contrastive,
     'clop_weight': 1.0,
     'log_every': 50,
+    'axis_name': axis_name,
   }
   return create_state, functools.partial(
     train_step.train_step, **arguments | changes
@@ -360,16 +367,18 @@ def _torch(form, network, batch, small, steps):
   images, labels = examples(network.size, small)
   make = {'authors': torch_steps.authors, 'expert': torch_steps.expert}[form]
   step = make(
-    network.depth,
-    network.stem,
-    network.size,
-    batch,
-    machine.torch_device(),
-    images,
-    labels,
-    num_classes=NUM_CLASSES,
-    dim=network.dim,
-    temperature=TEMPERATURE,
+    torch_steps.Work(
+      depth=network.depth,
+      stem=network.stem,
+      size=network.size,
+      batch=batch,
+      device=machine.torch_device(),
+      images=images,
+      labels=labels,
+      num_classes=NUM_CLASSES,
+      dim=network.dim,
+      temperature=TEMPERATURE,
+    )
   )
 
   def run():
@@ -377,4 +386,4 @@ def _torch(form, network, batch, small, steps):
       step()
     machine.synchronize(torch)
 
-  return contest.Program(run, close=getattr(step, 'close', lambda: None))
+  return contest.Program(run, close=step.close)

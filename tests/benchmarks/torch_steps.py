@@ -77,21 +77,70 @@ class TwoViews(data.Dataset):
     return x.float().div_(255).sub_(self.mean).div_(self.std)
 
 
-def authors(
-  depth,
-  stem,
-  size,
-  batch,
-  device,
-  images,
-  labels,
-  num_classes,
-  dim,
-  temperature,
-  *,
-  workers=2,
-  hidden_dim=None,
-):
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What a step is to do.
+
+  Attributes:
+    depth: of the ResNet, see `torch_networks.STAGES`.
+    stem: 'cifar' or 'imagenet'.
+    size: of a view, pixels.
+    batch: images of a step, at most as many as there are.
+    device: 'cpu' or 'cuda'.
+    images: `[examples, height, width, 3]` uint8, NumPy.
+    labels: `[examples]` integers, -1 is unlabelled.
+    num_classes: prototypes, at most `dim`.
+    dim: of the embeddings, and of the head's hidden layer.
+    temperature: of NT-Xent.
+  """
+
+  depth: int
+  stem: str
+  size: int
+  batch: int
+  device: str
+  images: np.ndarray
+  labels: np.ndarray
+  num_classes: int
+  dim: int
+  temperature: float
+
+  def __post_init__(self):
+    if len(self.images) < self.batch:
+      raise ValueError(
+        f'images must hold at least one batch of {self.batch}, got '
+        f'{len(self.images)}'
+      )
+    if self.num_classes > self.dim:
+      raise ValueError(
+        f'num_classes must be at most dim={self.dim}, got {self.num_classes}'
+      )
+
+  def network(self):
+    """Images to embeddings, on the device."""
+    # The shapes never change, so cuDNN may try which algorithm is best. It is a
+    # switch of the process: in both forms, or it would depend on their order.
+    torch.backends.cudnn.benchmark = True
+    network = torch_networks.network(self.depth, self.stem, self.dim, self.dim)
+    return network.to(self.device)
+
+  def prototypes(self):
+    """Gaussian and orthogonalized, like the paper's."""
+    c = torch.empty(self.num_classes, self.dim)
+    return nn.init.orthogonal_(c).to(self.device)
+
+
+def optimizer_of(network, **options):
+  return torch.optim.SGD(
+    network.parameters(),
+    LEARNING_RATE,
+    momentum=MOMENTUM,
+    weight_decay=WEIGHT_DECAY,
+    **options,
+  )
+
+
+def authors(work, *, workers=2):
   """The step as the authors' code makes it; a `Step`, to be closed.
 
   Pillow on the images one by one in worker processes, float32 without autocast
@@ -99,32 +148,15 @@ def authors(
   the first once more for the term.
 
   Args:
-    depth: 18 or 50.
-    stem: 'cifar' or 'imagenet'.
-    size: of a view, pixels.
-    batch: images of a step.
-    device: 'cpu' or 'cuda'.
-    images: `[examples, height, width, 3]` uint8, NumPy.
-    labels: `[examples]` integers, -1 is unlabelled.
-    num_classes: prototypes, at most `dim`.
-    dim: of the embeddings.
-    temperature: of NT-Xent.
+    work: see `Work`.
     workers: processes; 0 loads in this one.
-    hidden_dim: of the projection head; None is `dim`.
   """
-  device = torch.device(device)
-  check_images(images, batch)
-  network = make_network(depth, stem, hidden_dim or dim, dim).to(device)
-  prototypes = make_prototypes(num_classes, dim, device)
-  optimizer = torch.optim.SGD(
-    network.parameters(),
-    LEARNING_RATE,
-    momentum=MOMENTUM,
-    weight_decay=WEIGHT_DECAY,
-  )
+  device = torch.device(work.device)
+  network, prototypes = work.network(), work.prototypes()
+  optimizer = optimizer_of(network)
   loader = data.DataLoader(
-    TwoViews(images, labels, size),
-    batch_size=batch,
+    TwoViews(work.images, work.labels, work.size),
+    batch_size=work.batch,
     shuffle=True,
     drop_last=True,
     num_workers=workers,
@@ -142,7 +174,7 @@ def authors(
       x.to(device, non_blocking=True) for x in next(batches[0])
     )
     z1, z2 = network(first), network(second)
-    loss = torch_losses.nt_xent_authors(z1, z2, temperature)
+    loss = torch_losses.nt_xent_authors(z1, z2, work.temperature)
     loss = loss + torch_losses.clop(network(first), labels, prototypes)
     optimizer.zero_grad()
     loss.backward()
@@ -152,47 +184,20 @@ def authors(
   return Step(network, run, batches.clear)
 
 
-def expert(
-  depth,
-  stem,
-  size,
-  batch,
-  device,
-  images,
-  labels,
-  num_classes,
-  dim,
-  temperature,
-  *,
-  dtype=None,
-  compile=None,
-  mode=None,
-  hidden_dim=None,
-):
+def expert(work, *, dtype=None, compile=None, mode=None):
   """The step as an expert would write it; a `Step`.
 
   The images stay on the device, where both views of a batch are made at once
   and go through the network in one pass, channels_last.
 
   Args:
-    depth: as for `authors`, with all that follow up to the temperature.
-    stem: likewise.
-    size: likewise.
-    batch: likewise.
-    device: likewise.
-    images: likewise.
-    labels: likewise.
-    num_classes: likewise.
-    dim: likewise.
-    temperature: likewise.
+    work: see `Work`.
     dtype: of the network's computation, 'float32' or 'bfloat16' (autocast);
       None is bfloat16 on CUDA and float32 elsewhere.
     compile: None compiles where a compiler is at hand.
     mode: of torch.compile.
-    hidden_dim: as for `authors`.
   """
-  device = torch.device(device)
-  check_images(images, batch)
+  device, batch = torch.device(work.device), work.batch
   if dtype is None:
     dtype = 'bfloat16' if device.type == 'cuda' else 'float32'
   if dtype not in ('float32', 'bfloat16'):
@@ -200,18 +205,12 @@ def expert(
   if compile is None:
     compiler = shutil.which(os.environ.get('CXX', 'g++'))
     compile = device.type == 'cuda' or compiler is not None
-  network = make_network(depth, stem, hidden_dim or dim, dim)
-  network = network.to(device, memory_format=torch.channels_last)
-  prototypes = make_prototypes(num_classes, dim, device)
-  optimizer = torch.optim.SGD(
-    network.parameters(),
-    LEARNING_RATE,
-    momentum=MOMENTUM,
-    weight_decay=WEIGHT_DECAY,
-    fused=True,
-  )
-  images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
-  labels = torch.as_tensor(labels, dtype=torch.long, device=device)
+  network = work.network().to(memory_format=torch.channels_last)
+  prototypes = work.prototypes()
+  optimizer = optimizer_of(network, fused=True)
+  images = torch.from_numpy(work.images).permute(0, 3, 1, 2)
+  images = images.contiguous().to(device)
+  labels = torch.as_tensor(work.labels, dtype=torch.long, device=device)
 
   mean = torch_augment.channels(torch_augment.MEAN, device)
   std = torch_augment.channels(torch_augment.STD, device)
@@ -219,14 +218,14 @@ def expert(
   @torch.no_grad()
   def two_views(index):
     both = images[index].repeat(2, 1, 1, 1)
-    return torch_augment.views(both, size, mean, std)
+    return torch_augment.views(both, work.size, mean, std)
 
   def total(views, labels):
     with torch.autocast(
       device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16'
     ):
       z = network(views).unflatten(0, (2, batch))
-    loss = torch_losses.nt_xent_expert(z, temperature)
+    loss = torch_losses.nt_xent_expert(z, work.temperature)
     return loss + torch_losses.clop(z, labels, prototypes)
 
   if compile:
@@ -243,29 +242,6 @@ def expert(
     return loss.detach()
 
   return Step(network, run)
-
-
-def check_images(images, batch):
-  if len(images) < batch:
-    raise ValueError(
-      f'images must hold at least one batch of {batch}, got {len(images)}'
-    )
-
-
-def make_network(depth, stem, hidden_dim, dim):
-  # The shapes never change, so cuDNN may try which algorithm is best. It is a
-  # switch of the process: in both forms, or it would depend on their order.
-  torch.backends.cudnn.benchmark = True
-  return torch_networks.network(depth, stem, hidden_dim, dim)
-
-
-def make_prototypes(num_classes, dim, device):
-  if num_classes > dim:
-    raise ValueError(
-      f'num_classes must be at most dim={dim}, got {num_classes}'
-    )
-  # Gaussian and orthogonalized, like the paper's.
-  return nn.init.orthogonal_(torch.empty(num_classes, dim)).to(device)
 
 
 def endless(loader):
