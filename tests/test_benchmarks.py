@@ -28,6 +28,10 @@ PEERS = {
 }
 
 
+# PyTorch's compiler uses, where it is imported, what PyTorch has deprecated.
+@pytest.mark.filterwarnings(
+  'ignore:.torch.jit.script_method:DeprecationWarning'
+)
 @pytest.mark.parametrize('suite', ['cpu', 'gpu'])
 def test_a_suite_runs_at_its_smallest_size(tmp_path, suite):
   # What starts processes is the same in both suites.
