@@ -4,3 +4,10 @@ Nothing is imported here, so that `import clop_jax.loss` loads jax alone.
 """
 
 __version__ = '0.1.0'
+
+
+def load(workdir: str, *, which: str = 'latest', devices=None):
+  """A trained run as functions of images; see `clop_jax.restored.load`."""
+  from clop_jax import restored
+
+  return restored.load(workdir, which=which, devices=devices)

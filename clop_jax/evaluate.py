@@ -9,34 +9,26 @@ it.
 """
 
 import datetime
-import functools
 import importlib.metadata
 import io
 import json
 import os
-import sys
 
 from absl import flags
-from etils import epath
-import jax
 import numpy as np
 
-from clop_jax import augment
-from clop_jax import checkpoint
 from clop_jax import collapse
 from clop_jax import command
 from clop_jax import experiment
 from clop_jax import figures
-from clop_jax import inputs
 from clop_jax import parallel
 from clop_jax import probe
+from clop_jax import protocol
 from clop_jax import report
-from clop_jax import train_state
+from clop_jax import restored
 from clop_jax import workdir as workdir_lib
-from clop_jax.data import loader
 from clop_jax.data import sources
 
-_SPLITS = ('train', 'test')
 _MAX_ROWS = 2000  # of the embeddings that are kept for figures
 _LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -75,70 +67,32 @@ def evaluate(
   config = workdir_lib.load_config(workdir)
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.eval.batch_size, mesh)
-  readers, labels = {}, {}
-  for split in _SPLITS:
-    source, known = inputs.labelled_source(
-      config, split, (given or {}).get(split)
-    )
-    readers[split] = inputs.evaluation_reader(config, source, known)
-  # The schedule's length is no part of the state: any will do here.
-  run = experiment.build(
-    config, total_steps=config.train.num_epochs, steps_per_epoch=0
-  )
-  state = _restore(config, workdir, run, mesh, which)
-
-  before = probe.fingerprint((state.params, state.batch_stats))
-  apply = _frozen(run, state, config.augment, mesh)
-  features, embeddings = {}, {}
+  readers = protocol.readers(config, given)
+  run = restored.load(workdir, which=which, devices=devices)
+  before = probe.fingerprint(_frozen_part(run))
+  features, embeddings, labels = {}, {}, {}
   for split, reader in readers.items():
-    batches = loader.in_order(
-      reader,
-      batch_size=config.eval.batch_size,
-      num_workers=inputs.num_workers(config, reader),
-    )
-    features[split], embeddings[split], labels[split] = probe.extract(
-      apply, batches, batch_size=config.eval.batch_size, mesh=mesh
+    features[split], embeddings[split], labels[split] = protocol.extract(
+      config, reader, run.apply, mesh
     )
   try:
-    linear = probe.linear_probe(
-      features['train'],
-      labels['train'],
-      features['test'],
-      labels['test'],
-      num_classes=config.data.num_classes,
-      l2_strengths=config.eval.probe_l2,
-      max_iterations=config.eval.probe_iterations,
-      seed=config.seed,
-    )
-    neighbours = probe.knn(
-      features['train'],
-      labels['train'],
-      features['test'],
-      labels['test'],
-      num_classes=config.data.num_classes,
-      neighbours=config.eval.knn_neighbours,
-      temperature=config.eval.knn_temperature,
-    )
+    linear = protocol.linear(config, features, labels)
+    neighbours = protocol.knn(config, features, labels)
   except FloatingPointError as error:
-    raise FloatingPointError(f'{error} at step {int(state.step)}') from error
-  after = probe.fingerprint((state.params, state.batch_stats))
-  if before != after:
+    raise FloatingPointError(f'{error} at step {run.step}') from error
+  if before != probe.fingerprint(_frozen_part(run)):
     raise RuntimeError('the frozen parameters changed during the evaluation')
 
   unit = collapse.normalize(embeddings['test'])
-  prototypes = np.asarray(state.prototypes)
+  prototypes = np.asarray(run.prototypes)
   cosines = np.asarray(
     collapse.class_mean_cosines(unit, labels['test'], len(prototypes))
   )
   result = {
     'protocol_version': probe.PROTOCOL_VERSION,
-    'step': int(state.step),
-    'linear_top1': linear['top1'],
-    'linear_top5': linear['top5'],
-    'linear_l2': linear['l2'],
-    'linear_held_out_top1': linear['held_out_top1'],
-    'knn_top1': neighbours[config.eval.knn_neighbours[0]],
-    **{f'knn{k}_top1': value for k, value in neighbours.items()},
+    'step': run.step,
+    **linear,
+    **neighbours,
     **_collapse_measures(unit, labels['test'], prototypes, cosines),
     'features_effective_rank': float(collapse.effective_rank(features['test'])),
     'features_within_between_ratio': float(
@@ -166,57 +120,8 @@ def evaluate(
   return result, arrays
 
 
-def _restore(config, workdir, run, mesh, which):
-  directory = epath.Path(workdir) / checkpoint.FOLDER
-  state = None
-  if directory.is_dir():
-    with workdir_lib.open_checkpoints(
-      config, workdir, read_only=True
-    ) as checkpoints:
-      target = experiment.abstract_state(run, mesh)
-      if which == 'latest':
-        state = checkpoints.restore_latest(target, warn=_warn)
-      else:
-        state = checkpoints.restore(_step(checkpoints, which), target)
-  if state is None:
-    raise ValueError(
-      f'--workdir={workdir} holds no checkpoint yet; train first: python -m '
-      f'clop_jax.train --config=... --workdir={workdir}'
-    )
-  return state
-
-
-def _step(checkpoints, which):
-  if which == 'best':
-    step = checkpoints.best_step()
-    if step is None:
-      raise ValueError(
-        "--checkpoint='best' needs a run that kept it: train with "
-        '--config.train.keep_best=METRIC'
-      )
-    return step
-  if not which.isdigit():
-    raise ValueError(
-      f"--checkpoint must be 'latest', 'best' or a step of "
-      f'{checkpoints.steps()}, got {which!r}'
-    )
-  return int(which)
-
-
-def _frozen(run, state, recipe, mesh):
-  """Jitted: uint8 images to (features, embeddings), in evaluation mode."""
-
-  # Whole on every device, so that every process has them.
-  @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
-  def apply(params, batch_stats, images):
-    x = augment.resize(augment.unit_range(images), recipe.size)
-    x = augment.normalize(x, mean=recipe.mean, std=recipe.std)
-    features, embeddings, _ = train_state.apply_networks(
-      run.backbone, run.projection_head, params, batch_stats, x, train=False
-    )
-    return features, embeddings
-
-  return functools.partial(apply, state.params, state.batch_stats)
+def _frozen_part(run):
+  return run.variables['params'], run.variables['batch_stats']
 
 
 def _collapse_measures(unit, labels, prototypes, cosines):
@@ -287,11 +192,6 @@ def _draw(path, workdirs, results, arrays):
 
 def _name(workdir):
   return os.path.basename(os.path.abspath(workdir))
-
-
-def _warn(message):
-  if parallel.is_main():
-    print(f'warning: {message}', file=sys.stderr, flush=True)
 
 
 def define_flags() -> None:

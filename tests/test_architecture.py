@@ -55,6 +55,8 @@ LAYERS = {
   'inputs': 3,
   'command': 3,
   'grid': 3,
+  'restored': 3.5,  # a workdir's checkpoint as what its experiment builds
+  'protocol': 3.5,  # what inputs reads, measured
   'train': 4,
   'evaluate': 4,
   'data.prepare': 4,
