@@ -9,7 +9,7 @@ float32 in [0, 1] until `normalize`. Between crop and blur they are planar,
 operations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import itertools
 import math
@@ -63,7 +63,7 @@ def two_views(keys: jax.Array, images: jax.Array, **recipe) -> jax.Array:
       f'height, width, channels], got {shape}'
     )
   both = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
-  make = functools.partial(view, **recipe)
+  make: Callable = functools.partial(view, **recipe)
   of_view = 0 if images.ndim == 5 else None
   return jax.vmap(jax.vmap(make), in_axes=(1, of_view))(both, images)
 

@@ -366,12 +366,13 @@ def break_down(
       parts[part] += duration
       kinds[kind] += duration
   per_step = 1e6 * num_steps * max(1, len(devices))
-  parts = {k: v / per_step for k, v in parts.items()}
-  kinds = {k: v / per_step for k, v in kinds.items()}
   wall = wall_ns / 1e6 / num_steps
-  idle = max(0.0, wall - sum(parts.values()))
+  idle = {_IDLE: max(0.0, wall - sum(parts.values()) / per_step)}
   return Breakdown(
-    parts | {_IDLE: idle}, kinds | {_IDLE: idle}, busy / per_step, wall
+    {k: v / per_step for k, v in parts.items()} | idle,
+    {k: v / per_step for k, v in kinds.items()} | idle,
+    busy / per_step,
+    wall,
   )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import errno
 import os
+import pathlib
 import re
 import sys
 import time
@@ -105,6 +106,12 @@ def _report(unraisable):
 
 
 def _parse(argv):
+  if {'-h', '-help', '--help'} & {*argv[1:]}:
+    _print_help()
+    sys.exit(0)
+  argv = [_packaged(argument) for argument in argv]
+  # ml_collections looks there as well, whatever it is passed.
+  sys.argv = argv
   unset = [a for a in argv if _is_unset(a)]
   try:
     rest = flags.FLAGS([a for a in argv if a not in unset])
@@ -116,6 +123,38 @@ def _parse(argv):
     _fail(_unknown_field(argv) or str(error))
   except (flags.Error, ValueError, TypeError, OSError) as error:
     _fail(str(error))
+
+
+def _print_help():
+  """What the command is for, its own flags, and how to see all others."""
+  main = sys.modules['__main__']
+  print((main.__doc__ or '').strip(), end='\n\n')
+  print(
+    flags.FLAGS.module_help(main)
+    + flags.FLAGS.module_help(sys.modules[__name__])
+  )
+  if 'config' in flags.FLAGS:
+    print(
+      '--config.GROUP.FIELD=VALUE sets a field of the config; '
+      'clop_jax/defaults.py has them all.'
+    )
+  print('--helpfull shows the flags of all libraries too.')
+
+
+def _packaged(argument):
+  """`--config=configs/NAME.py` where there is no such file: the package's own.
+
+  It stands beside the package in a checkout, and within it in a wheel.
+  """
+  match = re.fullmatch(r'(--?config=)configs/(\w+\.py)', argument)
+  if not match or os.path.exists(argument.removeprefix(match[1])):
+    return argument
+  package = pathlib.Path(__file__).parent
+  for folder in (package, package.parent):
+    path = folder / 'configs' / match[2]
+    if path.exists():
+      return match[1] + str(path)
+  return argument
 
 
 def _is_unset(argument):

@@ -6,6 +6,7 @@ decides for itself.
 
 import os
 import sys
+from typing import Any
 
 import jax
 
@@ -23,10 +24,11 @@ def enable() -> str | None:
     The folder in use, or None without one: it cannot be made or written to,
     which costs nothing but time and is a line on stderr.
   """
-  if not jax.config.jax_enable_compilation_cache:
+  config: Any = jax.config  # its fields are not typed
+  if not config.jax_enable_compilation_cache:
     return None
-  if jax.config.jax_compilation_cache_dir:
-    return jax.config.jax_compilation_cache_dir
+  if config.jax_compilation_cache_dir:
+    return config.jax_compilation_cache_dir
   cache = os.environ.get('XDG_CACHE_HOME', '')
   if not os.path.isabs(cache):  # so the standard has it
     cache = os.path.join(os.path.expanduser('~'), '.cache')

@@ -33,11 +33,11 @@ FIELDS = ('optimizer.learning_rate', 'loss.clop_weight', 'seed')
 # Mapped over the runs: all but the step, which they have in common. A condition
 # on it then stays one, instead of both branches and a choice.
 _AXES = train_state.TrainState(
-  step=None,
+  step=None,  # type: ignore[arg-type]
   params=0,
   batch_stats=0,
   opt_state=0,
-  prototypes=0,
+  prototypes=0,  # type: ignore[arg-type]
   prototype_statistics=0,
 )
 
@@ -110,7 +110,7 @@ def train_together(
   numbers = [experiment.numbers_of(c) for c in configs]
   shared = {
     'key': jnp.stack([experiment.training_key(c) for c in configs]),
-    'numbers': jax.tree.map(lambda *x: np.float32(x), *numbers),
+    'numbers': jax.tree.map(lambda *x: np.asarray(x, np.float32), *numbers),
     'label': np.stack([x[owners] for x in labels]).astype(np.int32),
     'image': images,
   }

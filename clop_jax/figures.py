@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import textwrap
+from typing import Any
 
 import matplotlib
 from matplotlib import figure as figure_lib
@@ -42,7 +43,11 @@ _CLASS_COLOURS = (
   '#000000',
 )
 _CLASS_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '<', '>', '*')
-_REFERENCE = {'color': '0.35', 'linestyle': (0, (4, 3)), 'linewidth': 1.0}
+_REFERENCE: dict[str, Any] = {
+  'color': '0.35',
+  'linestyle': (0, (4, 3)),
+  'linewidth': 1.0,
+}
 _STYLE = {
   'font.size': 10,
   'axes.titlesize': 10,
@@ -303,17 +308,17 @@ def curves_figure(
   with matplotlib.rc_context(_STYLE):
     figure, axes = _grid(1, len(measures), height=3.0, widest=3.6)
     for axis, (measure, ylabel) in zip(axes[0], measures.items(), strict=True):
-      seen = [np.zeros(0)]
+      parts = [np.zeros(0)]
       for index, curve in enumerate(curves):
         if curve is not None:
           values = np.where(np.isfinite(curve[measure]), curve[measure], np.nan)
-          seen.append(values[np.isfinite(values)])
+          parts.append(values[np.isfinite(values)])
           style = _line_style(index) | {'marker': _MARKERS[index]}
           every = max(1, len(values) // 8)
           axis.plot(curve['step'], values, markevery=every, **style)
       if measure in references:
         axis.axhline(references[measure][1], **_REFERENCE)
-      seen = np.concatenate(seen)
+      seen = np.concatenate(parts)
       # Losses of different kinds are on scales of their own.
       if seen.size and seen.min() > 0 and seen.max() > 30 * seen.min():
         axis.set_yscale('log')
@@ -431,7 +436,7 @@ def _legend(figure, handles):
   )
 
 
-def _line_style(index, *, dots=False):
+def _line_style(index, *, dots=False) -> dict[str, Any]:
   style = {
     'color': _COLOURS[index % len(_COLOURS)],
     'marker': _MARKERS[index % len(_MARKERS)],
@@ -442,7 +447,7 @@ def _line_style(index, *, dots=False):
   return style | {'linestyle': 'none', 'markersize': 6} if dots else style
 
 
-def _cross(colour):
+def _cross(colour) -> dict[str, Any]:
   return {
     'color': colour,
     'marker': 'x',

@@ -6,6 +6,7 @@ The only file that knows how many devices there are. The mesh has one axis,
 
 from collections.abc import Callable, Sequence
 import os
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -47,7 +48,7 @@ def start(
     ValueError: if only some of the three are given, or make no sense.
     RuntimeError: if the others do not come, or a cluster cannot be joined.
   """
-  timeouts = {
+  timeouts: dict[str, Any] = {
     'heartbeat_timeout_seconds': peer_timeout_seconds,
     'shutdown_timeout_seconds': peer_timeout_seconds,
   }
@@ -57,7 +58,7 @@ def start(
     '--process_id': process_id,
   }
   missing = [name for name, value in given.items() if value is None]
-  if not missing:
+  if num_processes is not None and process_id is not None and not missing:
     if not 0 <= process_id < num_processes:
       raise ValueError(
         f'--process_id must be in [0, --num_processes={num_processes}), got '

@@ -66,10 +66,11 @@ def extract(
     # One shape, one compilation: the last batch is filled up and cut again.
     images = np.pad(images, [(0, batch_size - size)] + [(0, 0)] * 3)
     outputs = apply(parallel.shard(mesh, images))
-    outputs = [np.asarray(output, np.float32)[:size] for output in outputs]
-    for column, part in zip(columns, (*outputs, labels), strict=True):
-      column.append(part)
-  return tuple(np.concatenate(column) for column in columns)
+    for column, output in zip(columns, outputs, strict=False):
+      column.append(np.asarray(output, np.float32)[:size])
+    columns[2].append(labels)
+  features, embeddings, known = map(np.concatenate, columns)
+  return features, embeddings, known
 
 
 def linear_probe(

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import statistics
+from typing import Any
 
 import numpy as np
 
@@ -316,7 +317,8 @@ def telling_cells(study: Study) -> tuple[list[Cell], str]:
   seeds = study.grid.get('seed', [])
   seed = min((c.seed for c in done), key=lambda s: _position(seeds, s))
   done = [c for c in done if c.seed == seed]
-  clop, pairs = study.clop_weight, []
+  clop = study.clop_weight
+  pairs: list[tuple[Any, float, float]] = []
   if clop is not None:
     for settings in study.combinations(
       [f for f in study.fields if f != WEIGHT]
@@ -329,7 +331,7 @@ def telling_cells(study: Study) -> tuple[list[Cell], str]:
       ]
       ranks = [c.number('effective_rank') for c in pair]
       if len(pair) == 2 and np.isfinite(ranks).all():
-        pairs.append((pair, *ranks))
+        pairs.append((pair, ranks[0], ranks[1]))
   if pairs:
     mildest = max(pairs, key=lambda pair: pair[1])[0]
     widest = max(pairs, key=lambda pair: abs(pair[2] - pair[1]))[0]

@@ -605,7 +605,7 @@ def common_hessian_eigenvalues(
   *,
   repulsion: float = 0.0,
   temperature: float = 0.1,
-) -> dict[str, tuple[float, int]]:
+) -> dict[str, float]:
   r"""Curvature of `common_potential` at the orthonormal prototypes' mean.
 
   .. math:: \text{cosine: } \frac{1 - r}{\sqrt k} \text{ in every direction;}

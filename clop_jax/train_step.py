@@ -1,6 +1,7 @@
 """One training step, a pure function of (state, batch, key)."""
 
 from collections.abc import Callable
+import dataclasses
 
 from flax import linen as nn
 import jax
@@ -195,7 +196,8 @@ def train_step(
   }
   if pseudo_labels is not None:
     metrics |= _pseudo_label_metrics(batch, clop_labels, axis_name)
-  state = state.replace(
+  state = dataclasses.replace(
+    state,
     step=step,
     params=params,
     batch_stats=batch_stats,

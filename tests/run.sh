@@ -9,5 +9,6 @@ cd "$ROOT"
 "$PYTHON" -m ruff format --check --quiet . ||
   fail "the code is not formatted: .venv/bin/python -m ruff format ."
 "$PYTHON" -m ruff check --quiet .
+"$PYTHON" -m mypy --no-error-summary
 # Two tests at a time; those that start several processes need little more each.
 "$PYTHON" -m pytest --numprocesses=2 --dist=worksteal "$@"

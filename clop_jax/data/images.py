@@ -94,10 +94,10 @@ def to_channels(
   """
   if isinstance(image, Image.Image):
     try:
-      image = _grey_or_rgb(image)
+      image = pillow = _grey_or_rgb(image)
     except ValueError as error:
       raise ValueError(f"{name}: {error}; convert it to 'L' or 'RGB'") from None
-    found = len(image.getbands())
+    found = len(pillow.getbands())
   elif image.dtype != np.uint8 or image.ndim != 3:
     raise ValueError(
       f'{name}: images must be uint8 [height, width, channels] or Pillow '

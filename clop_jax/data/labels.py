@@ -376,7 +376,7 @@ def add_noise(
     members = np.flatnonzero(labels == label)
     rng = np.random.default_rng([seed, label, *_NOISE])
     chosen = rng.permutation(members)[: round(rate * members.size)]
-    shift = 1
+    shift: int | np.ndarray = 1
     if kind == 'symmetric':
       shift = rng.integers(1, max(len(classes), 2), size=chosen.size)
     noisy[chosen] = np.asarray(classes)[(position + shift) % len(classes)]

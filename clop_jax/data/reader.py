@@ -71,7 +71,8 @@ class Reader:
     self._crops, self._seed = crops, seed
     self._skip_corrupt, self._reported = skip_corrupt, set()
     self._tells_grey = channels == 3
-    self.shape = self._shape_from = None
+    self.shape: tuple[int, ...] = ()  # not known yet
+    self._shape_from = None
     image, position = self._fitted(0)
     self.shape = image.shape
     self._shape_from = sources.name_of(source, position)
@@ -107,7 +108,7 @@ class Reader:
       image = images.center_crop(image, self._size, share=self._share)
     else:
       image = images.as_array(image)
-    if self.shape is not None and image.shape != self.shape:
+    if self.shape and image.shape != self.shape:
       name = sources.name_of(self._source, position)
       raise ValueError(
         f'images must all have one shape, got {self.shape} of '

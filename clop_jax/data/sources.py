@@ -8,7 +8,7 @@ reading every image to learn its label), `num_classes`, and `name_of(i)` (what
 an error calls an example: its file).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import sys
 from typing import Protocol
 
@@ -70,7 +70,7 @@ def _synthetic(split, data_dir, **options):
   return synthetic.Synthetic(split, **options)
 
 
-_SOURCES = {
+_SOURCES: dict[str, Callable[..., Source]] = {
   'folder': folder.Folder,
   'npz': arrays.load_npz,
   'synthetic': _synthetic,

@@ -96,17 +96,17 @@ class TfdsSource:
     The file lies beside the prepared data; where that cannot be written the
     labels are read again each time.
     """
-    if self._labels is None:
-      self._labels = self._cached()
-    if self._labels is None:
+    found = self._cached() if self._labels is None else self._labels
+    if found is None:
       indices = tqdm.tqdm(
         range(len(self)), 'reading labels', disable=not sys.stderr.isatty()
       )
-      self._labels = np.array(
+      found = np.array(
         [int(self._encoded(index)['label']) for index in indices], np.int32
       )
-      self._keep()
-    return self._labels
+      self._keep(found)
+    self._labels = found
+    return found
 
   def _cached(self):
     if self._cache is None or not os.path.exists(self._cache):
@@ -118,14 +118,14 @@ class TfdsSource:
     fits = labels.dtype == np.int32 and labels.shape == (len(self),)
     return labels if fits else None
 
-  def _keep(self):
+  def _keep(self, labels):
     if self._cache is None:
       return
     # Several processes may come here at once.
     partial = f'{self._cache}.{os.getpid()}.partial'
     try:
       with open(partial, 'wb') as file:
-        np.save(file, self._labels)
+        np.save(file, labels)
       os.replace(partial, self._cache)
     except OSError:  # somebody else's folder, or remote
       with contextlib.suppress(OSError):

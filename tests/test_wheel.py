@@ -1,0 +1,111 @@
+"""The wheel, as somebody who has nothing else: it installs, and all of it runs."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+
+import pytest
+
+import clop_jax
+from tests import small
+
+COMMANDS = sorted(
+  '.'.join(path.relative_to(small.ROOT).with_suffix('').parts)
+  for path in (small.ROOT / 'clop_jax').rglob('*.py')
+  if "if __name__ == '__main__':" in path.read_text()
+)
+# Started by `study`, which tells it by a pipe what to do.
+COMMANDS.remove('clop_jax.cell')
+
+
+def run(*arguments, **options):
+  result = subprocess.run(
+    [str(argument) for argument in arguments],
+    capture_output=True,
+    text=True,
+    **options,
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  return result.stdout
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('dist')
+  run(sys.executable, '-m', 'build', '--wheel', '--outdir', folder, small.ROOT)
+  (path,) = folder.glob('*.whl')
+  return path
+
+
+@pytest.fixture(scope='module')
+def installed(wheel, tmp_path_factory):
+  """The interpreter of an environment that was empty before the wheel."""
+  folder = tmp_path_factory.mktemp('empty')
+  venv.create(folder, with_pip=True)
+  python = folder / 'bin' / 'python'
+  pip = [python, '-m', 'pip', '--disable-pip-version-check', '--quiet']
+  run(*pip, 'install', wheel)
+  assert 'No broken requirements' in run(*pip, 'check')
+  return python
+
+
+@pytest.fixture
+def alone(tmp_path):
+  """The options of a process that sees nothing of the checkout."""
+  environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+  return {'cwd': tmp_path, 'env': environment | {'XLA_FLAGS': ''}}
+
+
+def test_the_wheel_has_the_package_and_the_configs_and_no_more(wheel):
+  assert wheel.name == f'clop_jax-{clop_jax.__version__}-py3-none-any.whl'
+  names = zipfile.ZipFile(wheel).namelist()
+  expected = {
+    str(path.relative_to(small.ROOT))
+    for path in (small.ROOT / 'clop_jax').rglob('*.py')
+  } | {
+    f'clop_jax/configs/{path.name}'
+    for path in (small.ROOT / 'configs').glob('*.py')
+  }
+  assert {n for n in names if '.dist-info/' not in n} == expected
+  assert any(name.endswith('licenses/LICENSE') for name in names)
+
+
+def test_every_command_tells_what_it_is_for(installed, alone):
+  assert {'clop_jax.train', 'clop_jax.evaluate', 'clop_jax.study'} < {*COMMANDS}
+  for command in COMMANDS:
+    printed = run(installed, '-m', command, '--help', **alone)
+    assert f'python -m {command}' in printed
+    module = small.ROOT / (command.replace('.', '/') + '.py')
+    defined = re.findall(
+      r"DEFINE_\w+\(\s*'(\w+)'", module.read_text().replace('config_flags.', '')
+    )
+    assert defined
+    for flag in defined:
+      assert f'--{flag}' in printed or f'--[no]{flag}' in printed
+
+
+def test_a_new_user_trains_and_evaluates_with_the_wheel_alone(
+  installed, alone, digits_dir
+):
+  files = run(
+    installed, '-c', 'import clop_jax; print(clop_jax.__file__)', **alone
+  )
+  assert pathlib.Path(files.strip()).is_relative_to(installed.parents[1])
+  run(
+    installed,
+    '-m',
+    'clop_jax.train',
+    '--config=configs/digits.py',
+    '--workdir=run',
+    f'--config.data.data_dir={digits_dir}',
+    '--config.model.width_multiplier=0.25',
+    '--config.train.num_epochs=1',
+    **alone,
+  )
+  printed = run(installed, '-m', 'clop_jax.evaluate', '--workdir=run', **alone)
+  assert '| run' in printed
+  assert (alone['cwd'] / 'run' / 'eval.json').exists()
