@@ -1,4 +1,4 @@
-"""The wheel, as somebody who has nothing else: it installs, and all of it runs."""
+"""The wheel, as somebody who has nothing else: all of it installs and runs."""
 
 import os
 import pathlib
