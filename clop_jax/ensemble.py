@@ -133,6 +133,7 @@ def train_together(
     stacked, shared, _batch(orders, longest, mesh)
   ).out_info
   train.check_best(config, sorted(metrics), total_steps, save_every)
+  read_initial = train.initial_reader(config, target, *workdirs)
 
   with contextlib.ExitStack() as stack:
     folders = []
@@ -148,8 +149,8 @@ def train_together(
         out_shardings=jax.tree.map(lambda x: x.sharding, target),
       )
       states = [
-        create(parallel.replicate(mesh, jax.random.key(c.seed)))
-        for c in configs
+        train.first_state(create, c, workdir, mesh, read_initial())
+        for c, workdir in zip(configs, workdirs, strict=True)
       ]
     start = int(states[0].step)
     print(f'{len(configs)} runs together from step {start} of {total_steps}')
