@@ -101,10 +101,10 @@ def _check_step(config, source, true_labels):
   step = parallel.map_step(run.step, mesh, batch_axes=(None, 0, None))
   key = experiment.training_key(config)
   state = jax.eval_shape(run.create_state)
+  experiment.initial_weights(config, state)  # refuses those that do not fit
   _, metrics = jax.eval_shape(step, state, batch, key)
   save_every = config.train.checkpoint_every_epochs * order.steps_per_epoch
   train.check_best(config, sorted(metrics), lengths['total_steps'], save_every)
-  experiment.initial_weights(config, state)  # refuses those that do not fit
   return lengths
 
 

@@ -107,6 +107,7 @@ def train_together(
     config, total_steps=total_steps, steps_per_epoch=steps_per_epoch
   )
   target = experiment.abstract_state(run, mesh)
+  read_initial = train.initial_reader(config, target, *workdirs)
   numbers = [experiment.numbers_of(c) for c in configs]
   shared = {
     'key': jnp.stack([experiment.training_key(c) for c in configs]),
@@ -133,7 +134,6 @@ def train_together(
     stacked, shared, _batch(orders, longest, mesh)
   ).out_info
   train.check_best(config, sorted(metrics), total_steps, save_every)
-  read_initial = train.initial_reader(config, target, *workdirs)
 
   with contextlib.ExitStack() as stack:
     folders = []

@@ -206,7 +206,7 @@ def to_stablehlo(
 
 
 def _about_weights(out, weights, metadata):
-  lines = [f'{len(weights)} tensors under torchvision\'s names; in PyTorch:']
+  lines = [f"{len(weights)} tensors under torchvision's names; in PyTorch:"]
   if metadata['torchvision']:
     lines += metadata['torchvision'].splitlines()
   else:

@@ -83,6 +83,7 @@ def train(
   )
   # Traced before anything is written: what a wrong value breaks, breaks here.
   target = experiment.abstract_state(run, mesh)
+  read_initial = initial_reader(config, target, workdir)
   # Numbers are arguments, not constants: runs that differ in them alone share
   # what JAX's compilation cache holds.
   numbers = jax.tree.map(np.float32, experiment.numbers_of(config))
@@ -98,7 +99,6 @@ def train(
   longest = max(len(steps) for steps in chunks)
   program.lower(longest)
   check_best(config, program.metric_names(longest), total_steps, save_every)
-  read_initial = initial_reader(config, target, workdir)
 
   with (
     workdir_lib.claim(config, workdir, labels, true_labels),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -145,7 +146,9 @@ def test_the_file_loads_into_a_plain_pytorch_resnet(colour_run, tmp_path):
   export.export(colour_run, str(out))
   weights, metadata = opened(out)
   network = theirs.network(18, width=8)
-  network.load_state_dict({name: torch.tensor(x) for name, x in weights.items()})
+  network.load_state_dict(
+    {name: torch.tensor(x) for name, x in weights.items()}
+  )
   x = images(5, 12, 3)
   with torch.no_grad():
     found = network(torch.tensor(as_pytorch(x, metadata)).float()).numpy()
@@ -157,9 +160,8 @@ def test_the_file_holds_the_backbone_and_says_what_it_is(run, weights_file):
   weights, metadata = opened(weights_file)
   assert weights.keys() == theirs.shapes(8).keys()
   assert {int(weights[x]) for x in weights if x.endswith('tracked')} == {5}
-  text = json.dumps(
-    json.loads(open(f'{run}/config.json').read()), sort_keys=True
-  )
+  config = json.loads(pathlib.Path(run, 'config.json').read_text())
+  text = json.dumps(config, sort_keys=True)
   assert metadata['config_sha256'] == hashlib.sha256(text.encode()).hexdigest()
   assert metadata['torchvision'] == ''
   expected = {
@@ -188,8 +190,14 @@ def test_an_older_checkpoint_can_be_named(run, weights_file, tmp_path):
   ('arguments', 'message'),
   [
     ({'which': '4'}, r'no checkpoint of step 4 in .*there are \[3, 5\]'),
-    ({'which': 'first'}, r"'latest', 'best' or a step of \[3, 5\], got 'first'"),
-    ({'out': 'backbone.pt'}, r"ending in \.safetensors or \.stablehlo, got 'ba"),
+    (
+      {'which': 'first'},
+      r"'latest', 'best' or a step of \[3, 5\], got 'first'",
+    ),
+    (
+      {'out': 'backbone.pt'},
+      r"ending in \.safetensors or \.stablehlo, got 'ba",
+    ),
     ({'out': 'no/w.safetensors'}, 'there is no folder no; make it first'),
     ({'platforms': ['cpu']}, r'--platforms is for \.stablehlo'),
     ({'image_size': 8}, r'--image_size is for \.stablehlo'),
@@ -248,7 +256,7 @@ np.testing.assert_allclose(one, features[:1], atol=1e-5)
     [sys.executable, '-c', _BLOCKED + code],
     check=True,
     cwd=tmp_path,
-    env=small.environment() | {'PYTHONPATH': ''},
+    env=small.environment(),
   )
   restored = clop_jax.load(colour_run, devices=jax.devices()[ONE])
   features, embeddings = restored.apply(x)
@@ -441,24 +449,41 @@ def test_a_study_refuses_weights_that_do_not_fit_before_it_begins(
 
 
 def test_runs_that_train_together_start_from_the_file_s_weights(
-  digits_dir, weights_file, tmp_path
+  digits_dir, weights_file, tmp_path, monkeypatch
 ):
+  class EnoughError(Exception):
+    pass
+
+  states, first_state = [], train.first_state
+
+  def recorded(*arguments):
+    states.append(first_state(*arguments))
+    if len(states) == 2:
+      raise EnoughError  # to compile and train them would add nothing
+    return states[-1]
+
+  monkeypatch.setattr(train, 'first_state', recorded)
   configs = [
-    starting_config(digits_dir, weights_file, train__num_epochs=1, seed=seed)
+    small.digits_config(
+      digits_dir, model__initial_weights=str(weights_file), seed=seed
+    )
     for seed in (0, 1)
   ]
   workdirs = [str(tmp_path / str(seed)) for seed in (0, 1)]
-  ensemble.train_together(
-    configs,
-    workdirs,
-    diverged=lambda number, error: pytest.fail(str(error)),
-    devices=jax.devices()[ONE],
-  )
+  with pytest.raises(EnoughError):
+    ensemble.train_together(
+      configs,
+      workdirs,
+      diverged=lambda number, error: None,
+      devices=jax.devices()[ONE],
+    )
   weights, _ = opened(weights_file)
   heads = []
-  for config, workdir in zip(configs, workdirs, strict=True):
-    params = backbone_of(config, workdir, 5)
-    check_starts_from(params, weights)
-    heads.append(params['projection_head']['dense1']['kernel'])
+  for state, workdir in zip(states, workdirs, strict=True):
+    check_starts_from(state.params, weights)
+    np.testing.assert_array_equal(
+      state.batch_stats['backbone']['bn1']['var'], weights['bn1.running_var']
+    )
+    heads.append(state.params['projection_head']['dense1']['kernel'])
     assert os.path.exists(f'{workdir}/initial_weights.json')
   assert np.abs(heads[0] - heads[1]).max() > 0.01
