@@ -635,4 +635,7 @@ def test_every_process_starts_from_what_the_main_one_has_read():
     start(['-c', _FROM_MAIN], processes=2, devices=2)
   )
   assert codes == [0, 0], errors
-  assert outputs == ['[1.5, 1.5, 1.5]\n' * 2] * 2
+  for output in outputs:
+    # Among what Gloo says.
+    lines = [line for line in output.splitlines() if line.startswith('[1.5')]
+    assert lines == ['[1.5, 1.5, 1.5]'] * 2, output
