@@ -5,7 +5,7 @@ python -m clop_jax.export --workdir=runs/cifar10 --out=network.stablehlo
 
 The ending says what: the backbone's weights under torchvision's names, or the
 whole function from uint8 images to features and embeddings, weights inside, as
-StableHLO that JAX alone can call. See docs/export.md.
+StableHLO that JAX can call without this library. See docs/export.md.
 """
 
 from collections.abc import Sequence
