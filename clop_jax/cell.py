@@ -100,9 +100,9 @@ def _check_step(config, source, true_labels):
     batch['true_label'] = integers
   step = parallel.map_step(run.step, mesh, batch_axes=(None, 0, None))
   key = experiment.training_key(config)
-  _, metrics = jax.eval_shape(
-    step, jax.eval_shape(run.create_state), batch, key
-  )
+  state = jax.eval_shape(run.create_state)
+  experiment.initial_weights(config, state)  # refuses those that do not fit
+  _, metrics = jax.eval_shape(step, state, batch, key)
   save_every = config.train.checkpoint_every_epochs * order.steps_per_epoch
   train.check_best(config, sorted(metrics), lengths['total_steps'], save_every)
   return lengths

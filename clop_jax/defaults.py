@@ -83,6 +83,9 @@ def get_config() -> ml_collections.ConfigDict:
   model.head_layers = 2  # dense layers of the projection head; 0 is no head
   model.head_hidden_dim = 128
   model.head_bn = True  # batch normalization in the head's hidden layers
+  # Weights that the backbone starts from, under torchvision's names: a
+  # .safetensors file, or .pth where PyTorch is installed; None: random ones.
+  model.initial_weights = ml_collections.config_dict.placeholder(str)
 
   config.loss = loss = ml_collections.ConfigDict()
   # nt_xent, supcon, dcl, vicreg, barlow_twins or none

@@ -107,6 +107,7 @@ def train_together(
     config, total_steps=total_steps, steps_per_epoch=steps_per_epoch
   )
   target = experiment.abstract_state(run, mesh)
+  read_initial = train.initial_reader(config, target, *workdirs)
   numbers = [experiment.numbers_of(c) for c in configs]
   shared = {
     'key': jnp.stack([experiment.training_key(c) for c in configs]),
@@ -148,8 +149,8 @@ def train_together(
         out_shardings=jax.tree.map(lambda x: x.sharding, target),
       )
       states = [
-        create(parallel.replicate(mesh, jax.random.key(c.seed)))
-        for c in configs
+        train.first_state(create, c, workdir, mesh, read_initial())
+        for c, workdir in zip(configs, workdirs, strict=True)
       ]
     start = int(states[0].step)
     print(f'{len(configs)} runs together from step {start} of {total_steps}')

@@ -22,6 +22,7 @@ from clop_jax import optimizer
 from clop_jax import parallel
 from clop_jax import prototype_rules
 from clop_jax import prototypes
+from clop_jax import torchvision_weights
 from clop_jax import train_state
 from clop_jax import train_step
 from clop_jax.data import images
@@ -136,8 +137,9 @@ class Experiment:
     backbone: images to features.
     projection_head: features to embeddings.
     tx: the Optax chain.
-    create_state: `(key=...) -> state` before the first step, pure; the key is
-      that of the config's seed unless one is given.
+    create_state: `(key=..., backbone_variables=...) -> state` before the first
+      step, pure; the key is that of the config's seed unless one is given, and
+      the backbone is random unless its variables are, see `InitialWeights`.
     step: `(state, batch, key, numbers=...) -> (state, metrics)`,
       `train_step.train_step` with everything else bound. `numbers` are those of
       the config unless they are given, see `numbers_of`.
@@ -223,7 +225,7 @@ def build(
   images.check_size('config.augment.size', augment.size)
   image_shape = (augment.size, augment.size, config.data.channels)
 
-  def create_state(key=None):
+  def create_state(key=None, backbone_variables=None):
     key = jax.random.key(config.seed) if key is None else key
     init_key, prototype_key = jax.random.split(key)
     views = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -245,6 +247,7 @@ def build(
       image_shape=image_shape,
       prototypes=made,
       prototype_statistics=rule.statistics(made),
+      backbone_variables=backbone_variables,
     )
 
   bound = functools.partial(
@@ -404,6 +407,54 @@ def abstract_state(experiment: Experiment, mesh) -> train_state.TrainState:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     jax.eval_shape(experiment.create_state),
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialWeights:
+  """What `model.initial_weights` names; see `initial_weights`.
+
+  Attributes:
+    path: of the file.
+    sha256: of the file.
+    variables: `params` and `batch_stats` of the backbone, float32 on the host.
+  """
+
+  path: str
+  sha256: str
+  variables: dict
+
+
+def initial_weights(
+  config: ml_collections.ConfigDict, state: train_state.TrainState
+) -> InitialWeights | None:
+  """Reads the weights that the backbone is to start from.
+
+  Args:
+    config: see `defaults`.
+    state: of the run, or its shapes.
+
+  Returns:
+    The weights; None if the config names none.
+
+  Raises:
+    ValueError: if the file is missing or damaged, or its names or shapes do not
+      fit the backbone; all that do not are listed.
+  """
+  path = config.model.initial_weights
+  if path is None:
+    return None
+  like = {
+    'params': state.params['backbone'],
+    'batch_stats': state.batch_stats['backbone'],
+  }
+  try:
+    weights, sha256 = torchvision_weights.read(path)
+    variables = torchvision_weights.from_torchvision(weights, like)
+  except ValueError as error:
+    raise ValueError(
+      f'config.model.initial_weights={path!r}: {error}'
+    ) from error
+  return InitialWeights(path, sha256, variables)
 
 
 def commit() -> str | None:

@@ -106,6 +106,11 @@ def all_agree(fine: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.bool_(fine)).all())
 
 
+def from_main(tree):
+  """The main process's arrays on the host, on every process of the run."""
+  return multihost_utils.broadcast_one_to_all(tree)
+
+
 def is_lost_peer(error: Exception) -> bool:
   """Whether an error can come from another process of the run that has gone."""
   text = str(error).lower()

@@ -7,6 +7,8 @@ bit that of a run that was never stopped.
 """
 
 import contextlib
+import functools
+import json
 import math
 import os
 import sys
@@ -81,6 +83,7 @@ def train(
   )
   # Traced before anything is written: what a wrong value breaks, breaks here.
   target = experiment.abstract_state(run, mesh)
+  read_initial = initial_reader(config, target, workdir)
   # Numbers are arguments, not constants: runs that differ in them alone share
   # what JAX's compilation cache holds.
   numbers = jax.tree.map(np.float32, experiment.numbers_of(config))
@@ -104,8 +107,8 @@ def train(
     state = checkpoints.restore_latest(target, warn=_warn)
     if state is None:
       shardings = jax.tree.map(lambda x: x.sharding, target)
-      seed_key = parallel.replicate(mesh, jax.random.key(config.seed))
-      state = jax.jit(run.create_state, out_shardings=shardings)(seed_key)
+      create = jax.jit(run.create_state, out_shardings=shardings)
+      state = first_state(create, config, workdir, mesh, read_initial())
     start = int(state.step)
     _print_summary(config, state, program(longest), mesh, total_steps)
     _say(label_policy.summary(true_labels, labels, config.data.num_classes))
@@ -241,6 +244,47 @@ class _Program:
       self.lower(count)
       self._compiled[count] = self._lowered[count].compile()
     return self._compiled[count]
+
+
+def initial_reader(config, target, *workdirs):
+  """A function to what the backbones start from, or None.
+
+  What is not going on from a checkpoint has the file read already, so that one
+  that does not fit is refused before anything is written.
+  """
+  read = functools.cache(lambda: experiment.initial_weights(config, target))
+  if not all(workdir_lib.has_checkpoint(workdir) for workdir in workdirs):
+    read()
+  return read
+
+
+def first_state(create, config, workdir, mesh, initial):
+  """The state before the first step; what it starts from is put on record.
+
+  Args:
+    create: `experiment.Experiment.create_state`, jitted.
+    config: of the run.
+    workdir: gets `initial_weights.json` if there are any.
+    mesh: see `parallel.make_mesh`.
+    initial: see `experiment.initial_weights`.
+
+  Returns:
+    The state.
+  """
+  key = parallel.replicate(mesh, jax.random.key(config.seed))
+  if initial is None:
+    return create(key)
+  if parallel.is_main():
+    # The path alone, which the config has, would not tell one file that was
+    # there from another.
+    record = {'path': initial.path, 'sha256': initial.sha256}
+    workdir_lib.write_whole(
+      os.path.join(workdir, 'initial_weights.json'),
+      f'{json.dumps(record, indent=2)}\n'.encode(),
+    )
+  _say(f'the backbone starts from {initial.path} (sha256 {initial.sha256})')
+  variables = parallel.from_main(initial.variables)
+  return create(key, parallel.replicate(mesh, variables))
 
 
 def count_steps(config, steps_per_epoch):

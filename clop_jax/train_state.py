@@ -40,6 +40,7 @@ def create(
   image_shape: tuple[int, int, int],
   prototypes: jax.Array,
   prototype_statistics=None,
+  backbone_variables=None,
 ) -> TrainState:
   """The state before the first step; pure, so it can be jitted or only shaped.
 
@@ -51,13 +52,16 @@ def create(
     image_shape: `(height, width, channels)` of a view.
     prototypes: `[num_classes, dim]`.
     prototype_statistics: see `TrainState`.
+    backbone_variables: `params` and `batch_stats` that the backbone starts
+      from; None: its own initialization.
 
   Returns:
     The state.
   """
   backbone_key, head_key = jax.random.split(key)
   images = jnp.zeros((1, *image_shape), jnp.float32)
-  backbone_variables = backbone.init(backbone_key, images, train=False)
+  if backbone_variables is None:
+    backbone_variables = backbone.init(backbone_key, images, train=False)
   features = backbone.apply(backbone_variables, images, train=False)
   head_variables = projection_head.init(head_key, features, train=False)
   params = {

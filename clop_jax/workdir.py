@@ -34,6 +34,12 @@ def open_checkpoints(
   )
 
 
+def has_checkpoint(workdir: str) -> bool:
+  """Whether a run in this folder has saved a step, so that it would go on."""
+  folder = epath.Path(workdir) / checkpoint.FOLDER
+  return folder.is_dir() and any(x.name.isdigit() for x in folder.iterdir())
+
+
 def to_json(config: ml_collections.ConfigDict) -> dict:
   """The config as JSON has it: tuples are lists."""
   return json.loads(json.dumps(config.to_dict()))

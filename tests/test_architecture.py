@@ -21,6 +21,7 @@ LAYERS = {
   'augment': 0.5,  # one of its operations is randaugment
   'models.resnet': 0,
   'models.heads': 0.5,  # shares models.resnet's meaning of bn_scope
+  'torchvision_weights': 0,
   'optimizer': 0,
   'parallel': 0,
   'preemption': 0,
@@ -59,6 +60,7 @@ LAYERS = {
   'protocol': 3.5,  # what inputs reads, measured
   'train': 4,
   'evaluate': 4,
+  'export': 4,
   'data.prepare': 4,
   'data.preview': 4,
   'ensemble': 4.2,  # several of train
@@ -82,6 +84,8 @@ LIBRARIES = {
   'defaults': {'ml_collections'},
   'models.resnet': {'jax', 'flax'},
   'models.heads': {'jax', 'flax'},
+  # Where PyTorch is installed it reads .pth files.
+  'torchvision_weights': {'etils', 'numpy', 'safetensors', 'torch'},
   'optimizer': {'jax', 'optax'},
   'parallel': {'jax', 'numpy'},
   'preemption': {'jax'},

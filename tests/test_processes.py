@@ -611,3 +611,31 @@ def test_a_full_disk_is_named_and_older_checkpoints_stay_whole(
     assert found and all(entry.fault is None for entry in found)
   finally:
     subprocess.run(['umount', '-l', str(disk)], check=True)
+
+
+# --- what one process has read ----------------------------------------------
+
+_FROM_MAIN = """
+import numpy as np
+from clop_jax import command, parallel
+
+def main():
+  import jax
+  read = {'kernel': np.full(3, 1.5 + jax.process_index(), np.float32)}
+  placed = parallel.replicate(parallel.make_mesh(), parallel.from_main(read))
+  for shard in placed['kernel'].addressable_shards:
+    print(np.asarray(shard.data).tolist())
+
+command.run(main, lambda: None)
+"""
+
+
+def test_every_process_starts_from_what_the_main_one_has_read():
+  codes, outputs, errors = finish(
+    start(['-c', _FROM_MAIN], processes=2, devices=2)
+  )
+  assert codes == [0, 0], errors
+  for output in outputs:
+    # Among what Gloo says.
+    lines = [line for line in output.splitlines() if line.startswith('[1.5')]
+    assert lines == ['[1.5, 1.5, 1.5]'] * 2, output

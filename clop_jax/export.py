@@ -1,0 +1,293 @@
+"""Writes a trained run for PyTorch, or for serving.
+
+python -m clop_jax.export --workdir=runs/cifar10 --out=backbone.safetensors
+python -m clop_jax.export --workdir=runs/cifar10 --out=network.stablehlo
+
+The ending says what: the backbone's weights under torchvision's names, or the
+whole function from uint8 images to features and embeddings, weights inside, as
+StableHLO that JAX can call without this library. See docs/export.md.
+"""
+
+from collections.abc import Sequence
+import hashlib
+import json
+import os
+from typing import Any
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import clop_jax
+from clop_jax import command
+from clop_jax import torchvision_weights
+from clop_jax import workdir as workdir_lib
+from clop_jax.data import images as images_lib
+
+ENDINGS = ('.safetensors', '.stablehlo')
+PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
+
+
+def export(
+  workdir: str,
+  out: str,
+  *,
+  which: str = 'latest',
+  with_head: bool = False,
+  platforms: Sequence[str] | None = None,
+  image_size: int | None = None,
+) -> list[str]:
+  """Writes a checkpoint of a run to a file.
+
+  Args:
+    workdir: of the run.
+    out: the file, ending in .safetensors or .stablehlo; one that is there is
+      replaced.
+    which: checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
+    with_head: of .safetensors: the projection head and the prototypes as well.
+    platforms: of .stablehlo: what it is to run on, of `PLATFORMS`. Default: the
+      one that this runs on, where the result can be tried.
+    image_size: of .stablehlo: height and width of the images that are passed,
+      pixels; they are resized in there to the size of the run's views. Default:
+      `data.image_size`, or else the size of the views.
+
+  Returns:
+    Lines that tell what was written.
+
+  Raises:
+    ValueError: for a wrong argument, a workdir that holds no run or no such
+      checkpoint, or a network that has no place in the format; nothing is
+      written then.
+    checkpoint.DamagedCheckpointError: if the checkpoint cannot be restored.
+    OSError: if the file cannot be written.
+  """
+  ending = os.path.splitext(out)[1]
+  if ending not in ENDINGS:
+    raise ValueError(
+      f'--out must name a file ending in {" or ".join(ENDINGS)}, got {out!r}'
+    )
+  serves = ending == '.stablehlo'
+  folder = os.path.dirname(out) or '.'
+  if '://' not in out and not os.path.isdir(folder):
+    raise ValueError(f'--out={out}: there is no folder {folder}; make it first')
+  if serves and with_head:
+    raise ValueError(
+      f'--with_head is for .safetensors, got --out={out}; StableHLO gives the '
+      'embeddings as they are'
+    )
+  for flag, value in (('platforms', platforms), ('image_size', image_size)):
+    if not serves and value is not None:
+      raise ValueError(f'--{flag} is for .stablehlo, got --out={out}')
+  unknown = [name for name in platforms or () if name not in PLATFORMS]
+  if unknown or (platforms is not None and not platforms):
+    raise ValueError(
+      f'--platforms must be of {",".join(PLATFORMS)}, got '
+      f'{",".join(unknown) or "none"}'
+    )
+  if image_size is not None:
+    images_lib.check_size('--image_size', image_size)
+  if jax.process_count() > 1:
+    raise ValueError(
+      'export runs in one process, and this is one of several; start it '
+      'without a cluster'
+    )
+  from clop_jax import restored  # loads Orbax and Flax
+
+  # What is exported for several devices can be called on as many only.
+  run = restored.load(workdir, which=which, devices=jax.devices()[:1])
+  if serves:
+    size = image_size or run.config.data.image_size or run.config.augment.size
+    data = to_stablehlo(run, image_size=size, platforms=platforms)
+    lines = _about_stablehlo(run, data, size)
+  else:
+    weights, metadata = to_weights(run, with_head=with_head)
+    data = _pack(weights, metadata)
+    lines = _about_weights(out, weights, metadata)
+  workdir_lib.write_whole(out, data)
+  return [f'{out}: step {run.step} of {workdir}, {_megabytes(data)}', *lines]
+
+
+def to_weights(
+  run, *, with_head: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """The backbone of a run under torchvision's names.
+
+  Args:
+    run: see `restored.Restored`.
+    with_head: the projection head as well, as `projection_head.*`, and the
+      `prototypes` `[num_classes, dim]`.
+
+  Returns:
+    `(weights, metadata)`: arrays by name; and as texts what it takes to use
+    them: of which network and step they are and how its images are made.
+
+  Raises:
+    ValueError: for a network that torchvision has no names for.
+  """
+  config, variables = run.config, jax.device_get(run.variables)
+
+  def of(part, prefix):
+    return torchvision_weights.to_torchvision(
+      {name: variables[name][part] for name in ('params', 'batch_stats')},
+      num_batches=run.step,
+      prefix=prefix,
+    )
+
+  weights = of('backbone', '')
+  if with_head:
+    weights |= of('projection_head', 'projection_head.')
+    weights['prototypes'] = np.asarray(run.prototypes)
+  text = json.dumps(workdir_lib.to_json(config), sort_keys=True)
+  construction = torchvision_weights.construction(
+    depth=config.model.depth,
+    stem=config.model.stem,
+    channels=config.data.channels,
+    width_multiplier=config.model.width_multiplier,
+  )
+  metadata = {
+    'format': 'pt',  # by which other libraries know PyTorch's names
+    'writer': f'clop_jax {clop_jax.__version__}',
+    'step': run.step,
+    'config_sha256': hashlib.sha256(text.encode()).hexdigest(),
+    'depth': config.model.depth,
+    'stem': config.model.stem,
+    'width_multiplier': config.model.width_multiplier,
+    'channels': config.data.channels,
+    'image_size': config.augment.size,
+    'mean': list(config.augment.mean),
+    'std': list(config.augment.std),
+    'images': 'float32 [batch, channels, height, width] in [0, 1], then '
+    '(images - mean) / std',
+    'features': 'global average pool of the last stage',
+    'torchvision': '\n'.join(construction or []),
+  }
+  return weights, {
+    name: value if isinstance(value, str) else json.dumps(value)
+    for name, value in metadata.items()
+  }
+
+
+def _pack(weights, metadata):
+  import safetensors.numpy
+
+  return safetensors.numpy.save(weights, metadata)
+
+
+def to_stablehlo(
+  run, *, image_size: int, platforms: Sequence[str] | None = None
+) -> bytes:
+  """The network of a run as StableHLO with its weights inside.
+
+  Args:
+    run: see `restored.Restored`; on one device.
+    image_size: height and width of the images that are passed.
+    platforms: see `export`.
+
+  Returns:
+    What `jax.export.deserialize` takes: uint8 images `[batch, image_size,
+    image_size, channels]`, of any batch, to `(features [batch, feature_dim],
+    embeddings [batch, dim])`, see `restored.Restored.pure`.
+  """
+  from jax import export as jax_export
+
+  variables: Any = jax.device_get(run.variables)
+  (batch,) = jax_export.symbolic_shape('batch')
+  shape = (batch, image_size, image_size, run.config.data.channels)
+
+  @jax.jit
+  def network(images):
+    return run.pure(variables, images)
+
+  exported = jax_export.export(network, platforms=platforms)(
+    jax.ShapeDtypeStruct(shape, jnp.uint8)
+  )
+  return bytes(exported.serialize())
+
+
+def _about_weights(out, weights, metadata):
+  lines = [f"{len(weights)} tensors under torchvision's names; in PyTorch:"]
+  if metadata['torchvision']:
+    lines += metadata['torchvision'].splitlines()
+  else:
+    lines.append(
+      '# torchvision has no ResNet of depth '
+      f'{metadata["depth"]} and width multiplier '
+      f'{metadata["width_multiplier"]}: the names are of its kind, but model '
+      'is yours to write'
+    )
+  lines.append(
+    f'model.load_state_dict(safetensors.torch.load_file({out!r}))'
+    if 'prototypes' not in weights
+    else f'weights = safetensors.torch.load_file({out!r})'
+  )
+  lines.append(
+    f'# images: {metadata["images"]}, mean {metadata["mean"]}, std '
+    f'{metadata["std"]}, {metadata["image_size"]} px'
+  )
+  return lines
+
+
+def _about_stablehlo(run, data, size):
+  from jax import export as jax_export
+
+  exported = jax_export.deserialize(bytearray(data))
+  features, embeddings = exported.out_avals
+  dtype = run.experiment.backbone.dtype
+  return [
+    f'uint8 images [batch, {size}, {size}, {run.config.data.channels}] to '
+    f'features [batch, {features.shape[-1]}] and embeddings [batch, '
+    f'{embeddings.shape[-1]}], on {",".join(exported.platforms)}, computed in '
+    f'{jnp.dtype(dtype).name}'
+  ]
+
+
+def _megabytes(data):
+  return f'{len(data) / 1e6:,.1f} MB'
+
+
+def define_flags() -> None:
+  """Defines the command's flags; importing this module defines none."""
+  flags.DEFINE_string('workdir', None, 'Workdir of the run.')
+  flags.DEFINE_string(
+    'checkpoint', 'latest', 'latest, best (by train.keep_best) or a step.'
+  )
+  flags.DEFINE_string('out', None, f'File to write: {" or ".join(ENDINGS)}.')
+  flags.DEFINE_bool(
+    'with_head', False, '.safetensors: projection head and prototypes too.'
+  )
+  flags.DEFINE_list(
+    'platforms',
+    None,
+    f'.stablehlo: of {",".join(PLATFORMS)}; default: where this runs.',
+  )
+  flags.DEFINE_integer(
+    'image_size',
+    None,
+    '.stablehlo: height and width of the images that will be passed; default: '
+    "the run's.",
+  )
+
+
+def main() -> None:
+  """The command."""
+  values = flags.FLAGS
+  if not values.workdir:
+    raise ValueError('--workdir must name the folder of a run, got none')
+  if not values.out:
+    raise ValueError(
+      f'--out must name a file ending in {" or ".join(ENDINGS)}, got none'
+    )
+  lines = export(
+    values.workdir,
+    values.out,
+    which=values.checkpoint,
+    with_head=values.with_head,
+    platforms=values.platforms,
+    image_size=values.image_size,
+  )
+  print('\n'.join(lines))
+
+
+if __name__ == '__main__':
+  command.run(main, define_flags)
