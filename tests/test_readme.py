@@ -54,16 +54,6 @@ def test_the_jitted_step_trains():
   assert last < value
 
 
-def test_the_pmapped_step_is_the_single_device_step():
-  w, x, labels = problem()
-  sharded = x.reshape(2, 8, 2, 20).swapaxes(0, 1)
-  new_w, value = python_block('jax.pmap,')(w, sharded, labels.reshape(8, 2))
-  right_w, right_value = expected(w, x, labels)
-  for device in range(8):
-    np.testing.assert_allclose(new_w[device], right_w, atol=1e-6)
-    assert value[device] == pytest.approx(float(right_value), rel=1e-5)
-
-
 def test_the_source_of_ones_own_trains(tmp_path, monkeypatch):
   """The example as it stands; `Recorded` makes its training small."""
   blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
