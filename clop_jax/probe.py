@@ -264,8 +264,8 @@ def _nearest(bank, bank_labels, x, ks, num_classes, temperature):
   """Predicted classes `[len(ks), rows]`."""
   cosines = jnp.matmul(_unit(x), bank.T, precision=_PRECISION)
   # The barrier keeps the slices below apart from those of the search: merged
-  # with them it is no top_k to XLA any more but a sort of all, over 40 times slower
-  # on a CPU at k = 200 of 50,000.
+  # with them it is no top_k to XLA any more but a sort of all, over 40 times
+  # slower on a CPU at k = 200 of 50,000.
   nearest, index = lax.optimization_barrier(lax.top_k(cosines, max(ks)))
   # Relative to the nearest one: exp(1 / T) need not fit a float.
   votes = jnp.exp((nearest - nearest[:, :1]) / temperature)
