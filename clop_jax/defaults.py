@@ -154,7 +154,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Side of the middle square that is shown, of the image's shorter side.
   evaluation.crop_share = 1.0
   evaluation.knn_neighbours = (20, 200)  # the first one gives knn_top1
-  evaluation.knn_temperature = 0.1
+  evaluation.knn_temperature = 0.1  # of the votes by cosine
   # Candidates for the linear probe's L2 strength.
   evaluation.probe_l2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
   evaluation.probe_iterations = 200  # of L-BFGS
