@@ -82,7 +82,8 @@ def test_eight_devices_give_the_loss_and_the_weights_of_one(name):
   labels, losses, means, difference = printed(name)
   counts = figures(labels)
   assert len(counts) == 8 and len(set(counts)) > 3
-  whole, one = re.fullmatch(r'loss on 8 devices (.*), on one (.*)', losses)[1:]
+  match = re.fullmatch(r'loss on 8 devices (.*), on one (.*)', losses)
+  whole, one = match.groups()
   assert float(whole) == pytest.approx(float(one), abs=2e-6)
   assert abs(float(NUMBER.findall(means)[-1]) - float(one)) > 0.1
   assert figures(difference)[-1] < 1e-6
