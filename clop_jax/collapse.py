@@ -57,8 +57,8 @@ def singular_values(
     >>> import jax.numpy as jnp
     >>> from clop_jax import collapse
     >>> z = jnp.diag(jnp.array([1.0, 3.0]))
-    >>> print(collapse.singular_values(z).round(3))
-    [3. 1.]
+    >>> print(*(f'{x:.3f}' for x in collapse.singular_values(z)))
+    3.000 1.000
 
   Reference:
     Jing et al., "Understanding dimensional collapse in contrastive
