@@ -15,7 +15,22 @@ _PRECISION = lax.Precision.HIGHEST
 
 
 def normalize(embeddings: jax.Array) -> jax.Array:
-  """Unit vectors along the last axis, `[..., dim]`; the zero vector stays 0."""
+  """Unit vectors along the last axis; the zero vector stays 0.
+
+  Args:
+    embeddings: `[..., dim]`.
+
+  Returns:
+    `[..., dim]` float32.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> z = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+    >>> print(collapse.normalize(z).round(3))
+    [[0.6 0.8]
+     [0.  0. ]]
+  """
   x = embeddings.astype(jnp.float32)
   # Scaled first: the square of a very large or small entry leaves float32.
   largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
@@ -37,6 +52,13 @@ def singular_values(
 
   Returns:
     `[min(n, dim)]`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> z = jnp.diag(jnp.array([1.0, 3.0]))
+    >>> print(*(f'{x:.3f}' for x in collapse.singular_values(z)))
+    3.000 1.000
 
   Reference:
     Jing et al., "Understanding dimensional collapse in contrastive
@@ -79,7 +101,21 @@ def effective_rank(embeddings: jax.Array, *, center: bool = False) -> jax.Array:
 
 
 def effective_rank_of_spectrum(spectrum: jax.Array) -> jax.Array:
-  """Effective rank from singular values `[n]`; see `effective_rank`."""
+  """Effective rank from singular values; see `effective_rank`.
+
+  Args:
+    spectrum: `[n]`, of any scale.
+
+  Returns:
+    A scalar in [0, n].
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> spectrum = jnp.array([2.0, 2.0, 0.0])
+    >>> print(f'{collapse.effective_rank_of_spectrum(spectrum):.3f}')
+    2.000
+  """
   total = jnp.sum(spectrum)
   p = spectrum / jnp.where(total == 0.0, 1.0, total)
   entropy = -jnp.sum(p * jnp.log(jnp.where(p == 0.0, 1.0, p)))
@@ -100,6 +136,12 @@ def embedding_variance(embeddings: jax.Array) -> jax.Array:
   Returns:
     A scalar.
 
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> print(collapse.embedding_variance(jnp.array([[1.0, 0.0], [-1.0, 0.0]])))
+    1.0
+
   Reference:
     CLOP, arXiv 2403.18699: the measure of collapse of its learning-rate sweep.
   """
@@ -119,6 +161,12 @@ def embedding_std(embeddings: jax.Array) -> jax.Array:
 
   Returns:
     A scalar.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> print(collapse.embedding_std(jnp.array([[1.0, 0.0], [-1.0, 0.0]])))
+    0.5
 
   Reference:
     Chen and He, "Exploring simple siamese representation learning", arXiv
@@ -141,6 +189,14 @@ def class_means(
 
   Returns:
     `[num_classes, dim]`; a row of zeros for a class without an example.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> z = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
+    >>> print(collapse.class_means(z, jnp.array([0, 0, -1]), 2))
+    [[2. 0.]
+     [0. 0.]]
   """
   rows, one_hot = _rows_and_classes(embeddings, labels, num_classes)
   counts = jnp.sum(one_hot, axis=0)
@@ -171,6 +227,14 @@ def class_mean_cosines(
 
   Returns:
     `[num_classes, num_classes]`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> z = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> print(collapse.class_mean_cosines(z, jnp.arange(2), 2).round(3))
+    [[1. 0.]
+     [0. 1.]]
 
   Reference:
     Papyan et al., arXiv 2008.08186, (NC2).
@@ -205,6 +269,14 @@ def within_between_ratio(
 
   Returns:
     A scalar.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> z = jnp.array([[1.0], [3.0], [-1.0], [-3.0]])  # 1 within, 4 between
+    >>> labels = jnp.array([0, 0, 1, 1])
+    >>> print(f'{collapse.within_between_ratio(z, labels, 2):.3f}')
+    0.125
 
   Reference:
     Papyan et al., arXiv 2008.08186, (NC1) and figure 6.
@@ -244,6 +316,13 @@ def alignment(views: jax.Array, *, alpha: float = 2.0) -> jax.Array:
   Raises:
     ValueError: if there are fewer than two views.
 
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> views = jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]])
+    >>> print(collapse.alignment(views))
+    2.0
+
   Reference:
     Wang and Isola, "Understanding contrastive representation learning through
     alignment and uniformity on the hypersphere", arXiv 2005.10242, section 4.1.
@@ -275,6 +354,13 @@ def uniformity(embeddings: jax.Array, *, t: float = 2.0) -> jax.Array:
   Raises:
     ValueError: if there are fewer than two rows.
 
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> z = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+    >>> print(f'{collapse.uniformity(z):.3f}')
+    -8.000
+
   Reference:
     Wang and Isola, arXiv 2005.10242, section 4.1.
   """
@@ -301,6 +387,13 @@ def prototype_cosine(
 
   Returns:
     A scalar in [-1, 1]; 0 without a labelled example.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> z = jnp.array([[2.0, 0.0], [1.0, 0.0]])
+    >>> print(collapse.prototype_cosine(z, jnp.array([0, 1]), jnp.eye(2)))
+    0.5
 
   Reference:
     One minus the CLOP loss, arXiv 2403.18699.
@@ -329,6 +422,15 @@ def prototype_energy_share(
 
   Returns:
     A scalar in [0, 1]; 0 without a labelled example.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> z = jnp.array([[-2.0, 0.0], [1.0, 0.0]])
+    >>> labels = jnp.array([0, 1])
+    >>> share = collapse.prototype_energy_share(z, labels, jnp.eye(2))
+    >>> print(f'{share:.3f}')  # 4 of 5
+    0.800
 
   Reference:
     The claim of CLOP (arXiv 2403.18699) that classes lie in orthogonal
@@ -369,6 +471,13 @@ def principal_angles(
 
   Raises:
     ValueError: if `subspace_dim` is not in [1, dim].
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> angles = collapse.principal_angles(jnp.eye(2), jnp.arange(2), 2)
+    >>> print(f'{jnp.degrees(angles[0, 1, 0]):.2f}')
+    90.00
 
   Reference:
     Bjorck and Golub, "Numerical methods for computing angles between linear

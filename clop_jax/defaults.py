@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
   data.data_dir = ml_collections.config_dict.placeholder(str)
   # Keyword arguments of the source; see clop_jax/data/sources.py.
   data.options = ml_collections.ConfigDict()
-  data.train_split = 'train'
+  data.train_split = 'train'  # of training, and of the probe's fit
   data.test_split = 'test'  # of evaluation; '': there is none
   # Further training images whose labels, if any, are not used; None: none.
   data.unlabelled_split = ml_collections.config_dict.placeholder(str)
@@ -55,19 +55,19 @@ def get_config() -> ml_collections.ConfigDict:
   augment.size = 8  # height and width of a view, pixels
   augment.mean = (0.305,)  # per channel, of images in [0, 1]
   augment.std = (0.376,)  # per channel, of images in [0, 1]
-  augment.crop_probability = 1.0
+  augment.crop_probability = 1.0  # of a random box instead of the whole image
   augment.crop_area = (0.4, 1.0)  # share of the image's area
   augment.crop_aspect = (3 / 4, 4 / 3)  # width over height
   augment.flip_probability = 0.0  # a mirrored digit is another character
-  augment.jitter_probability = 0.8
+  augment.jitter_probability = 0.8  # of the four changes that follow
   augment.brightness = 0.4  # factor within 1 +- this
   augment.contrast = 0.4  # factor within 1 +- this
   augment.saturation = 0.0  # factor within 1 +- this; colour images only
   augment.hue = 0.0  # turns of the colour circle, +-; colour images only
   augment.grey_probability = 0.0  # colour images only
-  augment.blur_probability = 0.0
+  augment.blur_probability = 0.0  # Gaussian
   augment.blur_sigma = (0.1, 2.0)  # pixels
-  augment.solarize_probability = 0.0
+  augment.solarize_probability = 0.0  # inverts what is bright
   augment.solarize_threshold = 0.5  # of images in [0, 1]
   augment.randaugment_layers = 0  # operations a view; 0 is off
   augment.randaugment_magnitude = 0.0  # of all of them, 0 to 30
@@ -75,13 +75,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = model = ml_collections.ConfigDict()
   model.depth = 8  # 8, 18, 34 or 50 layers
   model.stem = 'cifar'  # cifar (up to 64 px) or imagenet
-  model.width_multiplier = 1.0
-  model.zero_init_last_bn = False
+  model.width_multiplier = 1.0  # of the channels of all layers
+  model.zero_init_last_bn = False  # residual blocks begin as the identity
   model.bn_scope = 'global'  # batch statistics over global batch, or device
   model.dtype = 'auto'  # float32, bfloat16; auto: bfloat16 on accelerators
-  model.embedding_dim = 128
+  model.embedding_dim = 128  # of embeddings and prototypes
   model.head_layers = 2  # dense layers of the projection head; 0 is no head
-  model.head_hidden_dim = 128
+  model.head_hidden_dim = 128  # width of the head's hidden layers
   model.head_bn = True  # batch normalization in the head's hidden layers
   # Weights that the backbone starts from, under torchvision's names: a
   # .safetensors file, or .pth where PyTorch is installed; None: random ones.
@@ -126,7 +126,7 @@ def get_config() -> ml_collections.ConfigDict:
   optimizer.learning_rate = 0.2  # base; see scaling
   # linear: base * batch / 256; sqrt: base * sqrt(batch); none: base
   optimizer.scaling = 'linear'
-  optimizer.warmup_epochs = 0.0
+  optimizer.warmup_epochs = 0.0  # linear from 0; then a cosine to 0
   optimizer.momentum = 0.9  # for adamw: b1
   optimizer.weight_decay = 1e-6  # kernels only
   optimizer.trust_coefficient = 0.001  # of lars, kernels only
@@ -140,12 +140,12 @@ def get_config() -> ml_collections.ConfigDict:
   # batch statistics become those of one part, over all devices or one device as
   # model.bn_scope says.
   train.num_micro_batches = 1
-  train.num_epochs = 20
+  train.num_epochs = 20  # passes over the training images
   # Steps that the device makes by itself at a time; fewer where a log line or a
   # checkpoint is due.
   train.steps_per_dispatch = 1
-  train.log_every_steps = 10
-  train.checkpoint_every_epochs = 5
+  train.log_every_steps = 10  # a line of metrics.jsonl, with diagnostics
+  train.checkpoint_every_epochs = 5  # and one at the end
   train.keep_checkpoints = 3  # the newest ones
   # The best checkpoint by this metric (as metrics.jsonl has it, its mean since
   # the last checkpoint) is kept as well; None: none is.
@@ -157,7 +157,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Side of the middle square that is shown, of the image's shorter side.
   evaluation.crop_share = 1.0
   evaluation.knn_neighbours = (20, 200)  # the first one gives knn_top1
-  evaluation.knn_temperature = 0.1
+  evaluation.knn_temperature = 0.1  # of the votes by cosine
   # Candidates for the linear probe's L2 strength.
   evaluation.probe_l2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
   evaluation.probe_iterations = 200  # of L-BFGS

@@ -63,8 +63,8 @@ def clop_loss(
   .. math::
     d_{softmax}(z, c_y) = -\log \frac{\exp(\cos(z, c_y) / \tau)}
       {\sum_j \exp(\cos(z, c_j) / \tau)}, \qquad
-    d_{repulsion}(z, c_y) = 1 - \cos(z, c_y)
-      + \frac{r}{k - 1} \sum_{j \ne y} \cos(z, c_j)
+    d_{repulsion}(z, c_y) = 1 - \cos(z, c_y) +
+      \frac{r}{k - 1} \sum_{j \ne y} \cos(z, c_j)
 
   Repulsion with `r = 1` is, up to a constant and a factor, the cosine distance
   to the simplex ETF that the centred prototypes are.
@@ -304,8 +304,8 @@ def dcl_loss(
   r"""Decoupled contrastive loss (DCL): NT-Xent without the positives below.
 
   .. math::
-    L = \frac{1}{VB} \sum_a \Big( -\frac{1}{V-1} \sum_{p \in P(a)} s_{ap}
-        + \log \sum_{b \in N(a)} \exp(s_{ab}) \Big)
+    L = \frac{1}{VB} \sum_a \Big( -\frac{1}{V-1} \sum_{p \in P(a)} s_{ap} +
+        \log \sum_{b \in N(a)} \exp(s_{ab}) \Big)
 
   with `s = cos / temperature`; `P(a)` are the other views of the same example
   and `N(a)` all views of all other examples. It can be negative.
@@ -359,8 +359,9 @@ def vicreg_loss(
   r"""VICReg: variance, invariance and covariance regularization.
 
   .. math::
-    L = \lambda\, s(Z, Z') + \mu\, [v(Z) + v(Z')] + \nu\, [c(Z) + c(Z')],
+    L = \lambda\, s(Z, Z') + \mu\, [v(Z) + v(Z')] + \nu\, [c(Z) + c(Z')]
 
+  .. math::
     s = \tfrac{1}{nd} \sum_{ij} (Z_{ij} - Z'_{ij})^2, \quad
     v = \tfrac{1}{d} \sum_j \max(0, 1 - \sqrt{Var(Z_{:j}) + 10^{-4}}), \quad
     c = \tfrac{1}{d} \sum_{i \ne j} Cov(Z)_{ij}^2

@@ -87,8 +87,8 @@ def linear_probe(
   r"""Multinomial logistic regression on frozen features, by L-BFGS.
 
   .. math:: \min_{W, b}
-    \frac{1}{n} \sum_i -\log \mathrm{softmax}(W x_i + b)_{y_i}
-    + \frac{\alpha}{2} \|W\|_F^2
+    \frac{1}{n} \sum_i -\log \mathrm{softmax}(W x_i + b)_{y_i} +
+    \frac{\alpha}{2} \|W\|_F^2
 
   `x` is standardized with the training features' mean and deviation. `alpha` is
   the strength with the best top-1 on a held-out, stratified tenth of the

@@ -48,8 +48,8 @@ def cosine_distance(
 ) -> jax.Array:
   r"""CLOP's distance, with a repulsion from the other prototypes if wanted.
 
-  .. math:: d(z, y) = 1 - z \cdot c_y
-    + \frac{r}{k - 1} \sum_{j \ne y} z \cdot c_j
+  .. math:: d(z, y) = 1 - z \cdot c_y +
+    \frac{r}{k - 1} \sum_{j \ne y} z \cdot c_j
 
   With orthonormal prototypes and `r = 1` its force is `k/(k-1)` times the
   prototype less the prototypes' mean: that of a simplex ETF, times
@@ -90,8 +90,8 @@ def softmax_distance(
 ) -> jax.Array:
   r"""Cross-entropy over the prototypes.
 
-  .. math:: d(z, y) = -\frac{z \cdot c_y}{T}
-    + \log \sum_j \exp \frac{z \cdot c_j}{T}
+  .. math:: d(z, y) = -\frac{z \cdot c_y}{T} +
+    \log \sum_j \exp \frac{z \cdot c_j}{T}
 
   Args:
     embedding: `[dim]`, unit.
@@ -262,8 +262,8 @@ def critical_learning_rate(
 ) -> float:
   r"""The learning rate from which collapse attracts, in closed form.
 
-  .. math:: \mu_c = \frac{2 / h}{\kappa - (1 - \rho) \Big(\frac{1}{k-1}
-      + \frac{\lambda}{h \sqrt{1 - \ell}}\Big)}, \qquad
+  .. math:: \mu_c = \frac{2 / h}{\kappa - (1 - \rho) \Big(\frac{1}{k-1} +
+      \frac{\lambda}{h \sqrt{1 - \ell}}\Big)}, \qquad
     \kappa = 1 + \rho (k - 1)
 
   or infinity where the denominator is not positive. `h` is 1 for 'repulsion', 2
@@ -511,8 +511,8 @@ def pull_equilibrium(
   point has
 
   .. math:: \kappa \Big(\frac{\lambda (1 - r)}{s \sqrt k} - 1\Big)
-    = (1 - \rho) \Big(\frac{1}{k-1}
-      + \frac{\lambda (1 + r/(k-1))}{b}\Big)
+    = (1 - \rho) \Big(\frac{1}{k-1} +
+      \frac{\lambda (1 + r/(k-1))}{b}\Big)
 
   at every learning rate. Where embeddings move freely, more weight takes them
   to their prototypes. Where they move together (`rho` towards 1), `s` goes to

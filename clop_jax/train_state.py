@@ -26,7 +26,7 @@ class TrainState:
   step: jax.Array
   params: Any
   batch_stats: Any
-  opt_state: optax.OptState
+  opt_state: Any  # optax.OptState has names that only Optax resolves
   prototypes: jax.Array
   prototype_statistics: Any = None
 

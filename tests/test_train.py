@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import jax
@@ -415,6 +416,25 @@ def test_evaluation_on_eight_devices_gives_the_same_figures(trained):
     one['effective_rank'], rel=1e-3
   )
   assert eight['parameters_sha256'] == one['parameters_sha256']
+
+
+def names_in_table(text, heading):
+  """The names in the first column of the table behind a text."""
+  _, after = text.split(heading)
+  rows = after.split('\n\n')[1].splitlines()[2:]
+  return {x for row in rows for x in re.findall('`(.*?)`', row.split(' | ')[0])}
+
+
+def test_the_page_of_the_measures_has_every_name_of_a_run(trained):
+  text = (small.ROOT / 'docs' / 'collapse.md').read_text()
+  workdir = trained[1]
+  for line in metrics_of(workdir):
+    assert set(line) | {
+      'pseudo_label_share',
+      'pseudo_label_accuracy',
+    } == names_in_table(text, '`metrics.jsonl`, a line for each logged step')
+  result, _ = evaluate.evaluate(str(workdir), devices=jax.devices()[ONE])
+  assert set(result) == names_in_table(text, '`eval.json`, of the whole test')
 
 
 def test_evaluation_of_a_folder_that_is_no_run_says_what_it_is(tmp_path, copy):

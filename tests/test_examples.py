@@ -1,0 +1,107 @@
+"""The examples in users' own code: run as a user does, and what they claim."""
+
+import ast
+import functools
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests import small
+
+FOLDER = small.ROOT / 'docs' / 'examples'
+NAMES = sorted(path.stem for path in FOLDER.glob('*.py'))
+NUMBER = re.compile(r'-?\d+(?:\.\d+)?(?:e-?\d+)?')
+
+
+@functools.cache
+def printed(name):
+  """What an example prints, in a process of its own without any flags."""
+  # Its own flag for eight devices is to take effect.
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  result = subprocess.run(
+    [sys.executable, '-W', 'error::DeprecationWarning', FOLDER / f'{name}.py'],
+    capture_output=True,
+    text=True,
+    env=environment,
+  )
+  assert result.returncode == 0, result.stderr
+  return result.stdout.splitlines()
+
+
+def figures(line):
+  """The numbers after a line's name."""
+  return [float(x) for x in NUMBER.findall(line.partition(': ')[2])]
+
+
+def tree(name):
+  return ast.parse((FOLDER / f'{name}.py').read_text())
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_what_it_printed_stands_in_its_head(name):
+  docstring = ast.get_docstring(tree(name))
+  lines = printed(name)
+  said = [line.strip() for line in docstring.splitlines()[-len(lines) :]]
+  assert [NUMBER.sub('#', x) for x in said] == [
+    NUMBER.sub('#', x) for x in lines
+  ]
+  for there, here in zip(said, lines, strict=True):
+    if 'e-' in there:
+      continue  # rounding, which differs between machines
+    # A training at the edge of collapse is sensitive to rounding.
+    assert figures(here) == pytest.approx(figures(there), rel=0.3, abs=0.02)
+
+
+@pytest.mark.parametrize('name', ['nnx_model', 'equinox_model'])
+def test_with_clop_the_neighbours_are_better_where_the_plain_loss_collapses(
+  name,
+):
+  (rank, knn), (clop_rank, clop_knn) = map(figures, printed(name))
+  assert rank < 10 < clop_rank, 'the classes'
+  assert clop_knn > knn
+
+
+def test_the_term_sorts_the_codes_of_an_autoencoder():
+  (error, accuracy), (clop_error, clop_accuracy), (strong_error, _) = map(
+    figures, printed('own_loss')
+  )
+  assert accuracy < 0.3 and clop_accuracy > 0.7
+  assert error < clop_error < strong_error
+
+
+def test_the_term_uses_the_few_labels_of_a_table():
+  (_, accuracy), (_, clop_accuracy) = map(figures, printed('tabular'))
+  assert clop_accuracy > accuracy + 0.01
+
+
+@pytest.mark.parametrize('name', ['pmap', 'shard_map'])
+def test_eight_devices_give_the_loss_and_the_weights_of_one(name):
+  labels, losses, means, difference = printed(name)
+  counts = figures(labels)
+  assert len(counts) == 8 and len(set(counts)) > 3
+  match = re.fullmatch(r'loss on 8 devices (.*), on one (.*)', losses)
+  whole, one = match.groups()
+  assert float(whole) == pytest.approx(float(one), abs=2e-6)
+  assert abs(float(NUMBER.findall(means)[-1]) - float(one)) > 0.1
+  assert figures(difference)[-1] < 1e-6
+
+
+def test_both_maps_print_the_same_losses():
+  assert printed('pmap')[:3] == printed('shard_map')[:3]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_it_needs_the_public_functions_alone_and_is_listed(name):
+  ours = {
+    alias.name
+    for node in ast.walk(tree(name))
+    if isinstance(node, ast.ImportFrom) and node.module == 'clop_jax'
+    for alias in node.names
+  }
+  assert ours and ours <= {'loss', 'prototypes', 'collapse'}
+  listed = (small.ROOT / 'docs' / 'own_code.md').read_text()
+  assert f'(examples/{name}.py)' in listed
+  assert f'python docs/examples/{name}.py' in ast.get_docstring(tree(name))
