@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pathlib
 
+from absl import flags
 import jax
 import optax
 
@@ -72,3 +73,15 @@ def training(
     **{'clop_weight': 1.0} | arguments,
   )
   return create, step
+
+
+def command(module, *arguments):
+  """Calls a command of ours in this process, with the flags that it defines."""
+  before = {*flags.FLAGS}
+  module.define_flags()
+  try:
+    flags.FLAGS(['command', *arguments])
+    module.main()
+  finally:
+    for name in {*flags.FLAGS} - before:
+      delattr(flags.FLAGS, name)
