@@ -76,8 +76,8 @@ def embed(
     what: of 'features' and 'embeddings'.
     batch_size: images at one time; None: `config.eval.batch_size`.
     num_workers: processes that read; None: as the run's config has it.
-    skip_corrupt: leaves out images that cannot be decoded, with a warning; None:
-      as the run's config has it.
+    skip_corrupt: leaves out images that cannot be decoded, with a warning;
+      None: as the run's config has it.
     overwrite: replaces a file that is there.
     devices: default: all, of all processes.
 
@@ -316,7 +316,7 @@ class _Npz:
       if name not in self._files:
         parent = os.path.dirname(os.path.abspath(self._path))
         # The system forgets it with this process, however that ends.
-        self._files[name] = tempfile.TemporaryFile(dir=parent)
+        self._files[name] = tempfile.TemporaryFile(dir=parent)  # noqa: SIM115
         self._kinds[name] = (column.dtype, column.shape[1:])
       self._files[name].write(column.tobytes())
     self._rows += len(columns['label'])
@@ -375,7 +375,7 @@ class _Parquet:
     table = pyarrow.table(arrays_)
     if self._writer is None:
       schema = table.schema.with_metadata({'step': str(self._step)})
-      # Looking for repeated numbers takes longer than embedding, and finds none.
+      # Looking for repeated numbers would take time and find none.
       self._writer = parquet.ParquetWriter(
         self._path, schema, use_dictionary=['label']
       )
@@ -410,7 +410,9 @@ def define_flags() -> None:
   flags.DEFINE_string('out', None, 'The file to write: *.npz or *.parquet.')
   flags.DEFINE_list('what', list(WHAT), 'features, embeddings or both.')
   flags.DEFINE_integer(
-    'batch_size', None, "Images at one time; default: the run's eval.batch_size."
+    'batch_size',
+    None,
+    'Images at one time; default: eval.batch_size of the run.',
   )
   flags.DEFINE_integer(
     'num_workers',

@@ -489,7 +489,7 @@ def define_flags() -> None:
   flags.DEFINE_string('data_dir', None, 'Of --data, as config.data.data_dir.')
   flags.DEFINE_string('train_split', None, 'Of --data; default: train.')
   flags.DEFINE_string('test_split', None, 'Of --data; default: test.')
-  flags.DEFINE_string('table', None, 'The table as a file as well, .csv or .md.')
+  flags.DEFINE_string('table', None, 'The table as a file, too: .csv or .md.')
 
 
 def _asked():

@@ -119,8 +119,8 @@ def train_step(
 
   Args:
     state: see `create_state`, the same on every device.
-    batch: this shard's `image` `[batch, height, width, channels]` uint8, `label`
-      `[batch]` in `[0, num_classes)` and `index` `[batch]`.
+    batch: this shard's `image` `[batch, height, width, channels]` uint8,
+      `label` `[batch]` in `[0, num_classes)` and `index` `[batch]`.
     key: of the augmentation, the same at every step.
     numbers: `learning_rate` (its peak) and `total_steps`, scalars.
     backbone: images to features; its `axis_name` is this one.

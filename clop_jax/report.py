@@ -99,7 +99,8 @@ def table(names: Sequence[str], evaluations: Sequence[dict]) -> str:
   return _markdown(header, rows)
 
 
-# Of `evaluation_table`: title, key, format; a column that no row has is left out.
+# Of `evaluation_table`: title, key, format. A column that no row has is left
+# out.
 _EVALUATION_COLUMNS = (
   ('run', 'run', '{}'),
   ('step', 'step', '{:,}'),

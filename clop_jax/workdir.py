@@ -159,7 +159,9 @@ def find(path: str) -> list[str]:
   """
   if '://' in path or os.path.exists(path) or not glob.has_magic(path):
     return _within(path) or [path]
-  found = [inner for match in sorted(glob.glob(path)) for inner in _within(match)]
+  found = [
+    inner for match in sorted(glob.glob(path)) for inner in _within(match)
+  ]
   if not found:
     raise ValueError(
       f'--workdir={path} matches no workdir of a run (a folder with '

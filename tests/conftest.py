@@ -49,9 +49,10 @@ def digits_run(digits_dir, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('runs') / 'digits'
   config = small.digits_config(
     digits_dir,
-    eval__finetune_learning_rates=[0.01, 0.1],
+    eval__finetune_learning_rates=[0.1, 0.5],
+    eval__finetune_batch_size=64,
     eval__finetune_epochs=2,
-    eval__finetune_min_steps=12,
+    eval__finetune_min_steps=30,
   )
   train.train(config, str(workdir), devices=jax.devices()[:1])
   return workdir

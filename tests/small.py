@@ -7,10 +7,12 @@ import pathlib
 
 from absl import flags
 import jax
+import numpy as np
 import optax
 
 from clop_jax import train_state
 from clop_jax import train_step
+from clop_jax.data import sources
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -85,3 +87,10 @@ def command(module, *arguments):
   finally:
     for name in {*flags.FLAGS} - before:
       delattr(flags.FLAGS, name)
+
+
+def digits_arrays(digits_dir, split):
+  """Images `[n, 8, 8, 1]` and labels `[n]` of a split of digits."""
+  source = sources.load('digits', split, digits_dir)
+  images = [np.asarray(source[i]['image']) for i in range(len(source))]
+  return np.stack(images)[..., None], np.asarray(source.labels)

@@ -13,7 +13,6 @@ import clop_jax
 from clop_jax import embed
 from clop_jax import evaluate
 from clop_jax.data import arrays
-from clop_jax.data import sources
 from tests import small
 
 ONE = slice(0, 1)
@@ -53,13 +52,12 @@ def test_the_runs_own_test_split_is_what_evaluation_measures(
   # 359 images in batches of 64: the last one is not full.
   assert take(out, batch_size=64) == 359
   assert os.listdir(tmp_path) == ['own.npz']
-  source = sources.load('digits', 'test', digits_dir)
-  images = np.stack([np.asarray(x['image'])[..., None] for x in source])
+  images, labels = small.digits_arrays(digits_dir, 'test')
   with np.load(out) as file:
     assert file.files == ['name', 'label', 'features', 'embeddings', 'step']
     assert file['step'] == 10
     assert file['name'].tolist() == [str(n) for n in range(359)]
-    np.testing.assert_array_equal(file['label'], source.labels)
+    np.testing.assert_array_equal(file['label'], labels)
     features, embeddings = run.apply(images)
     assert file['features'].dtype == file['embeddings'].dtype == np.float32
     np.testing.assert_allclose(file['features'], features, atol=1e-4)
@@ -262,7 +260,7 @@ def test_a_failure_midway_leaves_the_old_file_and_nothing_else(take, tmp_path):
 def test_a_file_that_is_there_is_replaced_only_when_asked(take, tmp_path):
   out = tmp_path / 'a.npz'
   out.write_bytes(b'before')
-  with pytest.raises(ValueError, match='is there already; .* --overwrite'):
+  with pytest.raises(ValueError, match=r'is there already; .* --overwrite'):
     take(out, source=Endless(3))
   assert out.read_bytes() == b'before'
   take(out, source=Endless(3), overwrite=True)

@@ -15,7 +15,6 @@ from clop_jax import probe
 from clop_jax import protocol
 from clop_jax import workdir as workdir_lib
 from clop_jax.data import arrays
-from clop_jax.data import sources
 from tests import small
 
 ONE = slice(0, 1)
@@ -57,12 +56,7 @@ KEYS = {
 @pytest.fixture(scope='module')
 def digits(digits_dir):
   """Images and labels of each split."""
-  found = {}
-  for split in ('train', 'test'):
-    source = sources.load('digits', split, digits_dir)
-    images = np.stack([np.asarray(x['image'])[..., None] for x in source])
-    found[split] = images, np.asarray(source.labels)
-  return found
+  return {x: small.digits_arrays(digits_dir, x) for x in ('train', 'test')}
 
 
 @pytest.fixture(scope='module')
@@ -109,34 +103,33 @@ def test_the_labels_of_a_fraction_are_those_the_run_was_trained_with(
 
 @pytest.fixture(scope='module')
 def few(measure):
-  return measure(fractions=(0.01, 0.1, 1.0))
+  return measure(fractions=(0.01, 1.0))
 
 
 def test_neighbours_are_looked_for_among_the_labelled_only(
-  few, digits_run, digits
+  measure, digits_run, digits
 ):
   run = clop_jax.load(str(digits_run), devices=jax.devices()[ONE])
-  features = {x: np.asarray(run.apply(both[0])[0]) for x, both in digits.items()}
+  features = {
+    split: np.asarray(run.apply(images)[0])
+    for split, (images, _) in digits.items()
+  }
   chosen = protocol.labelled(run.config, digits['train'][1], 0.1)
   oracle = neighbors.KNeighborsClassifier(
     20, metric='cosine', weights=lambda d: np.exp((1 - d) / 0.1)
   )
   oracle.fit(features['train'][chosen], digits['train'][1][chosen])
   expected = oracle.score(features['test'], digits['test'][1])
-  (found,) = [
-    m
-    for m in few.measurements
-    if (m['mode'], m['label_fraction']) == ('knn', 0.1)
-  ]
+  (found,) = measure(modes=('knn',), fractions=(0.1,)).measurements
   assert found['knn_top1'] == pytest.approx(expected, abs=0.006)
   assert found['num_labels'] == len(chosen)
 
 
 def test_more_labels_do_better_and_all_are_what_eval_json_has(few):
   by = {(m['mode'], m['label_fraction']): m for m in few.measurements}
-  assert len(by) == 6
-  linear = [by['linear', x]['linear_top1'] for x in (0.01, 0.1, 1.0)]
-  assert 0.2 < linear[0] < linear[1] < linear[2]
+  assert len(by) == 4
+  linear = [by['linear', x]['linear_top1'] for x in (0.01, 1.0)]
+  assert 0.2 < linear[0] < linear[1] - 0.1
   # Ten labels, one a class: no strength can be chosen by held-out ones.
   assert by['linear', 0.01]['num_labels'] == 10
   assert by['linear', 0.01]['linear_held_out_top1'] is None
@@ -154,11 +147,11 @@ def test_fine_tuning_learns_the_classes_and_freezes_the_checkpoint(
   found = measure(modes=('finetune',))
   (figures,) = found.measurements
   assert found.complete is None and found.arrays is None
-  assert figures['finetune_top1'] > 0.6
+  assert figures['finetune_top1'] > 0.45  # chance is 0.1
   assert figures['finetune_top5'] >= figures['finetune_top1']
-  assert figures['finetune_learning_rate'] in (0.01, 0.1)
-  assert figures['finetune_held_out_top1'] > 0.5
-  assert figures['finetune_steps'] == 22  # two epochs of 11 batches of 128
+  assert figures['finetune_learning_rate'] in (0.1, 0.5)
+  assert figures['finetune_held_out_top1'] > 0.4
+  assert figures['finetune_steps'] == 44  # two epochs of 22 batches of 64
   assert figures['finetune_protocol_version'] == finetune.PROTOCOL_VERSION == 1
   run = clop_jax.load(str(digits_run), devices=jax.devices()[ONE])
   frozen = run.variables['params'], run.variables['batch_stats']
@@ -190,21 +183,24 @@ def test_fine_tuning_sees_the_images_of_the_labelled_only(
   assert results[0] == results[1] > 0.3
 
 
-def test_a_streamed_set_and_few_labels_on_eight_devices(copy):
+def test_a_streamed_set_and_few_labels_on_several_devices(copy):
   path = copy / 'config.json'
   config = json.loads(path.read_text())
   config['data'] |= {'loader': 'stream', 'num_workers': 0}
-  config['eval']['finetune_learning_rates'] = [0.1]
   path.write_text(json.dumps(config))
-  found = evaluate.measure(
-    str(copy), modes=('finetune',), fractions=(0.01, 0.1)
-  )
-  hundredth, tenth = found.measurements
-  # Ten labels do not go on eight devices evenly: some come twice.
-  assert hundredth['num_labels'] == 10
-  assert hundredth['finetune_steps'] == tenth['finetune_steps'] == 12
-  assert hundredth['finetune_held_out_top1'] is None
-  assert 0.15 < hundredth['finetune_top1'] < tenth['finetune_top1']
+  (figures,) = evaluate.measure(
+    str(copy),
+    modes=('finetune',),
+    fractions=(0.01,),
+    devices=jax.devices()[:4],
+  ).measurements
+  # Ten labels do not go on four devices evenly: some come twice. One of each
+  # class: no learning rate can be chosen by held-out ones.
+  assert figures['num_labels'] == 10
+  assert figures['finetune_steps'] == 30
+  assert figures['finetune_held_out_top1'] is None
+  assert figures['finetune_learning_rate'] == 0.1
+  assert figures['finetune_top1'] > 0.15
 
 
 @pytest.fixture
@@ -226,16 +222,16 @@ def test_another_data_set_has_its_own_classes_sizes_and_colours(
   shapes, measure
 ):
   data = evaluate.OtherData('npz', str(shapes), test_split='val')
-  found = measure(modes=evaluate.MODES, data=data)
+  found = measure(modes=('linear', 'finetune'), data=data)
   # The prototypes are not of these classes.
   assert found.complete is None
   figures = {m['mode']: m for m in found.measurements}
-  for mode in evaluate.MODES:
+  for mode in ('linear', 'finetune'):
     assert figures[mode]['num_classes'] == 3
     assert figures[mode]['num_test'] == 30
     assert figures[mode]['test_split'] == 'val'
   assert figures['linear']['linear_top1'] > 0.9
-  assert figures['knn']['knn_top1'] > 0.9
+  assert figures['finetune']['finetune_top1'] > 0.6
   data = evaluate.OtherData('npz', str(shapes))
   with pytest.raises(ValueError, match=r"--data=npz --test_split=test.*'val'"):
     measure(data=data)
@@ -355,7 +351,7 @@ def test_a_run_on_other_data_writes_a_file_of_its_own(
     (['--label_fraction=all'], '--label_fraction must be numbers'),
     (['--test_split=val'], '--test_split goes with --data=NAME'),
     (['--data=cifra10'], '--data=cifra10 --train_split=train: '),
-    (['--data=folder'], '--data=folder --train_split=train: config.data.data_d'),
+    (['--data=folder'], '--data=folder --train_split=train: config.data.data_'),
     (['--table=a.txt'], '--table must end in .csv or .md, got a.txt'),
     (['--table=nowhere/a.md'], '--table=nowhere/a.md: there is no folder'),
     (['--figure=a.png', '--mode=knn'], '--figure compares runs by their embed'),
@@ -390,7 +386,7 @@ def test_one_checkpoint_that_fails_does_not_lose_the_others(
     return evaluate.Evaluation(5, [row])
 
   monkeypatch.setattr(evaluate, 'measure', measured)
-  with pytest.raises(FloatingPointError, match='1 of 2 .*because NaN at step'):
+  with pytest.raises(FloatingPointError, match=r'1 of 2 .*because NaN at step'):
     small.command(
       evaluate, f'--workdir={copy}', '--mode=knn', '--checkpoint=all'
     )

@@ -25,24 +25,23 @@ PLAIN = finetune.recipe(
 
 
 def backbone(axis_name=None, **arguments):
-  return resnet.ResNet8(
-    width_multiplier=0.25, axis_name=axis_name, **arguments
-  )
+  return resnet.ResNet8(width_multiplier=0.25, axis_name=axis_name, **arguments)
 
 
 @pytest.fixture(scope='module')
 def variables():
   images = jnp.zeros((1, 8, 8, 1))
-  return backbone().init(jax.random.key(1), images, train=False)
+  init = functools.partial(backbone().init, train=False)
+  return jax.jit(init)(jax.random.key(1), images)
 
 
 def examples(count=16, seed=0):
   """Classes of another brightness each, with noise."""
   rng = np.random.default_rng(seed)
   labels = np.arange(count, dtype=np.int32) % CLASSES
-  images = rng.integers(0, 100, (count, 8, 8, 1)) + 70 * labels[
-    :, None, None, None
-  ]
+  images = (
+    rng.integers(0, 100, (count, 8, 8, 1)) + 70 * labels[:, None, None, None]
+  )
   return images.astype(np.uint8), labels
 
 
@@ -57,15 +56,17 @@ def test_two_steps_are_those_of_sgd_by_hand(variables):
   step = functools.partial(
     finetune.train_step, backbone=backbone(), recipe=PLAIN
   )
-  first, loss = jax.jit(step)(state, batch, jax.random.key(0), numbers)
-  second, _ = jax.jit(step)(first, batch, jax.random.key(0), numbers)
+  step = jax.jit(step)
+  first, loss = step(state, batch, jax.random.key(0), numbers)
+  second, _ = step(first, batch, jax.random.key(0), numbers)
 
   # The head begins at 0: every class is equally likely, its gradient is
   # features times (probability - truth), and the backbone has none yet.
   x = (images / 255 - 0.4) / 0.3
-  features, updated = backbone().apply(
-    variables, x.astype(np.float32), train=True, mutable=['batch_stats']
+  apply = functools.partial(
+    backbone().apply, train=True, mutable=['batch_stats']
   )
+  features, updated = jax.jit(apply)(variables, x.astype(np.float32))
   features = np.asarray(features, np.float64)
   errors = np.full((len(labels), CLASSES), 1 / CLASSES)
   errors[np.arange(len(labels)), labels] -= 1
@@ -127,9 +128,7 @@ def trainer(variables, devices, **arguments):
 def fit(variables, devices, *, chosen=None, **arguments):
   mesh, made = trainer(variables, devices)
   images, labels = examples(48)
-  data = loader.ResidentLoader(
-    images, labels, batch_size=16, seed=0, mesh=mesh
-  )
+  data = loader.ResidentLoader(images, labels, batch_size=16, seed=0, mesh=mesh)
   if chosen is not None:
     data = data.among(chosen, batch_size=16, seed=0)
   state, loss = made.fit(data, **arguments)
@@ -157,17 +156,17 @@ def test_eight_devices_fit_as_one_does(variables):
   eight, _, logits, _ = fit(variables, 8, learning_rate=0.05, total_steps=3)
   np.testing.assert_allclose(logits, one_logits, rtol=0.02, atol=0.02)
   for a, b in zip(
-    jax.tree.leaves(eight['params']), jax.tree.leaves(one['params']), strict=True
+    jax.tree.leaves(eight['params']),
+    jax.tree.leaves(one['params']),
+    strict=True,
   ):
     np.testing.assert_allclose(a, b, rtol=0.02, atol=2e-3)
 
 
 def test_statistics_of_each_device_are_averaged(variables):
-  mesh, made = trainer(variables, 8, bn_scope='device')
+  mesh, made = trainer(variables, 2, bn_scope='device')
   images, labels = examples(48)
-  data = loader.ResidentLoader(
-    images, labels, batch_size=16, seed=0, mesh=mesh
-  )
+  data = loader.ResidentLoader(images, labels, batch_size=16, seed=0, mesh=mesh)
   state, loss = made.fit(data, learning_rate=0.05, total_steps=2)
   assert np.isfinite(loss)
   mean = state['batch_stats']['bn1']['mean']
@@ -202,18 +201,21 @@ def test_only_the_chosen_examples_are_served():
 
 
 def test_the_light_augmentation_crops_and_flips_and_nothing_else():
-  recipe = finetune.recipe(**{
-    'size': 8,
-    'mean': (0.0,) * 3,
-    'std': (1.0,) * 3,
-    'crop_area': (1.0, 1.0),
-    'crop_aspect': (1.0, 1.0),
-    'flip_probability': 0.5,
-  })
+  recipe = finetune.recipe(
+    **{
+      'size': 8,
+      'mean': (0.0,) * 3,
+      'std': (1.0,) * 3,
+      'crop_area': (1.0, 1.0),
+      'crop_aspect': (1.0, 1.0),
+      'flip_probability': 0.5,
+    }
+  )
   image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+  view = jax.jit(functools.partial(augment.view, **recipe))
   seen = set()
   for seed in range(8):
-    made = augment.view(jax.random.key(seed), image, **recipe)
+    made = view(jax.random.key(seed), image)
     straight, flipped = image / 255, image[:, ::-1] / 255
     assert any(
       np.allclose(made, expected, atol=1e-5) for expected in (straight, flipped)

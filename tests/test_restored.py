@@ -1,3 +1,4 @@
+import functools
 import json
 import subprocess
 import sys
@@ -9,7 +10,6 @@ import pytest
 
 import clop_jax
 from clop_jax import evaluate
-from clop_jax.data import sources
 from tests import small
 
 
@@ -20,8 +20,7 @@ def run(digits_run):
 
 @pytest.fixture(scope='module')
 def images(digits_dir):
-  source = sources.load('digits', 'test', digits_dir)
-  return np.stack([np.asarray(x['image'])[..., None] for x in source])
+  return small.digits_arrays(digits_dir, 'test')[0]
 
 
 def test_features_are_the_backbones_on_normalized_images(run, images):
@@ -32,13 +31,11 @@ def test_features_are_the_backbones_on_normalized_images(run, images):
     {name: collection[part] for name, collection in run.variables.items()}
     for part in ('backbone', 'projection_head')
   ]
-  expected = run.experiment.backbone.apply(
-    parts[0], x.astype(np.float32), train=False
-  )
+  networks = run.experiment.backbone, run.experiment.projection_head
+  apply = [jax.jit(functools.partial(n.apply, train=False)) for n in networks]
+  expected = apply[0](parts[0], x.astype(np.float32))
   np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
-  expected = run.experiment.projection_head.apply(
-    parts[1], expected, train=False
-  )
+  expected = apply[1](parts[1], expected)
   np.testing.assert_allclose(embeddings, expected, rtol=1e-3, atol=1e-4)
   assert features.dtype == embeddings.dtype == jnp.float32
   assert embeddings.shape == (50, 16)
@@ -62,6 +59,7 @@ def test_pure_can_be_mapped_jitted_and_differentiated(run, images):
       whole.reshape(12, -1), rows, rtol=1e-4, atol=1e-5
     )
 
+  @jax.jit
   def total(variables):
     features, embeddings = run.pure(variables, images[:8])
     return jnp.mean(features) + jnp.mean(embeddings**2)
@@ -132,5 +130,8 @@ print(json.dumps(np.asarray(features, np.float64).tolist()))
   assert result.returncode == 0, result.stderr
   made = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8, 1)
   np.testing.assert_allclose(
-    np.array(json.loads(result.stdout)), run.apply(made)[0], rtol=1e-3, atol=1e-4
+    np.array(json.loads(result.stdout)),
+    run.apply(made)[0],
+    rtol=1e-3,
+    atol=1e-4,
   )
