@@ -161,4 +161,11 @@ def get_config() -> ml_collections.ConfigDict:
   # Candidates for the linear probe's L2 strength.
   evaluation.probe_l2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
   evaluation.probe_iterations = 200  # of L-BFGS
+  # Of evaluate --mode=finetune: candidates for the peak learning rate.
+  evaluation.finetune_learning_rates = (0.001, 0.01, 0.1)
+  evaluation.finetune_batch_size = 128  # images over all devices
+  evaluation.finetune_epochs = 30  # of the labelled examples, and at least
+  evaluation.finetune_min_steps = 200  # so many updates
+  # Random crops and flips as augment has them, and nothing else; False: none.
+  evaluation.finetune_augment = True
   return config

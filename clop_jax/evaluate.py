@@ -1,26 +1,39 @@
-"""Evaluates the last checkpoint of one or more workdirs.
+r"""Evaluates checkpoints of one or more workdirs.
 
 python -m clop_jax.evaluate --workdir=runs/digits
 python -m clop_jax.evaluate --workdir=runs/a --workdir=runs/b --figure=ab.png
+python -m clop_jax.evaluate --workdir=runs/digits --checkpoint=all
+python -m clop_jax.evaluate --workdir='runs/*' --mode=linear,knn,finetune \\
+  --label_fraction=0.01,0.1,0.5,1 --table=few_labels.csv
+python -m clop_jax.evaluate --workdir=runs/digits --data=folder \\
+  --data_dir=PHOTOS --mode=linear,finetune
 
-Writes `eval.json`, `embeddings.npz` and `figures/embeddings.png` into each
-workdir and prints a table. Nothing but the workdir is needed: the config is in
-it.
+Prints one table. The evaluation of the run's own data with all labels is
+written into each workdir as `eval.json`, `embeddings.npz` and
+`figures/embeddings.png`, anything else as a file of `evaluations/`; see
+docs/evaluation.md. Nothing but the workdir is needed: the config is in it.
 """
 
+import collections
+import dataclasses
 import datetime
 import importlib.metadata
 import io
 import json
 import os
+import re
+import sys
 
 from absl import flags
+from etils import epath
 import numpy as np
 
+from clop_jax import checkpoint
 from clop_jax import collapse
 from clop_jax import command
 from clop_jax import experiment
 from clop_jax import figures
+from clop_jax import inputs
 from clop_jax import parallel
 from clop_jax import probe
 from clop_jax import protocol
@@ -31,6 +44,45 @@ from clop_jax.data import sources
 
 _MAX_ROWS = 2000  # of the embeddings that are kept for figures
 _LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+MODES = ('linear', 'knn', 'finetune')
+_COMPLETE = ('linear', 'knn')  # what eval.json has, with all labels
+FOLDER = 'evaluations'  # of a workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherData:
+  """Another data set than the one that a run was trained on.
+
+  Attributes:
+    name: as `config.data.name`.
+    data_dir: likewise.
+    train_split: whose labels are learned from.
+    test_split: that is measured.
+  """
+
+  name: str
+  data_dir: str | None = None
+  train_split: str = 'train'
+  test_split: str = 'test'
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What was measured of a checkpoint; see `measure`.
+
+  Attributes:
+    step: of the checkpoint.
+    measurements: one for each mode and fraction: the mode's figures, and what
+      they were made of and with.
+    complete: what `eval.json` gets; None unless the run's own data, all labels
+      and both modes of frozen features were asked for.
+    arrays: for figures, see `evaluate`; likewise.
+  """
+
+  step: int
+  measurements: list[dict]
+  complete: dict | None = None
+  arrays: dict | None = None
 
 
 def evaluate(
@@ -64,24 +116,116 @@ def evaluate(
     FloatingPointError: if the features are not finite: the training diverged.
     checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
   """
+  found = measure(workdir, given=given, which=which, devices=devices)
+  return found.complete, found.arrays
+
+
+def measure(
+  workdir: str,
+  *,
+  modes: tuple[str, ...] = _COMPLETE,
+  fractions: tuple[float, ...] = (1.0,),
+  data: OtherData | None = None,
+  given: dict[str, sources.Source] | None = None,
+  which: str = 'latest',
+  devices=None,
+) -> Evaluation:
+  """Restores a run and measures it in some modes, with some of the labels.
+
+  Args:
+    workdir: of a run.
+    modes: of 'linear', 'knn' and 'finetune'.
+    fractions: of the training labels, see `protocol.labelled`.
+    data: another data set to learn from and to measure on; None: the run's own.
+    given: as in `evaluate`.
+    which: as in `evaluate`.
+    devices: as in `evaluate`.
+
+  Returns:
+    The figures; the weights of the checkpoint are the same before and after.
+
+  Raises:
+    ValueError: as `evaluate`; for an unknown mode, a fraction out of range, or
+      another data set that cannot be read.
+    FloatingPointError: as `evaluate`; or if fine-tuning diverged.
+    checkpoint.DamagedCheckpointError: as `evaluate`.
+  """
+  _check_modes(modes, fractions)
   config = workdir_lib.load_config(workdir)
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.eval.batch_size, mesh)
-  readers = protocol.readers(config, given)
+  if data is not None:
+    config, given = _on_other_data(config, data)
+  examples = {
+    split: inputs.labelled_source(config, split, (given or {}).get(split))
+    for split in ('train', 'test')
+  }
+  chosen = {
+    fraction: protocol.labelled(config, examples['train'][1], fraction)
+    for fraction in fractions
+  }
   run = restored.load(workdir, which=which, devices=devices)
   before = probe.fingerprint(_frozen_part(run))
   features, embeddings, labels = {}, {}, {}
-  for split, reader in readers.items():
-    features[split], embeddings[split], labels[split] = protocol.extract(
-      config, reader, run.apply, mesh
+  if {*modes} & {*_COMPLETE}:
+    for split, (source, known) in examples.items():
+      reader = inputs.evaluation_reader(config, source, known)
+      features[split], embeddings[split], labels[split] = protocol.extract(
+        config, reader, run.apply, mesh
+      )
+  fine_tune = None
+  if 'finetune' in modes:
+    variables = {name: part['backbone'] for name, part in run.variables.items()}
+    fine_tune = protocol.FineTuning(
+      config, run.experiment.backbone, variables, examples, mesh
     )
+  figures_of = {}
   try:
-    linear = protocol.linear(config, features, labels)
-    neighbours = protocol.knn(config, features, labels)
+    for fraction, numbers in chosen.items():
+      some_features, some_labels = _some(features, labels, numbers)
+      for mode in modes:
+        if mode == 'linear':
+          found = protocol.linear(config, some_features, some_labels)
+        elif mode == 'knn':
+          found = protocol.knn(config, some_features, some_labels)
+        else:
+          found = fine_tune(numbers)
+        figures_of[mode, fraction] = found
   except FloatingPointError as error:
     raise FloatingPointError(f'{error} at step {run.step}') from error
   if before != probe.fingerprint(_frozen_part(run)):
     raise RuntimeError('the frozen parameters changed during the evaluation')
+
+  origin = {
+    'commit': experiment.commit(),
+    'versions': {x: importlib.metadata.version(x) for x in _LIBRARIES},
+    'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
+    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+  }
+  measurements = [
+    {
+      'mode': mode,
+      'protocol_version': probe.PROTOCOL_VERSION,
+      'step': run.step,
+      **found,
+      'data': config.data.name,
+      'data_dir': config.data.data_dir,
+      'train_split': config.data.train_split,
+      'test_split': config.data.test_split,
+      'other_data': data is not None,
+      'num_classes': config.data.num_classes,
+      'label_fraction': fraction,
+      'num_labels': len(chosen[fraction]),
+      'num_test': len(examples['test'][1]),
+      'parameters_sha256': before,
+      'seed': config.seed,
+      **origin,
+    }
+    for (mode, fraction), found in figures_of.items()
+  ]
+  is_complete = {*_COMPLETE} <= {*modes} and 1 in fractions
+  if data is not None or not is_complete:
+    return Evaluation(run.step, measurements)
 
   unit = collapse.normalize(embeddings['test'])
   prototypes = np.asarray(run.prototypes)
@@ -91,8 +235,8 @@ def evaluate(
   result = {
     'protocol_version': probe.PROTOCOL_VERSION,
     'step': run.step,
-    **linear,
-    **neighbours,
+    **figures_of['linear', 1],
+    **figures_of['knn', 1],
     **_collapse_measures(unit, labels['test'], prototypes, cosines),
     'features_effective_rank': float(collapse.effective_rank(features['test'])),
     'features_within_between_ratio': float(
@@ -105,10 +249,7 @@ def evaluate(
     'num_test': len(labels['test']),
     'seed': config.seed,
     'config': workdir_lib.to_json(config),
-    'commit': experiment.commit(),
-    'versions': {x: importlib.metadata.version(x) for x in _LIBRARIES},
-    'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
-    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    **origin,
   }
   arrays = {
     'embeddings': np.asarray(unit),
@@ -117,7 +258,42 @@ def evaluate(
     'class_mean_cosines': cosines,
     'prototypes': prototypes,
   }
-  return result, arrays
+  return Evaluation(run.step, measurements, result, arrays)
+
+
+def _check_modes(modes, fractions):
+  unknown = [mode for mode in modes if mode not in MODES]
+  if unknown or not modes:
+    got = f'{unknown[0]!r}' if unknown else 'none'
+    raise ValueError(f'--mode must be some of {", ".join(MODES)}; got {got}')
+  if not fractions:
+    raise ValueError('--label_fraction must hold at least one number, got none')
+
+
+def _on_other_data(config, data):
+  """The config with that data set in it, and its examples."""
+  config = inputs.on_other_data(config, **dataclasses.asdict(data))
+  given = {}
+  for split in ('train', 'test'):
+    name = config.data[f'{split}_split']
+    try:
+      given[split] = inputs.fitted(config, inputs.source(config, name))
+      if split == 'train':
+        config = inputs.with_num_classes(config, given[split])
+    except ValueError as error:
+      raise ValueError(
+        f'--data={data.name} --{split}_split={name}: {error}'
+      ) from error
+  return config, given
+
+
+def _some(features, labels, numbers):
+  """Features and labels, of the training split those of some examples."""
+  if 'train' not in features or len(numbers) == len(labels['train']):
+    return features, labels
+  return tuple(
+    both | {'train': both['train'][numbers]} for both in (features, labels)
+  )
 
 
 def _frozen_part(run):
@@ -178,6 +354,50 @@ def write(workdir: str, result: dict, arrays: dict) -> None:
   workdir_lib.write_whole(os.path.join(workdir, 'eval.json'), text.encode())
 
 
+def write_measurement(workdir: str, measurement: dict) -> None:
+  """Writes one of `Evaluation.measurements` into the folder `evaluations`."""
+  place = measurement['data']
+  if measurement['other_data']:
+    place = [measurement[x] for x in ('data', 'train_split', 'test_split')]
+    if measurement['data'] in sources.WITHOUT_PREPARING:
+      place.insert(1, _name(measurement['data_dir'] or ''))
+    place = '-'.join(filter(None, place))
+  name = '_'.join(
+    [
+      f'step{measurement["step"]}',
+      # A part of a split, as train[:10%], is no name for a file.
+      re.sub(r'[^\w.+-]+', '-', place),
+      measurement['mode'],
+      f'{measurement["label_fraction"]:g}',
+    ]
+  )
+  _write_json(os.path.join(workdir, FOLDER, f'{name}.json'), measurement)
+
+
+def _write_json(path, content):
+  epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(content, indent=2) + '\n'
+  workdir_lib.write_whole(path, text.encode())
+
+
+def _keep(workdir, found, *, is_newest):
+  """Writes all that was measured of a checkpoint into its workdir."""
+  complete = found.complete
+  if complete is not None and is_newest:
+    write(workdir, complete, found.arrays)
+    path = os.path.join(workdir, 'figures', 'embeddings.png')
+    _draw(path, [workdir], [complete], [found.arrays])
+  elif complete is not None:
+    path = os.path.join(workdir, FOLDER, f'step{found.step}.json')
+    _write_json(path, complete)
+  for measurement in found.measurements:
+    in_complete = complete is not None and (
+      measurement['mode'] in _COMPLETE and measurement['label_fraction'] == 1
+    )
+    if not in_complete:
+      write_measurement(workdir, measurement)
+
+
 def _draw(path, workdirs, results, arrays):
   figures.embedding_figure(
     path,
@@ -190,47 +410,184 @@ def _draw(path, workdirs, results, arrays):
   print(f'figure: {path}')
 
 
-def _name(workdir):
-  return os.path.basename(os.path.abspath(workdir))
+def _name(path):
+  return os.path.basename(os.path.abspath(path)) if path else ''
+
+
+def _named(paths):
+  """`(name, workdir)` of all runs that the flags name."""
+  runs = []
+  for path in paths:
+    found = workdir_lib.find(path)
+    if len(found) == 1:
+      workdir_lib.load_config(found[0])  # complain before the first long work
+      runs.append((_name(found[0]), found[0]))
+      continue
+    shared, trained = os.path.commonpath(found), []
+    for workdir in found:
+      try:
+        restored.steps(workdir)
+      except ValueError as error:
+        _warn(f'{error}; it is left out')
+      else:
+        trained.append((os.path.relpath(workdir, shared), workdir))
+    if not trained:
+      raise ValueError(f'--workdir={path} holds no run with a checkpoint')
+    runs += trained
+  return runs
+
+
+def _rows(name, found):
+  """The table's rows of a checkpoint, one for each fraction of the labels."""
+  rows = collections.defaultdict(dict)
+  for measurement in found.measurements:
+    mode, fraction = measurement['mode'], measurement['label_fraction']
+    row = rows[fraction]
+    row |= {'run': name} | {
+      key: measurement[key]
+      for key in ('step', 'data', 'label_fraction', 'num_labels')
+    }
+    row[f'{mode}_top1'] = measurement[f'{mode}_top1']
+    if fraction == 1 and found.complete is not None:
+      row['effective_rank'] = found.complete['effective_rank']
+      row['prototype_cosine'] = found.complete['prototype_cosine']
+  return list(rows.values())
+
+
+def _warn(message):
+  if parallel.is_main():
+    print(f'warning: {message}', file=sys.stderr, flush=True)
 
 
 def define_flags() -> None:
   """Defines the command's flags; importing this module defines none."""
   flags.DEFINE_multi_string(
-    'workdir', None, 'Workdir of a run; repeat it to compare runs.'
+    'workdir',
+    None,
+    'Workdir of a run, a folder of workdirs (of a study, for example) or a '
+    "pattern ('runs/*'); repeat it to compare runs.",
   )
   flags.DEFINE_string(
     'figure', None, 'PNG that compares the runs (several workdirs).'
   )
   flags.DEFINE_string(
-    'checkpoint', 'latest', 'latest, best (by train.keep_best) or a step.'
+    'checkpoint',
+    'latest',
+    'latest, best (by train.keep_best), a step, or all there are.',
   )
+  flags.DEFINE_multi_string(
+    'mode',
+    list(_COMPLETE),
+    'linear, knn, finetune: some of them, with commas or repeated.',
+  )
+  flags.DEFINE_list(
+    'label_fraction', ['1'], 'Of the training labels, as 0.01,0.1,0.5,1.'
+  )
+  flags.DEFINE_string(
+    'data', None, 'Another data set than the one of the training, by name.'
+  )
+  flags.DEFINE_string('data_dir', None, 'Of --data, as config.data.data_dir.')
+  flags.DEFINE_string('train_split', None, 'Of --data; default: train.')
+  flags.DEFINE_string('test_split', None, 'Of --data; default: test.')
+  flags.DEFINE_string('table', None, 'The table as a file, too: .csv or .md.')
+
+
+def _asked():
+  """Modes, fractions and data of the flags, checked."""
+  values = flags.FLAGS
+  modes = [x.strip() for text in values.mode for x in text.split(',')]
+  modes = tuple(mode for mode in MODES if mode in modes) + tuple(
+    mode for mode in modes if mode not in MODES
+  )
+  try:
+    fractions = tuple(dict.fromkeys(map(float, values.label_fraction)))
+  except ValueError as error:
+    raise ValueError(
+      '--label_fraction must be numbers in (0, 1], as 0.01,0.1,1; got '
+      f'{",".join(values.label_fraction)}'
+    ) from error
+  _check_modes(modes, fractions)
+  wrong = [fraction for fraction in fractions if not 0 < fraction <= 1]
+  if wrong:
+    raise ValueError(
+      f'--label_fraction must be in (0, 1], as 0.1 for 10 %, got {wrong[0]}'
+    )
+  of_data = {
+    name: values[name].value
+    for name in ('data_dir', 'train_split', 'test_split')
+    if values[name].value is not None
+  }
+  if not values.data and of_data:
+    raise ValueError(
+      f'--{next(iter(of_data))} goes with --data=NAME, got no --data; the '
+      "run's own data are what its config says"
+    )
+  data = OtherData(values.data, **of_data) if values.data else None
+  return modes, fractions, data
 
 
 def main() -> None:
   """The command."""
-  workdirs, figure = flags.FLAGS.workdir or [], flags.FLAGS.figure
-  if not workdirs:
+  paths, figure = flags.FLAGS.workdir or [], flags.FLAGS.figure
+  table, which = flags.FLAGS.table, flags.FLAGS.checkpoint
+  if not paths:
     raise ValueError('--workdir must name the folder of a run, got none')
-  for workdir in workdirs:
-    workdir_lib.load_config(workdir)  # complain before the first long work
-  results, arrays = [], []
-  for workdir in workdirs:
-    result, run_arrays = evaluate(workdir, which=flags.FLAGS.checkpoint)
-    results.append(result)
-    arrays.append(run_arrays)
-    if not parallel.is_main():
+  modes, fractions, data = _asked()
+  is_plain = (modes, fractions, data) == (_COMPLETE, (1.0,), None)
+  is_plain = is_plain and which != 'all'
+  if figure and not is_plain:
+    raise ValueError(
+      '--figure compares runs by their embeddings, one checkpoint each; leave '
+      'out --mode, --label_fraction, --data and --checkpoint=all'
+    )
+  if table:
+    report.check_table(table)
+  runs = _named(paths)
+  jobs = []
+  for name, workdir in runs:
+    chosen = restored.steps(workdir) if which == 'all' else [which]
+    jobs += [(name, workdir, str(x), x == chosen[-1]) for x in chosen]
+
+  names, done, rows, failures = [], [], [], []
+  for name, workdir, checkpoint_name, is_newest in jobs:
+    try:
+      found = measure(
+        workdir,
+        modes=modes,
+        fractions=fractions,
+        data=data,
+        which=checkpoint_name,
+      )
+    except (FloatingPointError, checkpoint.DamagedCheckpointError) as error:
+      if len(jobs) == 1:
+        raise
+      _warn(f'{name}: {error}; it is left out of the table')
+      failures.append(error)
       continue
-    write(workdir, result, run_arrays)
-    path = os.path.join(workdir, 'figures', 'embeddings.png')
-    _draw(path, [workdir], [result], [run_arrays])
-  if not parallel.is_main():
-    return
-  print(report.table([_name(workdir) for workdir in workdirs], results))
-  if figure:
-    if any(len(a['labels']) != len(arrays[0]['labels']) for a in arrays):
-      raise ValueError('--figure compares runs on one data set only')
-    _draw(figure, workdirs, results, arrays)
+    names.append(name)
+    done.append(found)
+    rows += _rows(name, found)
+    if parallel.is_main():
+      _keep(workdir, found, is_newest=is_newest)
+  if parallel.is_main() and done:
+    if is_plain:
+      text = report.table(names, [found.complete for found in done])
+    else:
+      text = report.evaluation_table(rows)
+    print(text)
+    if table:
+      report.write_table(table, text, rows)
+    if figure:
+      arrays = [found.arrays for found in done]
+      if any(len(a['labels']) != len(arrays[0]['labels']) for a in arrays):
+        raise ValueError('--figure compares runs on one data set only')
+      # The runs' folders by name, as the table has them.
+      _draw(figure, names, [found.complete for found in done], arrays)
+  if failures:
+    raise FloatingPointError(
+      f'{len(failures)} of {len(jobs)} checkpoints could not be evaluated, the '
+      f'first because {failures[0]}'
+    )
 
 
 if __name__ == '__main__':

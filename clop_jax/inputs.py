@@ -33,6 +33,41 @@ def training_source(config: ml_collections.ConfigDict) -> sources.Source:
   return sources.Union([labelled, sources.Unlabelled(other)])
 
 
+def on_other_data(
+  config: ml_collections.ConfigDict,
+  name: str,
+  *,
+  data_dir: str | None = None,
+  train_split: str = 'train',
+  test_split: str = 'test',
+) -> ml_collections.ConfigDict:
+  """A run's config with another data set in the place of its own.
+
+  Channels and sizes stay: the network is made for them. Images that the run
+  took as they are are cut to the middle square and brought to the size of its
+  views, as others may have any size. The number of classes is the source's.
+  """
+  fields = config.to_dict()
+  fields['data'] |= {
+    'name': name,
+    'data_dir': data_dir,
+    'options': {},
+    'train_split': train_split,
+    'test_split': test_split,
+    'unlabelled_split': None,
+    'num_classes': 0,
+    'image_size': config.data.image_size or config.augment.size,
+  }
+  return ml_collections.ConfigDict(fields).lock()
+
+
+def fitted(
+  config: ml_collections.ConfigDict, other: sources.Source
+) -> sources.Source:
+  """A source that a run was not made for, with as many colours as it sees."""
+  return sources.Grey(other) if config.data.channels == 1 else other
+
+
 def labelled_source(
   config: ml_collections.ConfigDict,
   split: str,
@@ -177,22 +212,32 @@ def evaluation_reader(
   config: ml_collections.ConfigDict,
   evaluated: sources.Source,
   labels: np.ndarray,
+  **changes,
 ) -> reader_lib.Reader:
-  """Reads whole images, or their middle, without anything random."""
+  """Reads whole images, or their middle, without anything random.
+
+  Args:
+    config: see `defaults`.
+    evaluated: the examples.
+    labels: `[n]`, instead of the source's own.
+    **changes: arguments of the reader in the place of those of the config.
+
+  Raises:
+    ValueError: as the reader.
+  """
   data, share = config.data, config.eval.crop_share
   if not 0 < share <= 1:
     raise ValueError(f'config.eval.crop_share must be in (0, 1], got {share}')
   size = data.image_size
   if size is None and (data.host_crops or share < 1):
     size = config.augment.size
-  return reader_lib.Reader(
-    evaluated,
-    labels,
-    channels=data.channels,
-    size=size,
-    share=share,
-    skip_corrupt=data.skip_corrupt,
-  )
+  arguments = {
+    'channels': data.channels,
+    'size': size,
+    'share': share,
+    'skip_corrupt': data.skip_corrupt,
+  }
+  return reader_lib.Reader(evaluated, labels, **arguments | changes)
 
 
 def is_resident(

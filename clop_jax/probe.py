@@ -82,8 +82,9 @@ def linear_probe(
   num_classes: int,
   l2_strengths: Sequence[float],
   max_iterations: int = 200,
+  hold_out: bool = True,
   seed: int = 0,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
   r"""Multinomial logistic regression on frozen features, by L-BFGS.
 
   .. math:: \min_{W, b}
@@ -103,10 +104,13 @@ def linear_probe(
     num_classes: number of classes.
     l2_strengths: candidates for `alpha`.
     max_iterations: of L-BFGS.
+    hold_out: False takes the largest strength unexamined, for too few examples
+      to hold some out.
     seed: of the held-out tenth.
 
   Returns:
-    `top1`, `top5` (in [0, 1], on the test features), `l2` and `held_out_top1`.
+    `top1`, `top5` (in [0, 1], on the test features), `l2` and `held_out_top1`
+    (None without `hold_out`).
 
   Raises:
     ValueError: if a label is out of range, or no strength can be chosen (no
@@ -125,24 +129,29 @@ def linear_probe(
   test_x = jnp.asarray((test_features - mean) * scale, jnp.float32)
   train_y, test_y = jnp.asarray(train_labels), jnp.asarray(test_labels)
 
-  held_out = _stratified_tenth(np.asarray(train_labels), seed)
+  held_out = stratified_tenth(np.asarray(train_labels), seed)
   fit = functools.partial(
     _fit, train_x, train_y, num_classes=num_classes, steps=max_iterations
   )
   fitting = jnp.asarray(~held_out, jnp.float32)
-  if not held_out.any():
+  if hold_out and not held_out.any():
     raise ValueError(
       'train_labels must have a class of two examples or more to hold one out'
     )
   best = (-1.0, max(l2_strengths))
-  for strength in sorted(l2_strengths, reverse=True):
+  for strength in sorted(l2_strengths, reverse=True) if hold_out else ():
     params = fit(fitting, strength)
     (top1,) = _top_k(params, train_x[held_out], train_y[held_out], (1,))
     if top1 > best[0]:
       best = (top1, strength)
   params = fit(jnp.ones_like(fitting), best[1])
   top1, top5 = _top_k(params, test_x, test_y, (1, min(5, num_classes)))
-  return {'top1': top1, 'top5': top5, 'l2': best[1], 'held_out_top1': best[0]}
+  return {
+    'top1': top1,
+    'top5': top5,
+    'l2': best[1],
+    'held_out_top1': best[0] if hold_out else None,
+  }
 
 
 @functools.partial(jax.jit, static_argnames=('num_classes', 'steps'))
@@ -186,15 +195,29 @@ def _fit(x, y, weights, strength, *, num_classes, steps):
 
 def _top_k(params, x, y, ks):
   logits = jnp.matmul(x, params['w'], precision=_PRECISION) + params['b']
-  own = jnp.take_along_axis(logits, y[:, None], axis=1)
-  # Ties and NaN count against: a probe that says the same of all classes, or
-  # nothing, is not right.
+  return top_k(logits, y, ks)
+
+
+def top_k(
+  logits: jax.Array, labels: jax.Array, ks: Sequence[int]
+) -> list[float]:
+  """Shares of examples whose label is among the `k` best, for each `k`.
+
+  Ties and NaN count against: a classifier that says the same of all classes, or
+  nothing, is not right.
+
+  Args:
+    logits: `[n, num_classes]`.
+    labels: `[n]` in `[0, num_classes)`.
+    ks: values of `k`.
+  """
+  own = jnp.take_along_axis(logits, labels[:, None], axis=1)
   others = jnp.sum(~(logits < own), axis=1) - 1
   return [float(jnp.mean(others < k)) for k in ks]
 
 
-def _stratified_tenth(labels, seed):
-  """`[n]` bool: a tenth of each class, but never all of it."""
+def stratified_tenth(labels: np.ndarray, seed: int) -> np.ndarray:
+  """`[n]` bool: a tenth of each class, at least one, but never all of it."""
   rng = np.random.default_rng(seed)
   chosen = np.zeros(labels.size, bool)
   for label in np.unique(labels):

@@ -6,7 +6,9 @@ its `results`, and its `study_figures`.
 
 import base64
 from collections.abc import Sequence
+import csv
 import html
+import io
 import json
 import os
 import statistics
@@ -95,6 +97,79 @@ def table(names: Sequence[str], evaluations: Sequence[dict]) -> str:
     for name, evaluation in zip(names, evaluations, strict=True)
   ]
   return _markdown(header, rows)
+
+
+# Of `evaluation_table`: title, key, format. A column that no row has is left
+# out.
+_EVALUATION_COLUMNS = (
+  ('run', 'run', '{}'),
+  ('step', 'step', '{:,}'),
+  ('data', 'data', '{}'),
+  ('labels', 'num_labels', '{:,}'),
+  ('of all', 'label_fraction', '{:.4g}'),
+  ('linear top-1', 'linear_top1', '{:.3f}'),
+  ('kNN top-1', 'knn_top1', '{:.3f}'),
+  ('fine-tuned top-1', 'finetune_top1', '{:.3f}'),
+  ('effective rank', 'effective_rank', '{:.1f}'),
+  ('prototype cosine', 'prototype_cosine', '{:.3f}'),
+)
+
+
+def evaluation_table(rows: Sequence[dict]) -> str:
+  """A Markdown table of what was measured in several modes.
+
+  Args:
+    rows: one for each run, step and fraction of the labels.
+
+  Returns:
+    The lines, aligned for a terminal.
+
+  Example:
+    >>> from clop_jax import report
+    >>> row = {'run': 'a', 'step': 50, 'data': 'digits', 'num_labels': 143}
+    >>> row |= {'label_fraction': 0.1, 'finetune_top1': 0.875}
+    >>> print(report.evaluation_table([row]))
+    | run | step | data   | labels | of all | fine-tuned top-1 |
+    |-----|------|--------|--------|--------|------------------|
+    | a   | 50   | digits | 143    | 0.1    | 0.875            |
+  """
+  columns = _columns_of(rows)
+  cells = [
+    [f.format(row[key]) if key in row else _NONE for _, key, f in columns]
+    for row in rows
+  ]
+  return _markdown([title for title, _, _ in columns], cells)
+
+
+def _columns_of(rows):
+  return [c for c in _EVALUATION_COLUMNS if any(c[1] in row for row in rows)]
+
+
+def check_table(path: str) -> None:
+  """Raises ValueError if `write_table` could not write there."""
+  folder = os.path.dirname(os.path.abspath(path))
+  if not path.endswith(('.csv', '.md')):
+    raise ValueError(f'--table must end in .csv or .md, got {path}')
+  if not os.path.isdir(folder):
+    raise ValueError(f'--table={path}: there is no folder {folder}')
+
+
+def write_table(path: str, text: str, rows: Sequence[dict]) -> None:
+  """Writes a table: the text as it is, or the rows with all their digits.
+
+  Args:
+    path: ends in .md or .csv.
+    text: in Markdown.
+    rows: see `evaluation_table`; the columns of a .csv file have their keys.
+  """
+  if path.endswith('.csv'):
+    file = io.StringIO()
+    keys = [key for _, key, _ in _columns_of(rows)]
+    writer = csv.DictWriter(file, keys, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    text = file.getvalue().removesuffix('\n')
+  _write(path, text + '\n')
 
 
 def study_report(workdir: str) -> str:

@@ -86,6 +86,24 @@ def load(workdir: str, *, which: str = 'latest', devices=None) -> Restored:
   )
 
 
+def steps(workdir: str) -> list[int]:
+  """The steps of a run's checkpoints, oldest first.
+
+  Raises:
+    ValueError: if the workdir is missing or holds no run or no checkpoint.
+  """
+  config = workdir_lib.load_config(workdir)
+  found = []
+  if (epath.Path(workdir) / checkpoint.FOLDER).is_dir():
+    with workdir_lib.open_checkpoints(
+      config, workdir, read_only=True
+    ) as checkpoints:
+      found = checkpoints.steps()
+  if not found:
+    raise _no_checkpoint(workdir)
+  return found
+
+
 def frozen(
   experiment: experiment_lib.Experiment,
   config: ml_collections.ConfigDict,
@@ -125,11 +143,15 @@ def _restore(config, workdir, run, mesh, which):
       else:
         state = checkpoints.restore(_step(checkpoints, which), target)
   if state is None:
-    raise ValueError(
-      f'--workdir={workdir} holds no checkpoint yet; train first: python -m '
-      f'clop_jax.train --config=... --workdir={workdir}'
-    )
+    raise _no_checkpoint(workdir)
   return state
+
+
+def _no_checkpoint(workdir):
+  return ValueError(
+    f'--workdir={workdir} holds no checkpoint yet; train first: python -m '
+    f'clop_jax.train --config=... --workdir={workdir}'
+  )
 
 
 def _step(checkpoints, which):

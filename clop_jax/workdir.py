@@ -7,6 +7,7 @@ reach it.
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import socket
@@ -146,6 +147,46 @@ def _save_labels(workdir, labels, true_labels):
       f'({before.size:,} examples there, {labels.size:,} here); use another '
       '--workdir, or the same data'
     )
+
+
+def find(path: str) -> list[str]:
+  """The workdirs that a path names.
+
+  Args:
+    path: a workdir; or a folder with workdirs in it at any depth, as a study's;
+      or a pattern as of a shell (`runs/*`), for either.
+
+  Returns:
+    The workdirs, sorted. A path that holds none comes back alone: `load_config`
+    says what is wrong with it.
+
+  Raises:
+    ValueError: if it is a pattern that no workdir matches.
+  """
+  if '://' in path or os.path.exists(path) or not glob.has_magic(path):
+    return _within(path) or [path]
+  found = [
+    inner for match in sorted(glob.glob(path)) for inner in _within(match)
+  ]
+  if not found:
+    raise ValueError(
+      f'--workdir={path} matches no workdir of a run (a folder with '
+      'config.json, or with such folders in it)'
+    )
+  return found
+
+
+def _within(path):
+  """The workdirs at or below a local path."""
+  if '://' in path:
+    return []
+  found = []
+  for folder, folders, files in os.walk(path):
+    if 'config.json' in files:
+      found.append(folder)
+      folders.clear()  # what a run keeps is no run
+    folders[:] = [name for name in folders if not name.startswith('.')]
+  return sorted(found)
 
 
 def write_whole(path: str | epath.Path, data: bytes) -> None:

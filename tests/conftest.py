@@ -37,3 +37,22 @@ def compilation_cache(tmp_path_factory):
 @pytest.fixture(scope='session')
 def digits_dir(tmp_path_factory):
   return str(tmp_path_factory.mktemp('tensorflow_datasets'))
+
+
+@pytest.fixture(scope='session')
+def digits_run(digits_dir, tmp_path_factory):
+  """A small run on digits with the checkpoints 5 and 10; read it only."""
+  # Here, so that JAX is imported with the settings above.
+  from clop_jax import train
+  from tests import small
+
+  workdir = tmp_path_factory.mktemp('runs') / 'digits'
+  config = small.digits_config(
+    digits_dir,
+    eval__finetune_learning_rates=[0.1, 0.5],
+    eval__finetune_batch_size=64,
+    eval__finetune_epochs=2,
+    eval__finetune_min_steps=30,
+  )
+  train.train(config, str(workdir), devices=jax.devices()[:1])
+  return workdir

@@ -5,11 +5,14 @@ import importlib.util
 import os
 import pathlib
 
+from absl import flags
 import jax
+import numpy as np
 import optax
 
 from clop_jax import train_state
 from clop_jax import train_step
+from clop_jax.data import sources
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -72,3 +75,22 @@ def training(
     **{'clop_weight': 1.0} | arguments,
   )
   return create, step
+
+
+def command(module, *arguments):
+  """Calls a command of ours in this process, with the flags that it defines."""
+  before = {*flags.FLAGS}
+  module.define_flags()
+  try:
+    flags.FLAGS(['command', *arguments])
+    module.main()
+  finally:
+    for name in {*flags.FLAGS} - before:
+      delattr(flags.FLAGS, name)
+
+
+def digits_arrays(digits_dir, split):
+  """Images `[n, 8, 8, 1]` and labels `[n]` of a split of digits."""
+  source = sources.load('digits', split, digits_dir)
+  images = [np.asarray(source[i]['image']) for i in range(len(source))]
+  return np.stack(images)[..., None], np.asarray(source.labels)

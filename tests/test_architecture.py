@@ -46,6 +46,7 @@ LAYERS = {
   'train_step': 2,
   'checkpoint': 2,
   'probe': 2,
+  'finetune': 2,
   'figures': 2,
   'results': 2,
   'study_figures': 2.5,  # chooses what figures draws of results
@@ -61,6 +62,7 @@ LAYERS = {
   'train': 4,
   'evaluate': 4,
   'export': 4,
+  'embed': 4,
   'data.prepare': 4,
   'data.preview': 4,
   'ensemble': 4.2,  # several of train
@@ -98,6 +100,7 @@ LIBRARIES = {
   'data.labels': {'numpy'},
   'train_state': {'jax', 'flax', 'optax'},
   'train_step': {'jax', 'flax', 'optax'},
+  'finetune': {'jax', 'flax', 'optax', 'numpy'},
   'figures': {'matplotlib', 'numpy'},
   'results': {'numpy'},
   'study_figures': {'numpy', 'sklearn', 'threadpoolctl'},

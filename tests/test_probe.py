@@ -134,11 +134,11 @@ def test_held_out_accuracy_is_of_examples_that_were_not_fitted():
 
 def test_held_out_tenth_is_stratified_and_never_a_whole_class():
   labels = np.repeat([0, 1, 2, 3], [100, 47, 2, 1])
-  chosen = probe._stratified_tenth(labels, 0)
+  chosen = probe.stratified_tenth(labels, 0)
   counts = np.bincount(labels[chosen], minlength=4)
   np.testing.assert_array_equal(counts, [10, 5, 1, 0])
-  np.testing.assert_array_equal(probe._stratified_tenth(labels, 0), chosen)
-  assert (probe._stratified_tenth(labels, 1) != chosen).any()
+  np.testing.assert_array_equal(probe.stratified_tenth(labels, 0), chosen)
+  assert (probe.stratified_tenth(labels, 1) != chosen).any()
 
 
 def test_probe_is_the_same_at_each_call_and_standardizes_by_itself():

@@ -1,4 +1,4 @@
-"""Folders of images: `DIR/<split>/<class>/*`."""
+"""Folders of images: `DIR/<split>/<class>/*`, or just images, at any depth."""
 
 import collections
 import os
@@ -91,6 +91,55 @@ class Folder:
   def __getitem__(self, index):
     image = images.decode(self.paths[index], self.paths[index])
     return {'image': image, 'label': int(self.labels[index])}
+
+  def name_of(self, index):
+    """The path."""
+    return self.paths[index]
+
+
+class Tree:
+  """A source over all images below a folder, at any depth, without labels.
+
+  Left out is what `Folder` leaves out; links to folders are not followed.
+
+  Attributes:
+    paths: `[n]` strings, sorted.
+    labels: `[n]` int32, all -1.
+  """
+
+  def __init__(self, root: str):
+    """Lists the files.
+
+    Args:
+      root: the folder.
+
+    Raises:
+      ValueError: if it is missing or holds no image.
+    """
+    if not os.path.isdir(root):
+      raise ValueError(f'{root}: there is no such folder')
+    paths, left_out = [], []
+    for path, folders, _ in os.walk(root):
+      folders[:] = [name for name in folders if not name.startswith('.')]
+      found, others = _images(path)
+      paths += found
+      left_out += others
+    if not paths:
+      found = f' ({_summary(root, left_out)})' if left_out else ''
+      raise ValueError(
+        f'{root} has no image that Pillow can read, at any depth{found}'
+      )
+    self.paths = sorted(paths)
+    self.labels = np.full(len(paths), -1, np.int32)
+    if left_out:
+      _note(_summary(root, left_out))
+
+  def __len__(self):
+    return len(self.paths)
+
+  def __getitem__(self, index):
+    image = images.decode(self.paths[index], self.paths[index])
+    return {'image': image, 'label': -1}
 
   def name_of(self, index):
     """The path."""

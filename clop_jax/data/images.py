@@ -75,6 +75,18 @@ def is_grey(image: np.ndarray | Image.Image) -> bool:
   return image.shape[-1] == 1
 
 
+def to_grey(image: np.ndarray | Image.Image) -> np.ndarray | Image.Image:
+  """A colour image without its colour, by Pillow's luma; others as they are."""
+  if is_grey(image):
+    return image
+  if isinstance(image, Image.Image):
+    # What has no known range is refused later, by `to_channels`.
+    return image if image.mode in ('I', 'F') else image.convert('L')
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+    return image
+  return as_array(Image.fromarray(image).convert('L'))
+
+
 def to_channels(
   image: np.ndarray | Image.Image, channels: int, name: str
 ) -> np.ndarray | Image.Image:

@@ -9,6 +9,7 @@ step sees what an unbroken one would have seen.
 import collections
 from collections.abc import Iterable, Iterator
 from concurrent import futures
+import copy
 import gc
 import sys
 from typing import Protocol
@@ -157,6 +158,24 @@ class ResidentLoader:
     self.resident = parallel.replicate(
       mesh, {'image': images, 'label': labels.astype(np.int32)}
     )
+
+  def among(
+    self, chosen: np.ndarray, *, batch_size: int, seed: int
+  ) -> 'ResidentLoader':
+    """Serves some of the examples only; the set stays where it is.
+
+    Args:
+      chosen: their numbers.
+      batch_size: as of the loader, at most as many as are chosen.
+      seed: of the order.
+    """
+    parallel.check_batch_size(batch_size, self._mesh)
+    other = copy.copy(self)
+    other._order = Order(len(chosen), batch_size=batch_size, seed=seed)
+    other.steps_per_epoch = other._order.steps_per_epoch
+    numbers = np.asarray(chosen, np.int32)
+    other.indices = lambda step: numbers[other._order.indices(step)]
+    return other
 
   def batches(self, chunks: Iterable[range]) -> Iterator[dict]:
     """See `Loader.batches`."""

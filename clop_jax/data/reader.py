@@ -32,6 +32,7 @@ class Reader:
     crops: dict | None = None,
     seed: int = 0,
     skip_corrupt: bool = False,
+    instead: str = 'the next one takes its place',
   ):
     """Looks at some images, so that what is wrong shows at the start.
 
@@ -50,6 +51,7 @@ class Reader:
       skip_corrupt: the next readable example takes the place of one that cannot
         be decoded, with its label. A warning says so, once for each image in
         each process that reads; worker processes do not know of one another.
+      instead: how that warning ends.
 
     Raises:
       ValueError: if the source is empty, an image does not fit, or there can be
@@ -70,6 +72,7 @@ class Reader:
     self._size, self._share = size, share
     self._crops, self._seed = crops, seed
     self._skip_corrupt, self._reported = skip_corrupt, set()
+    self._instead = instead
     self._tells_grey = channels == 3
     self.shape: tuple[int, ...] = ()  # not known yet
     self._shape_from = None
@@ -148,7 +151,7 @@ class Reader:
       self._reported.add(position)
       reason = str(error).split(';')[0]
       print(
-        f'warning: {reason}; the next one takes its place',
+        f'warning: {reason}; {self._instead}',
         file=sys.stderr,
         flush=True,
       )

@@ -17,6 +17,7 @@ import tqdm
 
 from clop_jax.data import arrays
 from clop_jax.data import folder
+from clop_jax.data import images
 from clop_jax.data import synthetic
 from clop_jax.data import tfds_source
 
@@ -175,3 +176,24 @@ class Subset:
   def name_of(self, index):
     """The example's name in the source."""
     return name_of(self._source, int(self._indices[index]))
+
+
+class Grey:
+  """A source without its colours, for a network of one channel."""
+
+  def __init__(self, source: Source):
+    """Takes the colours from `source`."""
+    self._source = source
+    self.labels = labels_of(source)
+    self.num_classes = getattr(source, 'num_classes', None)
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    example = self._source[index]
+    return example | {'image': images.to_grey(example['image'])}
+
+  def name_of(self, index):
+    """The example's name in the source."""
+    return name_of(self._source, index)

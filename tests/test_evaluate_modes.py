@@ -1,0 +1,396 @@
+import csv
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from sklearn import neighbors
+
+import clop_jax
+from clop_jax import evaluate
+from clop_jax import finetune
+from clop_jax import probe
+from clop_jax import protocol
+from clop_jax import workdir as workdir_lib
+from clop_jax.data import arrays
+from tests import small
+
+ONE = slice(0, 1)
+# What eval.json has had since it was first written; readers rely on it.
+KEYS = {
+  'protocol_version',
+  'step',
+  'linear_top1',
+  'linear_top5',
+  'linear_l2',
+  'linear_held_out_top1',
+  'knn_top1',
+  'knn20_top1',
+  'knn200_top1',
+  'effective_rank',
+  'effective_rank_centered',
+  'embedding_variance',
+  'embedding_std',
+  'prototype_cosine',
+  'prototype_energy_share',
+  'class_mean_cosine',
+  'principal_angle_degrees',
+  'within_between_ratio',
+  'uniformity',
+  'features_effective_rank',
+  'features_within_between_ratio',
+  'parameters_sha256',
+  'num_train',
+  'num_test',
+  'seed',
+  'config',
+  'commit',
+  'versions',
+  'device',
+  'time',
+}
+
+
+@pytest.fixture(scope='module')
+def digits(digits_dir):
+  """Images and labels of each split."""
+  return {x: small.digits_arrays(digits_dir, x) for x in ('train', 'test')}
+
+
+@pytest.fixture(scope='module')
+def measure(digits_run):
+  def call(**arguments):
+    return evaluate.measure(
+      str(digits_run), devices=jax.devices()[ONE], **arguments
+    )
+
+  return call
+
+
+@pytest.fixture
+def copy(digits_run, tmp_path):
+  return shutil.copytree(digits_run, tmp_path / 'copy')
+
+
+def in_memory(digits, **changed):
+  splits = digits | changed
+  return {name: arrays.Arrays(*both) for name, both in splits.items()}
+
+
+def test_the_labels_of_a_fraction_are_those_the_run_was_trained_with(
+  digits_run, digits
+):
+  config = workdir_lib.load_config(str(digits_run))
+  assert config.data.label_fraction == 0.1
+  labels = digits['train'][1]
+  with np.load(digits_run / 'labels.npz') as file:
+    trained = np.flatnonzero(file['labelled'])
+  tenth = protocol.labelled(config, labels, 0.1)
+  np.testing.assert_array_equal(tenth, trained)
+  hundredth = protocol.labelled(config, labels, 0.01)
+  assert {*hundredth} < {*tenth} < {*protocol.labelled(config, labels, 0.5)}
+  # One of each class at least, in proportion otherwise.
+  assert sorted(labels[hundredth]) == [*range(10)]
+  shares = np.bincount(labels[tenth]) / np.bincount(labels)
+  np.testing.assert_allclose(shares, 0.1, atol=0.005)
+  every = protocol.labelled(config, labels, 1.0)
+  np.testing.assert_array_equal(every, np.arange(len(labels)))
+  with pytest.raises(ValueError, match=r'in \(0, 1\].*got 0'):
+    protocol.labelled(config, labels, 0)
+
+
+@pytest.fixture(scope='module')
+def few(measure):
+  return measure(fractions=(0.01, 1.0))
+
+
+def test_neighbours_are_looked_for_among_the_labelled_only(
+  measure, digits_run, digits
+):
+  run = clop_jax.load(str(digits_run), devices=jax.devices()[ONE])
+  features = {
+    split: np.asarray(run.apply(images)[0])
+    for split, (images, _) in digits.items()
+  }
+  chosen = protocol.labelled(run.config, digits['train'][1], 0.1)
+  oracle = neighbors.KNeighborsClassifier(
+    20, metric='cosine', weights=lambda d: np.exp((1 - d) / 0.1)
+  )
+  oracle.fit(features['train'][chosen], digits['train'][1][chosen])
+  expected = oracle.score(features['test'], digits['test'][1])
+  (found,) = measure(modes=('knn',), fractions=(0.1,)).measurements
+  assert found['knn_top1'] == pytest.approx(expected, abs=0.006)
+  assert found['num_labels'] == len(chosen)
+
+
+def test_more_labels_do_better_and_all_are_what_eval_json_has(few):
+  by = {(m['mode'], m['label_fraction']): m for m in few.measurements}
+  assert len(by) == 4
+  linear = [by['linear', x]['linear_top1'] for x in (0.01, 1.0)]
+  assert 0.2 < linear[0] < linear[1] - 0.1
+  # Ten labels, one a class: no strength can be chosen by held-out ones.
+  assert by['linear', 0.01]['num_labels'] == 10
+  assert by['linear', 0.01]['linear_held_out_top1'] is None
+  assert by['linear', 0.01]['linear_l2'] == 0.1
+  assert {*few.complete} == KEYS
+  for mode in ('linear', 'knn'):
+    key = f'{mode}_top1'
+    assert few.complete[key] == by[mode, 1.0][key]
+  json.dumps(few.measurements, allow_nan=False)
+
+
+def test_fine_tuning_learns_the_classes_and_freezes_the_checkpoint(
+  measure, digits, digits_run
+):
+  found = measure(modes=('finetune',))
+  (figures,) = found.measurements
+  assert found.complete is None and found.arrays is None
+  assert figures['finetune_top1'] > 0.45  # chance is 0.1
+  assert figures['finetune_top5'] >= figures['finetune_top1']
+  assert figures['finetune_learning_rate'] in (0.1, 0.5)
+  assert figures['finetune_held_out_top1'] > 0.4
+  assert figures['finetune_steps'] == 44  # two epochs of 22 batches of 64
+  assert figures['finetune_protocol_version'] == finetune.PROTOCOL_VERSION == 1
+  run = clop_jax.load(str(digits_run), devices=jax.devices()[ONE])
+  frozen = run.variables['params'], run.variables['batch_stats']
+  assert figures['parameters_sha256'] == probe.fingerprint(frozen)
+  # The labels did it: with shuffled ones the same procedure is at chance.
+  images, labels = digits['train']
+  shuffled = np.random.default_rng(0).permutation(labels)
+  given = in_memory(digits, train=(images, shuffled))
+  (figures,) = measure(modes=('finetune',), given=given).measurements
+  assert figures['finetune_top1'] < 0.25
+
+
+def test_fine_tuning_sees_the_images_of_the_labelled_only(
+  measure, digits, digits_run
+):
+  images, labels = digits['train']
+  config = workdir_lib.load_config(str(digits_run))
+  chosen = protocol.labelled(config, labels, 0.1)
+  others = np.zeros_like(images)
+  others[chosen] = images[chosen]
+  results = []
+  for train in ((images, labels), (others, labels)):
+    found = measure(
+      modes=('finetune',),
+      fractions=(0.1,),
+      given=in_memory(digits, train=train),
+    )
+    results.append(found.measurements[0]['finetune_top1'])
+  assert results[0] == results[1] > 0.3
+
+
+def test_a_streamed_set_and_few_labels_on_several_devices(copy):
+  path = copy / 'config.json'
+  config = json.loads(path.read_text())
+  config['data'] |= {'loader': 'stream', 'num_workers': 0}
+  path.write_text(json.dumps(config))
+  (figures,) = evaluate.measure(
+    str(copy),
+    modes=('finetune',),
+    fractions=(0.01,),
+    devices=jax.devices()[:4],
+  ).measurements
+  # Ten labels do not go on four devices evenly: some come twice. One of each
+  # class: no learning rate can be chosen by held-out ones.
+  assert figures['num_labels'] == 10
+  assert figures['finetune_steps'] == 30
+  assert figures['finetune_held_out_top1'] is None
+  assert figures['finetune_learning_rate'] == 0.1
+  assert figures['finetune_top1'] > 0.15
+
+
+@pytest.fixture
+def shapes(tmp_path):
+  """Colour images of three classes that nothing but brightness tells apart."""
+  rng = np.random.default_rng(0)
+  content = {}
+  for split, count in (('train', 60), ('val', 30)):
+    labels = np.arange(count) % 3
+    images = rng.integers(0, 40, (count, 12, 15, 3))
+    images += 90 * labels[:, None, None, None]
+    content |= {f'{split}_images': images.astype(np.uint8)}
+    content |= {f'{split}_labels': labels}
+  np.savez(tmp_path / 'shapes.npz', **content)
+  return tmp_path / 'shapes.npz'
+
+
+def test_another_data_set_has_its_own_classes_sizes_and_colours(
+  shapes, measure
+):
+  data = evaluate.OtherData('npz', str(shapes), test_split='val')
+  found = measure(modes=('linear', 'finetune'), data=data)
+  # The prototypes are not of these classes.
+  assert found.complete is None
+  figures = {m['mode']: m for m in found.measurements}
+  for mode in ('linear', 'finetune'):
+    assert figures[mode]['num_classes'] == 3
+    assert figures[mode]['num_test'] == 30
+    assert figures[mode]['test_split'] == 'val'
+  assert figures['linear']['linear_top1'] > 0.9
+  assert figures['finetune']['finetune_top1'] > 0.6
+  data = evaluate.OtherData('npz', str(shapes))
+  with pytest.raises(ValueError, match=r"--data=npz --test_split=test.*'val'"):
+    measure(data=data)
+
+
+def rows_of(path):
+  with open(path, newline='') as file:
+    return list(csv.DictReader(file))
+
+
+def test_every_checkpoint_of_several_runs_in_one_table(
+  copy, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(jax, 'devices', lambda *_: jax.local_devices()[ONE])
+  (tmp_path / 'study' / 'cells').mkdir(parents=True)
+  shutil.copytree(copy, tmp_path / 'study' / 'cells' / 'b')
+  shutil.move(copy, tmp_path / 'study' / 'cells' / 'a')
+  untrained = tmp_path / 'study' / 'cells' / 'c'
+  untrained.mkdir()
+  shutil.copy(tmp_path / 'study' / 'cells' / 'a' / 'config.json', untrained)
+  small.command(
+    evaluate,
+    f'--workdir={tmp_path}/study',
+    '--checkpoint=all',
+    f'--table={tmp_path}/table.csv',
+  )
+  printed = capsys.readouterr()
+  assert 'holds no checkpoint yet' in printed.err
+  assert 'it is left out' in printed.err
+  rows = rows_of(tmp_path / 'table.csv')
+  assert [(x['run'], x['step']) for x in rows] == [
+    ('a', '5'),
+    ('a', '10'),
+    ('b', '5'),
+    ('b', '10'),
+  ]
+  assert '| run | step | data   | labels | of all | linear top-1' in printed.out
+  for name in ('a', 'b'):
+    folder = tmp_path / 'study' / 'cells' / name
+    newest = json.loads((folder / 'eval.json').read_text())
+    older = json.loads((folder / 'evaluations' / 'step5.json').read_text())
+    assert (newest['step'], older['step']) == (10, 5)
+    assert {*newest} == {*older} == KEYS
+    assert os.listdir(folder / 'evaluations') == ['step5.json']
+    for row, result in zip(
+      [x for x in rows if x['run'] == name], (older, newest), strict=True
+    ):
+      assert float(row['linear_top1']) == result['linear_top1']
+      assert float(row['effective_rank']) == result['effective_rank']
+
+
+def test_modes_and_fractions_in_one_table_and_a_file_each(
+  copy, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.setattr(jax, 'devices', lambda *_: jax.local_devices()[ONE])
+  (copy / 'eval.json').write_text('before')
+  small.command(
+    evaluate,
+    f'--workdir={tmp_path}/co*',
+    '--mode=finetune,knn',
+    '--label_fraction=0.1,0.5',
+    f'--table={tmp_path}/table.md',
+  )
+  text = (tmp_path / 'table.md').read_text()
+  assert text in capsys.readouterr().out
+  header, _, *lines = text.splitlines()
+  titles = [x.strip() for x in header.strip('|').split('|')]
+  assert titles == [
+    'run',
+    'step',
+    'data',
+    'labels',
+    'of all',
+    'kNN top-1',
+    'fine-tuned top-1',
+  ]
+  assert len(lines) == 2
+  assert {*os.listdir(copy / 'evaluations')} == {
+    f'step10_digits_{mode}_{fraction}.json'
+    for mode in ('knn', 'finetune')
+    for fraction in (0.1, 0.5)
+  }
+  path = copy / 'evaluations' / 'step10_digits_finetune_0.1.json'
+  figures = json.loads(path.read_text())
+  assert f'{figures["finetune_top1"]:.3f}' in lines[0]
+  assert figures['label_fraction'] == 0.1
+  # Not all labels and not both modes: that file is not this one's to write.
+  assert (copy / 'eval.json').read_text() == 'before'
+
+
+def test_a_run_on_other_data_writes_a_file_of_its_own(
+  copy, shapes, monkeypatch
+):
+  monkeypatch.setattr(jax, 'devices', lambda *_: jax.local_devices()[ONE])
+  small.command(
+    evaluate,
+    f'--workdir={copy}',
+    '--data=npz',
+    f'--data_dir={shapes}',
+    '--test_split=val',
+    '--mode=knn',
+    '--mode=linear',
+  )
+  assert {*os.listdir(copy / 'evaluations')} == {
+    f'step10_npz-shapes.npz-train-val_{mode}_1.json'
+    for mode in ('knn', 'linear')
+  }
+  assert not (copy / 'eval.json').exists()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--mode=linear,kmeans'], "must be some of linear, knn, finetune; got 'k"),
+    (['--label_fraction=0.1,2'], '--label_fraction must be in (0, 1]'),
+    (['--label_fraction=0'], '--label_fraction must be in (0, 1]'),
+    (['--label_fraction=all'], '--label_fraction must be numbers'),
+    (['--test_split=val'], '--test_split goes with --data=NAME'),
+    (['--data=cifra10'], '--data=cifra10 --train_split=train: '),
+    (['--data=folder'], '--data=folder --train_split=train: config.data.data_'),
+    (['--table=a.txt'], '--table must end in .csv or .md, got a.txt'),
+    (['--table=nowhere/a.md'], '--table=nowhere/a.md: there is no folder'),
+    (['--figure=a.png', '--mode=knn'], '--figure compares runs by their embed'),
+    (['--checkpoint=7'], 'no checkpoint of step 7'),
+    (['--workdir=no*'], '--workdir=no* matches no workdir of a run'),
+    (['--workdir=empty'], '--workdir=empty holds no config.json'),
+  ],
+)
+def test_what_makes_no_sense_is_refused_and_nothing_is_written(
+  arguments, message, digits_run, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'empty').mkdir()
+  before = sorted(os.listdir(digits_run))
+  if not arguments[0].startswith('--workdir'):
+    arguments = [f'--workdir={digits_run}', *arguments]
+  with pytest.raises(ValueError) as caught:
+    small.command(evaluate, *arguments)
+  assert message in str(caught.value)
+  assert sorted(os.listdir(digits_run)) == before
+  assert os.listdir(tmp_path) == ['empty']
+
+
+def test_one_checkpoint_that_fails_does_not_lose_the_others(
+  copy, tmp_path, capsys, monkeypatch
+):
+  def measured(workdir, *, which, **_):
+    if which == '10':
+      raise FloatingPointError('NaN at step 10')
+    row = {'mode': 'knn', 'step': 5, 'data': 'digits', 'other_data': False}
+    row |= {'label_fraction': 1.0, 'num_labels': 9, 'knn_top1': 0.25}
+    return evaluate.Evaluation(5, [row])
+
+  monkeypatch.setattr(evaluate, 'measure', measured)
+  with pytest.raises(FloatingPointError, match=r'1 of 2 .*because NaN at step'):
+    small.command(
+      evaluate, f'--workdir={copy}', '--mode=knn', '--checkpoint=all'
+    )
+  printed = capsys.readouterr()
+  assert '| copy | 5    | digits | 9      | 1      | 0.250     |' in printed.out
+  assert 'NaN at step 10; it is left out of the table' in printed.err
+  assert os.listdir(copy / 'evaluations') == ['step5_digits_knn_1.json']
