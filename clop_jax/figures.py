@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import textwrap
+from typing import BinaryIO
 
 import matplotlib
 from matplotlib import figure as figure_lib
@@ -331,7 +332,7 @@ def curves_figure(
 
 
 def embedding_figure(
-  path: str,
+  path: str | BinaryIO,
   names: Sequence[str],
   embeddings: Sequence[np.ndarray],
   labels: np.ndarray,
@@ -344,7 +345,7 @@ def embedding_figure(
   embeddings, on one scale for all runs: a collapsed run is a heap or a line.
 
   Args:
-    path: of the PNG; its folder is made.
+    path: of the PNG, whose folder is made; or an open binary file for it.
     names: of the runs.
     embeddings: `[n, dim]` of each run, normalized.
     labels: `[n]`, the colour.
@@ -409,8 +410,11 @@ def _grid(rows, columns, *, height, widest, page=_PAGE_WIDTH):
 
 
 def _save(figure, path):
-  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-  figure.savefig(path, dpi=_DPI)
+  if hasattr(path, 'write'):
+    figure.savefig(path, dpi=_DPI, format='png')
+  else:
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
   return figure.get_figwidth(), figure.get_figheight()
 
 
