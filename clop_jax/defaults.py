@@ -163,7 +163,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Warns when the effective rank is below this share of the largest that is to
   # be expected, min(num_classes, embedding_dim, 2 * batch_size), on so many
   # logged steps in a row; share 0: never.
-  watch.collapse_share = 0.25
+  watch.collapse_share = 0.5
   watch.collapse_patience = 5
 
   config.eval = evaluation = ml_collections.ConfigDict()

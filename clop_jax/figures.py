@@ -9,7 +9,6 @@ import dataclasses
 import math
 import os
 import textwrap
-from typing import BinaryIO
 
 import matplotlib
 from matplotlib import figure as figure_lib
@@ -332,7 +331,7 @@ def curves_figure(
 
 
 def embedding_figure(
-  path: str | BinaryIO,
+  path: str,
   names: Sequence[str],
   embeddings: Sequence[np.ndarray],
   labels: np.ndarray,
@@ -345,7 +344,7 @@ def embedding_figure(
   embeddings, on one scale for all runs: a collapsed run is a heap or a line.
 
   Args:
-    path: of the PNG, whose folder is made; or an open binary file for it.
+    path: of the PNG; its folder is made.
     names: of the runs.
     embeddings: `[n, dim]` of each run, normalized.
     labels: `[n]`, the colour.
@@ -410,11 +409,8 @@ def _grid(rows, columns, *, height, widest, page=_PAGE_WIDTH):
 
 
 def _save(figure, path):
-  if hasattr(path, 'write'):
-    figure.savefig(path, dpi=_DPI, format='png')
-  else:
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
+  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+  figure.savefig(path, dpi=_DPI)
   return figure.get_figwidth(), figure.get_figheight()
 
 

@@ -6,12 +6,14 @@ on all devices; only the main process draws, writes and talks.
 """
 
 from collections.abc import Iterator
+from concurrent import futures
 import contextlib
 import functools
 import io
 import os
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from PIL import Image
@@ -24,6 +26,7 @@ from clop_jax import metrics_log
 from clop_jax import parallel
 from clop_jax import probe
 from clop_jax import protocol
+from clop_jax import quick_picture
 from clop_jax import restored
 from clop_jax import train_state
 from clop_jax import wandb_log
@@ -117,8 +120,9 @@ class Watch:
     if self._images_every:
       self._read_sample(source, true_labels)
       plain = inputs.evaluation_reader(config, source, true_labels)
-      self._sheet = views.sheets(config, reader, plain)
+      self._sheets = views.Sheets(config, reader, plain)
       self._data = data
+      self._compiled = _ahead(functools.partial(self._compile, target))
     if fields.probe_every_epochs:
       self._probe_every = fields.probe_every_epochs * epoch
       self._readers = _probe_readers(config, mesh, named)
@@ -213,10 +217,27 @@ class Watch:
     if _passed(steps, self._probe_every):
       self._measure(steps.stop, state)
 
+  def _compile(self, target):
+    """What draws; the sample's embeddings by the state's variables."""
+    images, _ = self._sample[0]
+    batch = jax.ShapeDtypeStruct(
+      (self._sample_batch, *images.shape[1:]),
+      np.uint8,
+      sharding=parallel.split(self._mesh),
+    )
+    embed = self._frozen.lower(_variables(target), batch).compile()
+    count = sum(len(images) for images, _ in self._sample)
+    dim = target.prototypes.shape[-1]
+    embeddings = jax.ShapeDtypeStruct((count, dim), np.float32)
+    measure = _measures.lower(embeddings).compile()
+    self._sheets.compile(min(_SHOWN, self._config.train.batch_size))
+    return embed, measure
+
   def _draw(self, step, state):
     """The sample's spectrum and picture, and the views of the last step."""
+    embed, measure = self._compiled()
     _, embeddings, labels = probe.extract(
-      self._apply_to(state),
+      functools.partial(embed, _variables(state)),
       self._sample,
       batch_size=self._sample_batch,
       mesh=self._mesh,
@@ -224,37 +245,36 @@ class Watch:
     if not parallel.is_main():
       return
     if np.isfinite(embeddings).all():
-      self._draw_embeddings(step, embeddings, labels)
+      self._draw_embeddings(step, jax.device_get(measure(embeddings)), labels)
     else:
       self._warn(step, 'embeddings that are not finite cannot be drawn')
     index = self._data.indices(step - 1)[:_SHOWN]
     sheet = io.BytesIO()
-    Image.fromarray(self._sheet(step - 1, index)).save(sheet, format='PNG')
+    Image.fromarray(self._sheets.draw(step - 1, index)).save(
+      sheet, format='PNG'
+    )
     for sink in self._sinks:
       sink.picture(step, 'pictures/views', sheet.getvalue())
 
-  def _draw_embeddings(self, step, embeddings, labels):
-    # Takes a second, which a run without pictures should not pay.
-    from clop_jax import figures
-
-    unit, spectrum, rank = jax.device_get(_measures(embeddings))
-    picture = io.BytesIO()
-    figures.embedding_figure(
-      picture, [f'step {step}'], [unit], labels, [spectrum], [float(rank)]
+  def _draw_embeddings(self, step, measures, labels):
+    plane, spectrum, rank = measures
+    picture = quick_picture.embedding_picture(
+      plane, labels, spectrum, f'step {step}, effective rank {rank:.1f}'
     )
     # Of the embeddings' mean square, which is 1, each direction has the square.
-    values = spectrum / np.sqrt(len(unit))
+    values = spectrum / np.sqrt(len(plane))
     for sink in self._sinks:
       sink.scalars(step, {'embeddings/effective_rank': float(rank)})
       sink.histogram(step, 'embeddings/singular_values', values)
-      sink.picture(step, 'pictures/embeddings', picture.getvalue())
+      sink.picture(step, 'pictures/embeddings', picture)
 
   def _measure(self, step, state):
     """The probes."""
+    apply = functools.partial(self._frozen, _variables(state))
     features, labels = {}, {}
     for split, reader in self._readers.items():
       features[split], _, labels[split] = protocol.extract(
-        self._config, reader, self._apply_to(state), self._mesh
+        self._config, reader, apply, self._mesh
       )
     found = {}
     try:
@@ -285,11 +305,6 @@ class Watch:
       metrics_log.say(f'warning: {message}', error=True)
       for sink in self._sinks:
         sink.text(step, 'warning', message)
-
-  def _apply_to(self, state):
-    """Images to features and embeddings, with the state's variables."""
-    variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    return functools.partial(self._frozen, variables)
 
   def _read_sample(self, source, true_labels):
     """Training images from all over the set, with labels where there are any.
@@ -410,9 +425,34 @@ def _passed(steps, every):
   return every > 0 and steps.stop // every > steps.start // every
 
 
+def _variables(state):
+  return {'params': state.params, 'batch_stats': state.batch_stats}
+
+
+def _ahead(work):
+  """Gives what `work` returns when asked, which may have been made meanwhile.
+
+  While the training step compiles there is time for it. Not so with several
+  processes, whose compilers may wait for one another, program by program.
+  """
+  if jax.process_count() > 1:
+    return functools.cache(work)
+  pool = futures.ThreadPoolExecutor(1)
+  result = pool.submit(work)
+  pool.shutdown(wait=False)
+  return result.result
+
+
 @jax.jit
 def _measures(embeddings):
-  """Unit embeddings, their singular values and effective rank."""
+  """Two principal components, singular values and effective rank.
+
+  All of unit embeddings; the components `[n, 2]` are of the centred ones.
+  """
   unit = collapse.normalize(embeddings)
   spectrum = collapse.singular_values(unit)
-  return unit, spectrum, collapse.effective_rank_of_spectrum(spectrum)
+  centred = unit - jnp.mean(unit, axis=0)
+  _, _, vt = jnp.linalg.svd(centred, full_matrices=False)
+  plane = jnp.matmul(centred, vt[:2].T, precision=jax.lax.Precision.HIGHEST)
+  plane = jnp.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
+  return plane, spectrum, collapse.effective_rank_of_spectrum(spectrum)

@@ -147,7 +147,8 @@ def test_the_pictures_can_be_looked_at(watched):
     picture = picture_of(event)
     assert picture.shape[1] > picture.shape[0] > 300
     colours = np.unique(picture.reshape(-1, 3), axis=0)
-    assert len(colours) > 50  # of ten classes, and their edges
+    # Paper, lines and text, bars, and the other colours of the classes.
+    assert len(colours) > 6
 
 
 def test_the_views_are_those_of_the_step_before(watched):
@@ -522,14 +523,13 @@ def test_weights_and_biases_get_what_tensorboard_gets(
       history[record.history.step.num] = values
   lines = lines_of(workdir / 'metrics.jsonl')
   assert [line['step'] for line in lines] == [2, 4]
-  print(history)
   for line in lines:
     for name in set(line) - {'step'}:
       assert history[line['step']][f'train/{name}'] == line[name]
-  assert history[5]['embeddings/singular_values']['_type'] == 'histogram'
+  assert history[5]['embeddings/singular_values/_type'] == 'histogram'
   names = ('pictures/views', 'pictures/embeddings')
   for name in names:
-    picture = file.parent / 'files' / history[5][name]['path']
+    picture = file.parent / 'files' / history[5][f'{name}/path']
     with Image.open(picture) as image:
       assert image.width > image.height > 300
   (alert,) = [r.alert for r in records if r.HasField('alert')]

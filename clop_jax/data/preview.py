@@ -48,8 +48,8 @@ def contact_sheet(
     batch_size=min(config.train.batch_size, len(reader)),
     seed=config.seed,
   )
-  draw = views.sheets(config, reader, plain)
-  return draw(0, order.indices(0)[:count])
+  sheets = views.Sheets(config, reader, plain)
+  return sheets.draw(0, order.indices(0)[:count])
 
 
 def define_flags() -> None:

@@ -1,6 +1,6 @@
 """What the augmentation makes of training images, for a person to look at."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -15,42 +15,66 @@ _TRIPLES = 4  # beside one another
 _PIXELS = 96  # smaller images are enlarged to about this
 
 
-def sheets(
-  config: ml_collections.ConfigDict,
-  reader: reader_lib.Reader,
-  plain: reader_lib.Reader,
-) -> Callable[[int, Sequence[int]], np.ndarray]:
-  """Draws images beside the two random views that a step makes of them.
+class Sheets:
+  """Draws images beside the two random views that a step makes of them."""
 
-  Args:
-    config: see `defaults`.
-    reader: what training reads, see `inputs.training_reader`.
-    plain: reads the same images whole, see `inputs.evaluation_reader`.
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    reader: reader_lib.Reader,
+    plain: reader_lib.Reader,
+  ):
+    """Reads nothing yet.
 
-  Returns:
-    `(step, index) -> sheet`: of the examples numbered `index` at the step that
-    begins with `state.step == step`, a contact sheet of triples, `[height,
-    width, 3]` uint8.
-  """
-  recipe = experiment.recipe(config)
-  mean, std = np.array(recipe['mean']), np.array(recipe['std'])
+    Args:
+      config: see `defaults`.
+      reader: what training reads, see `inputs.training_reader`.
+      plain: reads the same images whole, see `inputs.evaluation_reader`.
+    """
+    recipe = experiment.recipe(config)
+    self._mean, self._std = np.array(recipe['mean']), np.array(recipe['std'])
+    self._reader, self._plain = reader, plain
+    self._crops = config.data.host_crops
 
-  @jax.jit
-  def make(step, index, images):
-    keys = augment.example_keys(experiment.training_key(config), step, index)
-    return augment.two_views(keys, images, **recipe)
+    @jax.jit
+    def make(step, index, images):
+      keys = augment.example_keys(experiment.training_key(config), step, index)
+      return augment.two_views(keys, images, **recipe)
 
-  def sheet(step, index):
+    self._make = make
+
+  def compile(self, count: int) -> None:
+    """Compiles ahead what draws so many images, and no other number."""
+    shape = (count, *self._reader.shape)
+    if self._crops:
+      shape = (shape[1], count, *shape[2:])
+    self._make = self._make.lower(
+      jax.ShapeDtypeStruct((), np.int32),
+      jax.ShapeDtypeStruct((count,), np.int32),
+      jax.ShapeDtypeStruct(shape, np.uint8),
+    ).compile()
+
+  def draw(self, step: int, index: Sequence[int]) -> np.ndarray:
+    """A contact sheet of triples.
+
+    Args:
+      step: the one that begins with `state.step == step`.
+      index: numbers of the examples.
+
+    Returns:
+      `[height, width, 3]` uint8.
+    """
     index = np.asarray(index, np.int32)
-    examples = [reader.example(step, i) for i in index.tolist()]
+    examples = [self._reader.example(step, i) for i in index.tolist()]
     images = np.stack([example['image'] for example in examples])
-    if config.data.host_crops:
+    if self._crops:
       images = images.swapaxes(0, 1)
-    views = np.asarray(make(np.int32(step), index, images)) * std + mean
-    views = np.round(255 * np.clip(views, 0, 1)).astype(np.uint8)
+    views = np.asarray(self._make(np.int32(step), index, images))
+    views = np.clip(views * self._std + self._mean, 0, 1)
+    views = np.round(255 * views).astype(np.uint8)
     cells = []
     for position, i in enumerate(index.tolist()):
-      original = plain.example(0, i)['image']
+      original = self._plain.example(0, i)['image']
       cells.append([original, views[0, position], views[1, position]])
     while len(cells) > _TRIPLES and len(cells) % _TRIPLES:
       cells.pop()  # no gaps in the last row
@@ -60,5 +84,3 @@ def sheets(
     ]
     scale = max(1, round(_PIXELS / views.shape[2]))
     return images_lib.contact_sheet(rows, scale=scale)
-
-  return sheet
