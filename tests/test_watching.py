@@ -401,7 +401,7 @@ def test_what_is_due_within_a_dispatch_comes_at_its_end():
   assert not watching._passed(range(0, 20), 0)
 
 
-def test_two_processes_write_one_of_each(watched, digits_dir, tmp_path):
+def test_two_processes_write_one_of_each(digits_dir, tmp_path):
   arguments = [
     *test_processes.flags_of(digits_dir, tmp_path / 'pair', epochs=1),
     '--config.watch.images_every_epochs=1',
