@@ -67,8 +67,8 @@ class WandbLog:
       )
     except wandb.Error as error:
       raise OSError(
-        f'--wandb={mode}: {error}; --wandb=offline writes files to send later, '
-        'by `wandb sync`'
+        f'--wandb={mode}: {str(error).rstrip(".")}; --wandb=offline writes '
+        'files to send later, by `wandb sync`'
       ) from error
     self._wandb = wandb
 

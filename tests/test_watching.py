@@ -555,3 +555,14 @@ def test_a_folder_named_wandb_is_not_the_library(tmp_path, monkeypatch):
 def test_another_mode_is_refused():
   with pytest.raises(ValueError, match=r"\['offline', 'online'\], got 'on'"):
     wandb_log.check('on')
+
+
+def test_weights_and_biases_without_a_key_name_the_way_out(
+  tmp_path, monkeypatch
+):
+  pytest.importorskip('wandb')
+  monkeypatch.delenv('WANDB_API_KEY', raising=False)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  message = '--wandb=online: .*; --wandb=offline writes files to send later'
+  with pytest.raises(OSError, match=message):
+    wandb_log.WandbLog(str(tmp_path), {}, mode='online', start=0)
