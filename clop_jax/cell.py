@@ -52,6 +52,7 @@ def check(cells: dict[str, dict]) -> tuple[str, str | None]:
     read = json.dumps([values['data'], values['eval']], sort_keys=True)
     traced = json.dumps(ensemble.shared_part(values), sort_keys=True)
     try:
+      _check_watch(config)
       if read not in data:
         # Once, and not by all cells at the same time: it may be prepared here.
         data[read] = _check_data(config)
@@ -64,6 +65,14 @@ def check(cells: dict[str, dict]) -> tuple[str, str | None]:
       fault = f'cell {name}: {_one_line(error)}'
       break
   return jax.default_backend(), fault
+
+
+def _check_watch(config):
+  if config.watch.probe_every_epochs:
+    raise ValueError(
+      'config.watch.probe_every_epochs must be 0: the cells of a study are not '
+      f'watched but evaluated; got {config.watch.probe_every_epochs}'
+    )
 
 
 def _check_data(config):
@@ -162,7 +171,7 @@ def run(cells: dict[str, tuple[dict, str]]) -> dict[str, dict]:
           list(configs.values()), list(workdirs.values()), diverged=diverged
         )
       else:
-        train.train(configs[first], workdirs[first])
+        train.train(configs[first], workdirs[first], watched=False)
   trained = time.monotonic()
   for name in [name for name in cells if name not in outcomes]:
     start = time.monotonic()

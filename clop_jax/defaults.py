@@ -152,6 +152,23 @@ def get_config() -> ml_collections.ConfigDict:
   train.keep_best = ml_collections.config_dict.placeholder(str)
   train.keep_best_mode = 'max'  # max or min is better
 
+  # Nothing in this group changes what is trained, and a run may go on with
+  # other values than it began with; see docs/watching.md.
+  config.watch = watch = ml_collections.ConfigDict()
+  watch.tensorboard = True  # event files in the workdir's tensorboard/
+  # Every so many epochs the spectrum of some embeddings, a picture of them and
+  # some augmented images; 0: never.
+  watch.images_every_epochs = 5
+  # Every so many epochs a probe by the evaluation protocol, which reads the
+  # whole training split and the test split; 0: never.
+  watch.probe_every_epochs = 0
+  watch.probe = 'knn'  # knn, linear or both
+  # Warns when the effective rank is below this share of the largest that is to
+  # be expected, min(num_classes, embedding_dim, 2 * batch_size), on so many
+  # logged steps in a row; share 0: never.
+  watch.collapse_share = 0.5
+  watch.collapse_patience = 5
+
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.batch_size = 512  # images over all devices
   # Side of the middle square that is shown, of the image's shorter side.

@@ -10,6 +10,52 @@ import jax
 import tqdm
 
 
+class JsonLines:
+  """A file of one JSON object for each of some steps.
+
+  Attributes:
+    last_step: of the last line; 0 before the first one.
+  """
+
+  def __init__(self, path: str, *, start: int):
+    """Cuts the file back to `start`: what came later is trained again.
+
+    Args:
+      path: of the file; local, or remote as `epath` has it.
+      start: the step to go on from.
+    """
+    self._path = path
+    self._lines = _lines_until(path, start)
+    self.last_step = json.loads(self._lines[-1])['step'] if self._lines else 0
+    self._file = None
+    if not _is_remote(path):
+      partial = epath.Path(f'{path}.partial')
+      partial.write_text(''.join(self._lines))
+      partial.replace(path)
+      self._file = open(path, 'a')  # noqa: SIM115 (closed by close)
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Writes the line of a step; what is not finite becomes null."""
+    # NaN is not JSON; a diagnostic may be NaN where the loss is not.
+    entry = {'step': step} | {
+      k: v if math.isfinite(v) else None for k, v in sorted(values.items())
+    }
+    line = json.dumps(entry) + '\n'
+    self.last_step = step
+    if self._file is not None:
+      self._file.write(line)
+      self._file.flush()
+    else:
+      # Remote files cannot be added to.
+      self._lines.append(line)
+      epath.Path(self._path).write_text(''.join(self._lines))
+
+  def close(self) -> None:
+    """Closes the file."""
+    if self._file is not None:
+      self._file.close()
+
+
 class MetricsLog:
   """Writes one line for each logged step; a context manager."""
 
@@ -24,15 +70,9 @@ class MetricsLog:
       total_steps: of the whole run.
       batch_size: images in a step.
     """
-    self._path, self._start, self._total_steps = path, start, total_steps
+    self._start, self._total_steps = start, total_steps
     self._batch_size = batch_size
-    self._lines = _lines_until(path, start)
-    self._file = None
-    if not _is_remote(path):
-      partial = epath.Path(f'{path}.partial')
-      partial.write_text(''.join(self._lines))
-      partial.replace(path)
-      self._file = open(path, 'a')  # noqa: SIM115 (closed by __exit__)
+    self._lines = JsonLines(path, start=start)
     self._is_terminal = sys.stderr.isatty()
     self._bar = tqdm.tqdm(
       total=total_steps,
@@ -47,8 +87,7 @@ class MetricsLog:
 
   def __exit__(self, *exception) -> None:
     self._bar.close()
-    if self._file is not None:
-      self._file.close()
+    self._lines.close()
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Writes the metrics of a step, and shows some of them.
@@ -57,18 +96,7 @@ class MetricsLog:
       step: after which they were taken.
       metrics: by name, among them `loss`, `clop_loss` and `effective_rank`.
     """
-    # NaN is not JSON; a diagnostic may be NaN where the loss is not.
-    entry = {'step': step} | {
-      k: v if math.isfinite(v) else None for k, v in sorted(metrics.items())
-    }
-    line = json.dumps(entry) + '\n'
-    if self._file is not None:
-      self._file.write(line)
-      self._file.flush()
-    else:
-      # Remote files cannot be added to.
-      self._lines.append(line)
-      epath.Path(self._path).write_text(''.join(self._lines))
+    self._lines.write(step, metrics)
     self._show(step, metrics)
 
   def _show(self, step, metrics):
@@ -103,6 +131,18 @@ class Silent:
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Writes nothing."""
+
+
+def say(message: str, *, error: bool = False) -> None:
+  """Prints a line, around the progress bar if there is one.
+
+  Args:
+    message: the line.
+    error: to standard error, instead of standard output.
+  """
+  stream = sys.stderr if error else sys.stdout
+  tqdm.tqdm.write(message, file=stream)
+  stream.flush()
 
 
 def to_floats(metrics: dict[str, jax.Array]) -> dict[str, float]:

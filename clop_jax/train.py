@@ -28,6 +28,8 @@ from clop_jax import metrics_log
 from clop_jax import parallel
 from clop_jax import preemption
 from clop_jax import profiling
+from clop_jax import wandb_log
+from clop_jax import watching
 from clop_jax import workdir as workdir_lib
 from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
@@ -41,17 +43,22 @@ def train(
   source: sources.Source | None = None,
   devices=None,
   profile_steps: int | None = None,
+  watched: bool = True,
+  wandb: str | None = None,
 ) -> None:
   """Runs, or goes on with, the training in `workdir`.
 
   Args:
     config: see `defaults`.
     workdir: made if missing. Gets `config.json`, `labels.npz`,
-      `checkpoints/<step>/` and `metrics.jsonl`. The same for all processes.
+      `checkpoints/<step>/`, `metrics.jsonl` and what `config.watch` asks for.
+      The same for all processes.
     source: training examples of your own, instead of those that `config.data`
       names; see `clop_jax.data.sources`.
     devices: default: all.
     profile_steps: so many steps are recorded, see `profiling`; None: none.
+    watched: whether to do what `config.watch` says, see `watching`.
+    wandb: 'offline' or 'online' logs to Weights & Biases as well; None: not.
 
   Raises:
     ValueError: for a wrong config, data that do not fit it, a batch that the
@@ -99,6 +106,20 @@ def train(
   longest = max(len(steps) for steps in chunks)
   program.lower(longest)
   check_best(config, program.metric_names(longest), total_steps, save_every)
+  watch = watching.Off()
+  if watched:
+    watch = watching.Watch(
+      config,
+      run=run,
+      target=target,
+      source=source,
+      true_labels=true_labels,
+      reader=reader,
+      data=data,
+      mesh=mesh,
+      named=named,
+      wandb=wandb,
+    )
 
   with (
     workdir_lib.claim(config, workdir, labels, true_labels),
@@ -132,7 +153,8 @@ def train(
     if profile_steps is not None and parallel.is_main():
       recorder = profiling.Recorder(workdir, profile_steps, chunks, program)
     batches = data.batches(chunks)
-    with log, recorder, contextlib.closing(batches):
+    watch_files = watch.writing(workdir, start, state)
+    with log, recorder, watch_files, contextlib.closing(batches):
       _run(
         program,
         state,
@@ -144,6 +166,7 @@ def train(
         log=log,
         checkpoints=checkpoints,
         recorder=recorder,
+        watch=watch,
       )
 
 
@@ -159,6 +182,7 @@ def _run(
   log,
   checkpoints,
   recorder,
+  watch,
 ):
   """The steps of `chunks`, `(steps, batch)` each, logged and saved."""
   losses, due, logged = [], [], []
@@ -171,6 +195,7 @@ def _run(
       last = {k: v[-1] for k, v in jax.device_get(metrics).items()}
       logged.append(metrics_log.to_floats(last))
       log.write(step, logged[-1])
+      watch.logged(step, logged[-1])
     due.clear()
 
   with preemption.Notice() as notice:
@@ -187,11 +212,17 @@ def _run(
       if done % log_every == 0:
         due.append((done, losses, metrics))
         losses = []
-      if saves:
+      # Who is told to end has no time for it.
+      watches = watch.due(steps) and not told
+      if saves or watches:
         write_due()
         if losses:
           check_finite(losses, done, checkpoints)
           losses = []
+      if watches:
+        # Before the save: what is lost here is trained again.
+        watch.reached(steps, state)
+      if saves:
         checkpoints.save(state, done, mean_metrics(logged))
         logged.clear()
       if told and done < total_steps:
@@ -395,6 +426,12 @@ def define_flags() -> None:
     'Records so many steps in WORKDIR/profile, and says where their time went.',
     lower_bound=1,
   )
+  flags.DEFINE_enum(
+    'wandb',
+    None,
+    wandb_log.MODES,
+    'Log to Weights & Biases as well (pip install clop-jax[wandb]).',
+  )
 
 
 def main() -> None:
@@ -407,6 +444,7 @@ def main() -> None:
     flags.FLAGS.config,
     flags.FLAGS.workdir,
     profile_steps=flags.FLAGS.profile,
+    wandb=flags.FLAGS.wandb,
   )
 
 

@@ -118,12 +118,19 @@ def _check_config(config, workdir):
   """Refuses a workdir of another config."""
   if not (epath.Path(workdir) / 'config.json').exists():
     return
-  unlike = differences(to_json(load_config(workdir)), to_json(config))
+  unlike = differences(
+    _trained(to_json(load_config(workdir))), _trained(to_json(config))
+  )
   if unlike:
     raise ValueError(
       f'--workdir={workdir} was made with another config: '
       f'{"; ".join(unlike)}. Use another --workdir, or the same config'
     )
+
+
+def _trained(config):
+  """What of a config of `to_json` has a say in what is trained."""
+  return {name: value for name, value in config.items() if name != 'watch'}
 
 
 def _save_config(config, workdir):

@@ -34,6 +34,7 @@ def digits_config(digits_dir, **changes):
     'train__num_epochs': 2,
     'train__log_every_steps': 2,
     'train__checkpoint_every_epochs': 1,
+    'watch__images_every_epochs': 0,
     'eval__probe_l2': [1e-3, 1e-1],
     'eval__probe_iterations': 30,
   }

@@ -43,6 +43,9 @@ LAYERS = {
   'train_state': 1,
   'prototype_rules': 1,
   'metrics_log': 1,
+  'event_files': 1,
+  'wandb_log': 1,
+  'quick_picture': 1,
   'train_step': 2,
   'checkpoint': 2,
   'probe': 2,
@@ -59,6 +62,8 @@ LAYERS = {
   'grid': 3,
   'restored': 3.5,  # a workdir's checkpoint as what its experiment builds
   'protocol': 3.5,  # what inputs reads, measured
+  'data.views': 3.5,  # what the experiment's augmentation makes of images
+  'watching': 3.8,  # of a training, by protocol and restored
   'train': 4,
   'evaluate': 4,
   'export': 4,
@@ -97,6 +102,9 @@ LIBRARIES = {
   'workers': set(),
   'grid': {'ml_collections'},
   'metrics_log': {'etils', 'jax', 'tqdm'},
+  'event_files': {'etils', 'numpy', 'tensorboardX'},
+  'wandb_log': {'PIL', 'numpy', 'wandb'},
+  'quick_picture': {'PIL', 'numpy'},
   'data.labels': {'numpy'},
   'train_state': {'jax', 'flax', 'optax'},
   'train_step': {'jax', 'flax', 'optax'},

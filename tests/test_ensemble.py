@@ -79,7 +79,7 @@ def trio(digits_dir, tmp_path_factory):
   alone = [folder / 'alone' / str(c.seed) for c in configs]
   assert together(configs, both) == {}
   for config, workdir in zip(configs, alone, strict=True):
-    train.train(config, str(workdir), devices=DEVICES)
+    train.train(config, str(workdir), devices=DEVICES, watched=False)
   return configs, both, alone
 
 

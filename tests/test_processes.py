@@ -209,6 +209,7 @@ def flags_of(digits_dir, workdir, epochs=6):
     f'--config.train.num_epochs={epochs}',
     '--config.train.log_every_steps=1',
     '--config.train.checkpoint_every_epochs=1',
+    '--config.watch.images_every_epochs=0',
     '--config.eval.probe_iterations=30',
   ]
 
@@ -285,7 +286,7 @@ import os, signal, sys, time
 from absl import flags
 from clop_jax import train
 from tests import small
-import orbax.checkpoint, sklearn.linear_model, tensorflow_datasets
+import orbax.checkpoint, sklearn.linear_model, tensorboardX, tensorflow_datasets
 from clop_jax.data import digits
 
 digits_dir, never, killed, kills = *sys.argv[1:4], int(sys.argv[4])

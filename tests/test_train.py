@@ -62,6 +62,7 @@ def test_a_workdir_holds_what_the_design_says(trained):
     'labels.npz',
     'metrics.jsonl',
     'checkpoints',
+    'tensorboard',
   } | {'.lock'}
   steps = {path.name for path in (workdir / 'checkpoints').iterdir()}
   assert steps == {'5', '10'}

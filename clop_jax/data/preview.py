@@ -9,22 +9,16 @@ step of a training with this config makes of it.
 import os
 
 from absl import flags
-import jax
 import ml_collections
 from ml_collections import config_flags
 import numpy as np
 from PIL import Image
 
-from clop_jax import augment
 from clop_jax import command
-from clop_jax import experiment
 from clop_jax import inputs
-from clop_jax.data import images as images_lib
 from clop_jax.data import loader
 from clop_jax.data import sources
-
-_TRIPLES = 4  # beside one another
-_PIXELS = 96  # smaller images are enlarged to about this
+from clop_jax.data import views
 
 
 def contact_sheet(
@@ -54,32 +48,8 @@ def contact_sheet(
     batch_size=min(config.train.batch_size, len(reader)),
     seed=config.seed,
   )
-  index = order.indices(0)[:count]
-  images = np.stack([reader.example(0, i)['image'] for i in index.tolist()])
-  if config.data.host_crops:
-    images = images.swapaxes(0, 1)
-  recipe = experiment.recipe(config)
-  mean, std = np.array(recipe['mean']), np.array(recipe['std'])
-
-  @jax.jit
-  def make(images):
-    keys = augment.example_keys(experiment.training_key(config), 0, index)
-    return augment.two_views(keys, images, **recipe)
-
-  views = np.asarray(make(images)) * std + mean
-  views = np.round(255 * np.clip(views, 0, 1)).astype(np.uint8)
-  scale = max(1, round(_PIXELS / views.shape[2]))
-  cells = []
-  for position, i in enumerate(index.tolist()):
-    original = plain.example(0, i)['image']
-    cells.append([original, views[0, position], views[1, position]])
-  while len(cells) > _TRIPLES and len(cells) % _TRIPLES:
-    cells.pop()  # no gaps in the last row
-  rows = [
-    [image for triple in cells[i : i + _TRIPLES] for image in triple]
-    for i in range(0, len(cells), _TRIPLES)
-  ]
-  return images_lib.contact_sheet(rows, scale=scale)
+  sheets = views.Sheets(config, reader, plain)
+  return sheets.draw(0, order.indices(0)[:count])
 
 
 def define_flags() -> None:

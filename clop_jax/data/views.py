@@ -1,0 +1,86 @@
+"""What the augmentation makes of training images, for a person to look at."""
+
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+
+from clop_jax import augment
+from clop_jax import experiment
+from clop_jax.data import images as images_lib
+from clop_jax.data import reader as reader_lib
+
+_TRIPLES = 4  # beside one another
+_PIXELS = 96  # smaller images are enlarged to about this
+
+
+class Sheets:
+  """Draws images beside the two random views that a step makes of them."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    reader: reader_lib.Reader,
+    plain: reader_lib.Reader,
+  ):
+    """Reads nothing yet.
+
+    Args:
+      config: see `defaults`.
+      reader: what training reads, see `inputs.training_reader`.
+      plain: reads the same images whole, see `inputs.evaluation_reader`.
+    """
+    recipe = experiment.recipe(config)
+    self._mean, self._std = np.array(recipe['mean']), np.array(recipe['std'])
+    self._reader, self._plain = reader, plain
+    self._crops = config.data.host_crops
+
+    @jax.jit
+    def make(step, index, images):
+      keys = augment.example_keys(experiment.training_key(config), step, index)
+      return augment.two_views(keys, images, **recipe)
+
+    self._make = make
+
+  def compile(self, count: int) -> None:
+    """Compiles ahead what draws so many images, and no other number."""
+    shape = (count, *self._reader.shape)
+    if self._crops:
+      shape = (shape[1], count, *shape[2:])
+    self._make = self._make.lower(
+      jax.ShapeDtypeStruct((), np.int32),
+      jax.ShapeDtypeStruct((count,), np.int32),
+      jax.ShapeDtypeStruct(shape, np.uint8),
+    ).compile()
+
+  def draw(self, step: int, index: Sequence[int]) -> np.ndarray:
+    """A contact sheet of triples.
+
+    Args:
+      step: the one that begins with `state.step == step`.
+      index: numbers of the examples.
+
+    Returns:
+      `[height, width, 3]` uint8.
+    """
+    index = np.asarray(index, np.int32)
+    examples = [self._reader.example(step, i) for i in index.tolist()]
+    images = np.stack([example['image'] for example in examples])
+    if self._crops:
+      images = images.swapaxes(0, 1)
+    views = np.asarray(self._make(np.int32(step), index, images))
+    views = np.clip(views * self._std + self._mean, 0, 1)
+    views = np.round(255 * views).astype(np.uint8)
+    cells = []
+    for position, i in enumerate(index.tolist()):
+      original = self._plain.example(0, i)['image']
+      cells.append([original, views[0, position], views[1, position]])
+    while len(cells) > _TRIPLES and len(cells) % _TRIPLES:
+      cells.pop()  # no gaps in the last row
+    rows = [
+      [image for triple in cells[i : i + _TRIPLES] for image in triple]
+      for i in range(0, len(cells), _TRIPLES)
+    ]
+    scale = max(1, round(_PIXELS / views.shape[2]))
+    return images_lib.contact_sheet(rows, scale=scale)

@@ -1,0 +1,458 @@
+"""Watching a training: TensorBoard, Weights & Biases, probes and a warning.
+
+Nothing here changes what is trained. In a run of several processes all of them
+call the same methods at the same steps, since embeddings and features are made
+on all devices; only the main process draws, writes and talks.
+"""
+
+from collections.abc import Iterator
+from concurrent import futures
+import contextlib
+import functools
+import io
+import os
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from clop_jax import collapse
+from clop_jax import event_files
+from clop_jax import experiment
+from clop_jax import inputs
+from clop_jax import metrics_log
+from clop_jax import parallel
+from clop_jax import probe
+from clop_jax import protocol
+from clop_jax import quick_picture
+from clop_jax import restored
+from clop_jax import train_state
+from clop_jax import wandb_log
+from clop_jax import workdir as workdir_lib
+from clop_jax.data import loader
+from clop_jax.data import reader as reader_lib
+from clop_jax.data import sources
+from clop_jax.data import views
+
+FOLDER = 'tensorboard'
+PROBES_FILE = 'probe.jsonl'
+_PROBES = {
+  'knn': (protocol.knn,),
+  'linear': (protocol.linear,),
+  'both': (protocol.knn, protocol.linear),
+}
+_SAMPLE = 256  # images whose embeddings are drawn
+_SHOWN = 16  # images whose views are drawn
+
+
+class Off:
+  """Watches nothing."""
+
+  def writing(self, workdir: str, start: int, state) -> contextlib.nullcontext:
+    """Writes nothing."""
+    return contextlib.nullcontext()
+
+  def logged(self, step: int, metrics: dict[str, float]) -> None:
+    """Does nothing."""
+
+  def due(self, steps: range) -> bool:
+    """Nothing ever is."""
+    return False
+
+  def reached(self, steps: range, state) -> None:
+    """Does nothing."""
+
+
+class Watch:
+  """What of a run is watched; see `docs/watching.md`."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    *,
+    run: experiment.Experiment,
+    target: train_state.TrainState,
+    source: sources.Source,
+    true_labels: np.ndarray,
+    reader: reader_lib.Reader,
+    data: loader.Loader,
+    mesh: jax.sharding.Mesh,
+    named: bool = True,
+    wandb: str | None = None,
+  ):
+    """Checks what is asked for and reads a sample; writes nothing.
+
+    Args:
+      config: see `defaults`; `data.num_classes` is known.
+      run: what is trained.
+      target: its state, or the shapes of it.
+      source: training examples.
+      true_labels: `[n]` of the source, -1 where nobody knows.
+      reader: what training reads.
+      data: the loader of the run.
+      mesh: see `parallel.make_mesh`.
+      named: whether `config.data` names the source.
+      wandb: mode of Weights & Biases, see `wandb_log`; None: without.
+
+    Raises:
+      ValueError: for a wrong field of `config.watch`, or a probe that there
+        are no data for.
+    """
+    fields = config.watch
+    _check(fields)
+    if wandb is not None:
+      wandb_log.check(wandb)
+    self._config, self._mesh, self._wandb = config, mesh, wandb
+    self._alarm = CollapseAlarm(
+      num_classes=config.data.num_classes,
+      dim=target.prototypes.shape[-1],
+      batch_size=config.train.batch_size,
+      share=fields.collapse_share,
+      patience=fields.collapse_patience,
+    )
+    epoch = data.steps_per_epoch
+    self._images_every = self._probe_every = 0
+    if fields.tensorboard or wandb is not None:
+      self._images_every = fields.images_every_epochs * epoch
+    self._frozen = restored.frozen(run, config, mesh)
+    if self._images_every:
+      self._read_sample(source, true_labels)
+      plain = inputs.evaluation_reader(config, source, true_labels)
+      self._sheets = views.Sheets(config, reader, plain)
+      self._data = data
+      self._compiled = _ahead(functools.partial(self._compile, target))
+    if fields.probe_every_epochs:
+      self._probe_every = fields.probe_every_epochs * epoch
+      self._readers = _probe_readers(config, mesh, named)
+    self._sinks, self._probes, self._has_probe = [], None, True
+
+  @contextlib.contextmanager
+  def writing(self, workdir: str, start: int, state) -> Iterator[None]:
+    """Opens what is written to, for as long as the training goes on.
+
+    Args:
+      workdir: of the run; gets `tensorboard/`, `wandb/` and `probe.jsonl`, as
+        far as the config says so.
+      start: the step to go on from.
+      state: at that step.
+
+    Raises:
+      OSError: if something cannot be written; on every process, then.
+      ValueError: on the others, if the main process raises.
+    """
+    with contextlib.ExitStack() as stack:
+      error = None
+      if parallel.is_main():
+        try:
+          self._open(stack, workdir, start)
+        except (OSError, ValueError) as caught:
+          error = caught
+      if not parallel.all_agree(error is None):
+        raise error or ValueError('process 0 could not begin; it says why')
+      # That of the checkpoint's step, where the run was told to end there.
+      due = start and self._probe_every and not start % self._probe_every
+      if due and not parallel.all_agree(self._has_probe):
+        self._measure(start, state)
+      yield
+
+  def _open(self, stack, workdir, start):
+    if self._config.watch.tensorboard:
+      folder = os.path.join(workdir, FOLDER)
+      try:
+        file = event_files.EventFile(folder, start=start)
+      except OSError as error:
+        failure = OSError(
+          f"TensorBoard's events cannot be written to {folder} "
+          f'({error.strerror or error}); make it writable, or pass '
+          '--config.watch.tensorboard=false',
+        )
+        failure.errno = error.errno  # the command knows a full disk by it
+        raise failure from error
+      stack.callback(file.close)
+      self._sinks.append(file)
+    if self._wandb is not None:
+      config = workdir_lib.to_json(self._config)
+      log = wandb_log.WandbLog(workdir, config, mode=self._wandb, start=start)
+      stack.push(lambda kind, *_: log.close(failed=kind is not None))
+      self._sinks.append(log)
+    if self._probe_every:
+      path = os.path.join(workdir, PROBES_FILE)
+      self._probes = metrics_log.JsonLines(path, start=start)
+      stack.callback(self._probes.close)
+      self._has_probe = self._probes.last_step == start
+
+  def logged(self, step: int, metrics: dict[str, float]) -> None:
+    """To be called with what the log gets.
+
+    Args:
+      step: after which the metrics were taken.
+      metrics: by name, among them `effective_rank`.
+    """
+    if not parallel.is_main():
+      return
+    self._write_scalars(step, 'train', metrics)
+    warning = self._alarm.hear(step, metrics['effective_rank'])
+    if warning is not None:
+      self._warn(step, warning)
+
+  def due(self, steps: range) -> bool:
+    """Whether `reached` has work to do after these steps."""
+    return any(
+      _passed(steps, every) for every in (self._images_every, self._probe_every)
+    )
+
+  def reached(self, steps: range, state) -> None:
+    """To be called after a dispatch; every process does.
+
+    What is due within a dispatch is done at its end.
+
+    Args:
+      steps: that were dispatched.
+      state: their result; not changed and not kept.
+    """
+    if _passed(steps, self._images_every):
+      self._draw(steps.stop, state)
+    if _passed(steps, self._probe_every):
+      self._measure(steps.stop, state)
+
+  def _compile(self, target):
+    """What draws; the sample's embeddings by the state's variables."""
+    images, _ = self._sample[0]
+    batch = jax.ShapeDtypeStruct(
+      (self._sample_batch, *images.shape[1:]),
+      np.uint8,
+      sharding=parallel.split(self._mesh),
+    )
+    embed = self._frozen.lower(_variables(target), batch).compile()
+    count = sum(len(images) for images, _ in self._sample)
+    dim = target.prototypes.shape[-1]
+    embeddings = jax.ShapeDtypeStruct((count, dim), np.float32)
+    measure = _measures.lower(embeddings).compile()
+    self._sheets.compile(min(_SHOWN, self._config.train.batch_size))
+    return embed, measure
+
+  def _draw(self, step, state):
+    """The sample's spectrum and picture, and the views of the last step."""
+    embed, measure = self._compiled()
+    _, embeddings, labels = probe.extract(
+      functools.partial(embed, _variables(state)),
+      self._sample,
+      batch_size=self._sample_batch,
+      mesh=self._mesh,
+    )
+    if not parallel.is_main():
+      return
+    if np.isfinite(embeddings).all():
+      self._draw_embeddings(step, jax.device_get(measure(embeddings)), labels)
+    else:
+      self._warn(step, 'embeddings that are not finite cannot be drawn')
+    index = self._data.indices(step - 1)[:_SHOWN]
+    sheet = io.BytesIO()
+    Image.fromarray(self._sheets.draw(step - 1, index)).save(
+      sheet, format='PNG'
+    )
+    for sink in self._sinks:
+      sink.picture(step, 'pictures/views', sheet.getvalue())
+
+  def _draw_embeddings(self, step, measures, labels):
+    plane, spectrum, rank = measures
+    picture = quick_picture.embedding_picture(
+      plane, labels, spectrum, f'step {step}, effective rank {rank:.1f}'
+    )
+    # Of the embeddings' mean square, which is 1, each direction has the square.
+    values = spectrum / np.sqrt(len(plane))
+    for sink in self._sinks:
+      sink.scalars(step, {'embeddings/effective_rank': float(rank)})
+      sink.histogram(step, 'embeddings/singular_values', values)
+      sink.picture(step, 'pictures/embeddings', picture)
+
+  def _measure(self, step, state):
+    """The probes."""
+    apply = functools.partial(self._frozen, _variables(state))
+    features, labels = {}, {}
+    for split, reader in self._readers.items():
+      features[split], _, labels[split] = protocol.extract(
+        self._config, reader, apply, self._mesh
+      )
+    found = {}
+    try:
+      # By every process: the others would only wait for this one.
+      for measure in _PROBES[self._config.watch.probe]:
+        found |= measure(self._config, features, labels)
+    except FloatingPointError as error:
+      self._warn(step, f'no probe: {error}')
+      return
+    if not parallel.is_main():
+      return
+    self._probes.write(step, found)
+    self._write_scalars(step, 'probe', found)
+    shown = ', '.join(
+      f'{name} {found[name]:.4f}'
+      for name in ('knn_top1', 'linear_top1')
+      if name in found
+    )
+    metrics_log.say(f'step {step}: {shown}')
+
+  def _write_scalars(self, step, group, values):
+    tagged = {f'{group}/{name}': value for name, value in values.items()}
+    for sink in self._sinks:
+      sink.scalars(step, tagged)
+
+  def _warn(self, step, message):
+    if parallel.is_main():
+      metrics_log.say(f'warning: {message}', error=True)
+      for sink in self._sinks:
+        sink.text(step, 'warning', message)
+
+  def _read_sample(self, source, true_labels):
+    """Training images from all over the set, with labels where there are any.
+
+    The first devices' share of a training batch is what they have room for.
+    """
+    known = np.flatnonzero(true_labels >= 0)
+    known = known if known.size else np.arange(len(true_labels))
+    count = min(_SAMPLE, known.size)
+    chosen = known[np.linspace(0, known.size - 1, count).round().astype(int)]
+    reader = inputs.evaluation_reader(
+      self._config, sources.Subset(source, chosen), true_labels[chosen]
+    )
+    images, labels = loader.read_all(reader)
+    train = self._config.train
+    # A multiple of the devices, and at most what a micro-batch has room for.
+    size = -(-count // self._mesh.size) * self._mesh.size
+    size = min(size, train.batch_size // train.num_micro_batches)
+    self._sample_batch = size
+    self._sample = [
+      (images[i : i + size], labels[i : i + size])
+      for i in range(0, count, size)
+    ]
+
+
+class CollapseAlarm:
+  """Tells when the effective rank has stayed low, once for each collapse."""
+
+  def __init__(
+    self,
+    *,
+    num_classes: int,
+    dim: int,
+    batch_size: int,
+    share: float,
+    patience: int,
+  ):
+    """Has heard nothing yet.
+
+    Args:
+      num_classes: number of classes.
+      dim: of the embeddings.
+      batch_size: images in a step, of two views each.
+      share: of `min(num_classes, dim, 2 * batch_size)` that counts as low.
+      patience: so many steps in a row that are heard of.
+    """
+    self._largest = min(num_classes, dim, 2 * batch_size)
+    self._of = (
+      f'min(num_classes={num_classes}, dim={dim}, 2 * batch={2 * batch_size})'
+    )
+    self._share, self._patience = share, patience
+    self._low = []
+
+  def hear(self, step: int, effective_rank: float) -> str | None:
+    """Takes the rank of a step; gives the warning when it is time for it."""
+    if np.isnan(effective_rank):
+      return None
+    bound = self._share * self._largest
+    if effective_rank >= bound:
+      self._low.clear()
+      return None
+    self._low.append(step)
+    if len(self._low) != self._patience:
+      return None
+    return (
+      f'the embeddings are collapsing: their effective rank is '
+      f'{effective_rank:.2f} at step {step}, and on all {self._patience} '
+      f'logged steps since {self._low[0]} it was below {bound:.2f}, that is '
+      f'{self._share:g} of {self._of}; lower config.optimizer.learning_rate or '
+      'raise config.loss.clop_weight'
+    )
+
+
+def _check(fields):
+  """Refuses a wrong field of `config.watch`."""
+  for name, least in (
+    ('images_every_epochs', 0),
+    ('probe_every_epochs', 0),
+    ('collapse_patience', 1),
+  ):
+    if fields[name] < least:
+      raise ValueError(
+        f'config.watch.{name} must be at least {least}, got {fields[name]}'
+      )
+  if not 0 <= fields.collapse_share <= 1:
+    raise ValueError(
+      'config.watch.collapse_share must be in [0, 1], got '
+      f'{fields.collapse_share}'
+    )
+  if fields.probe not in _PROBES:
+    raise ValueError(
+      f'config.watch.probe must be one of {list(_PROBES)}, got {fields.probe!r}'
+    )
+
+
+def _probe_readers(config, mesh, named):
+  """Of the splits of the protocol, or a ValueError that says what is wrong."""
+  field = f'config.watch.probe_every_epochs={config.watch.probe_every_epochs}'
+  if not named or not config.data.test_split:
+    why = (
+      'config.data.test_split is empty'
+      if named
+      else 'a source of your own comes without one'
+    )
+    raise ValueError(
+      f'{field} needs a test split, and {why}; set it to 0 and evaluate '
+      'afterwards'
+    )
+  try:
+    parallel.check_batch_size(config.eval.batch_size, mesh)
+    return protocol.readers(config)
+  except ValueError as error:
+    raise ValueError(f'{field}: {error}') from error
+
+
+def _passed(steps, every):
+  """Whether a multiple of `every` (0: none) is among the ends of the steps."""
+  return every > 0 and steps.stop // every > steps.start // every
+
+
+def _variables(state):
+  return {'params': state.params, 'batch_stats': state.batch_stats}
+
+
+def _ahead(work):
+  """Gives what `work` returns when asked, which may have been made meanwhile.
+
+  While the training step compiles there is time for it. Not so with several
+  processes, whose compilers may wait for one another, program by program.
+  """
+  if jax.process_count() > 1:
+    return functools.cache(work)
+  pool = futures.ThreadPoolExecutor(1)
+  result = pool.submit(work)
+  pool.shutdown(wait=False)
+  return result.result
+
+
+@jax.jit
+def _measures(embeddings):
+  """Two principal components, singular values and effective rank.
+
+  All of unit embeddings; the components `[n, 2]` are of the centred ones.
+  """
+  unit = collapse.normalize(embeddings)
+  spectrum = collapse.singular_values(unit)
+  centred = unit - jnp.mean(unit, axis=0)
+  _, _, vt = jnp.linalg.svd(centred, full_matrices=False)
+  plane = jnp.matmul(centred, vt[:2].T, precision=jax.lax.Precision.HIGHEST)
+  plane = jnp.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
+  return plane, spectrum, collapse.effective_rank_of_spectrum(spectrum)
