@@ -207,6 +207,7 @@ def find(
     root = config.data.data_dir if config.data.name == 'folder' else None
     return inputs.source(config, name), root
   root = None
+  found: sources.Source
   try:
     if os.path.isdir(source) and data_dir is None:
       root = source

@@ -23,9 +23,11 @@ import json
 import os
 import re
 import sys
+from typing import Any
 
 from absl import flags
 from etils import epath
+import jax.numpy as jnp
 import numpy as np
 
 from clop_jax import checkpoint
@@ -81,8 +83,8 @@ class Evaluation:
 
   step: int
   measurements: list[dict]
-  complete: dict | None = None
-  arrays: dict | None = None
+  complete: Any = None
+  arrays: Any = None
 
 
 def evaluate(
@@ -173,7 +175,7 @@ def measure(
       features[split], embeddings[split], labels[split] = protocol.extract(
         config, reader, run.apply, mesh
       )
-  fine_tune = None
+  fine_tune: Any = None
   if 'finetune' in modes:
     variables = {name: part['backbone'] for name, part in run.variables.items()}
     fine_tune = protocol.FineTuning(
@@ -184,6 +186,7 @@ def measure(
     for fraction, numbers in chosen.items():
       some_features, some_labels = _some(features, labels, numbers)
       for mode in modes:
+        found: dict
         if mode == 'linear':
           found = protocol.linear(config, some_features, some_labels)
         elif mode == 'knn':
@@ -227,21 +230,23 @@ def measure(
   if data is not None or not is_complete:
     return Evaluation(run.step, measurements)
 
-  unit = collapse.normalize(embeddings['test'])
+  test_labels = jnp.asarray(labels['test'])
+  test_features = jnp.asarray(features['test'])
+  unit = collapse.normalize(jnp.asarray(embeddings['test']))
   prototypes = np.asarray(run.prototypes)
   cosines = np.asarray(
-    collapse.class_mean_cosines(unit, labels['test'], len(prototypes))
+    collapse.class_mean_cosines(unit, test_labels, len(prototypes))
   )
   result = {
     'protocol_version': probe.PROTOCOL_VERSION,
     'step': run.step,
     **figures_of['linear', 1],
     **figures_of['knn', 1],
-    **_collapse_measures(unit, labels['test'], prototypes, cosines),
-    'features_effective_rank': float(collapse.effective_rank(features['test'])),
+    **_collapse_measures(unit, test_labels, prototypes, cosines),
+    'features_effective_rank': float(collapse.effective_rank(test_features)),
     'features_within_between_ratio': float(
       collapse.within_between_ratio(
-        features['test'], labels['test'], config.data.num_classes
+        test_features, test_labels, config.data.num_classes
       )
     ),
     'parameters_sha256': before,

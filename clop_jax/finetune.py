@@ -132,9 +132,8 @@ def train_step(
     The next state, and the loss: float32, the mean over the global batch.
   """
   keys = augment.example_keys(key, state['step'], batch['index'])
-  images = jax.vmap(functools.partial(augment.view, **recipe))(
-    keys, batch['image']
-  )
+  make: Callable = functools.partial(augment.view, **recipe)
+  images = jax.vmap(make)(keys, batch['image'])
 
   def loss_of(params):
     features, updated = backbone.apply(
@@ -248,8 +247,10 @@ class Trainer:
     """
     state = create_state(self._variables, **self._sizes)
     state = parallel.replicate(self._mesh, jax.device_get(state))
-    numbers = {'learning_rate': learning_rate, 'total_steps': total_steps}
-    numbers = {name: np.float32(value) for name, value in numbers.items()}
+    numbers = {
+      'learning_rate': np.float32(learning_rate),
+      'total_steps': np.float32(total_steps),
+    }
     shared = parallel.replicate(
       self._mesh, {'key': self._key, 'numbers': numbers}
     ) | {'resident': data.resident}
@@ -289,5 +290,5 @@ def choose(
   if len(learning_rates) == 1:
     return learning_rates[0], None
   found = {rate: accuracy_at(rate) for rate in sorted(learning_rates)}
-  best = max(found, key=found.get)
+  best = max(found, key=found.__getitem__)
   return best, found[best]

@@ -75,14 +75,13 @@ def train(
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.train.batch_size, mesh)
   named = source is None
-  if named:
-    source = inputs.training_source(config)
-  config = inputs.with_num_classes(config, source)
-  true_labels = sources.labels_of(source)
+  examples = inputs.training_source(config) if source is None else source
+  config = inputs.with_num_classes(config, examples)
+  true_labels = sources.labels_of(examples)
   labels = inputs.training_labels(config, true_labels)
   if named:
     inputs.check_evaluation(config)
-  reader = inputs.training_reader(config, source, labels)
+  reader = inputs.training_reader(config, examples, labels)
   data = inputs.training_loader(config, reader, mesh)
   total_steps = count_steps(config, data.steps_per_epoch)
   run = experiment.build(
@@ -106,13 +105,13 @@ def train(
   longest = max(len(steps) for steps in chunks)
   program.lower(longest)
   check_best(config, program.metric_names(longest), total_steps, save_every)
-  watch = watching.Off()
+  watch: watching.Watch | watching.Off = watching.Off()
   if watched:
     watch = watching.Watch(
       config,
       run=run,
       target=target,
-      source=source,
+      source=examples,
       true_labels=true_labels,
       reader=reader,
       data=data,
@@ -140,7 +139,7 @@ def train(
       return
     if start:
       _say(f'going on from step {start} of {total_steps}')
-    log = metrics_log.Silent()
+    log: metrics_log.MetricsLog | metrics_log.Silent = metrics_log.Silent()
     if parallel.is_main():
       log = metrics_log.MetricsLog(
         os.path.join(workdir, 'metrics.jsonl'),
@@ -149,7 +148,7 @@ def train(
         batch_size=config.train.batch_size,
       )
     chunks = split_steps(start, total_steps, chunk, (log_every, save_every))
-    recorder = profiling.Off()
+    recorder: profiling.Recorder | profiling.Off = profiling.Off()
     if profile_steps is not None and parallel.is_main():
       recorder = profiling.Recorder(workdir, profile_steps, chunks, program)
     batches = data.batches(chunks)

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import os
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -53,9 +54,10 @@ class WandbLog:
     # A second or two, which only those who ask should pay.
     import wandb
 
+    init: Any = wandb.init
     name = os.path.basename(os.path.normpath(workdir))
     try:
-      self._run = wandb.init(
+      self._run = init(
         mode=mode,
         project=os.environ.get('WANDB_PROJECT') or 'clop_jax',
         dir=None if '://' in workdir else os.path.abspath(workdir),

@@ -7,7 +7,7 @@ step sees what an unbroken one would have seen.
 """
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent import futures
 import copy
 import gc
@@ -41,7 +41,7 @@ class Loader(Protocol):
   def indices(self, step: int) -> np.ndarray:
     """The examples of the global batch of step `step` (from 0), in order."""
 
-  def batches(self, chunks: Iterable[range]) -> Iterator[dict]:
+  def batches(self, chunks: Iterable[range]) -> Generator[dict, None, None]:
     """For each range of steps its global batches, `[steps, batch, ...]`.
 
     The ranges follow one another without a gap. Batches are split over the
@@ -177,7 +177,7 @@ class ResidentLoader:
     other.indices = lambda step: numbers[other._order.indices(step)]
     return other
 
-  def batches(self, chunks: Iterable[range]) -> Iterator[dict]:
+  def batches(self, chunks: Iterable[range]) -> Generator[dict, None, None]:
     """See `Loader.batches`."""
     for chunk in chunks:
       index = np.stack([self.indices(step) for step in chunk])
@@ -241,7 +241,7 @@ class StreamLoader:
     self.indices = self._order.indices
     self.resident = {}
 
-  def batches(self, chunks: Iterable[range]) -> Iterator[dict]:
+  def batches(self, chunks: Iterable[range]) -> Generator[dict, None, None]:
     """See `Loader.batches`."""
     chunks = list(chunks)
     if not chunks:
@@ -303,7 +303,7 @@ class _Examples:
 
 def in_order(
   reader: reader_lib.Reader, *, batch_size: int, num_workers: int = 0
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
   """All examples once, in order.
 
   Yields:

@@ -1,6 +1,6 @@
 """What the augmentation makes of training images, for a person to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
@@ -41,20 +41,21 @@ class Sheets:
       keys = augment.example_keys(experiment.training_key(config), step, index)
       return augment.two_views(keys, images, **recipe)
 
-    self._make = make
+    self._make: Callable = make
+    self._lower = make.lower
 
   def compile(self, count: int) -> None:
     """Compiles ahead what draws so many images, and no other number."""
     shape = (count, *self._reader.shape)
     if self._crops:
       shape = (shape[1], count, *shape[2:])
-    self._make = self._make.lower(
+    self._make = self._lower(
       jax.ShapeDtypeStruct((), np.int32),
       jax.ShapeDtypeStruct((count,), np.int32),
       jax.ShapeDtypeStruct(shape, np.uint8),
     ).compile()
 
-  def draw(self, step: int, index: Sequence[int]) -> np.ndarray:
+  def draw(self, step: int, index: Sequence[int] | np.ndarray) -> np.ndarray:
     """A contact sheet of triples.
 
     Args:
@@ -64,17 +65,17 @@ class Sheets:
     Returns:
       `[height, width, 3]` uint8.
     """
-    index = np.asarray(index, np.int32)
-    examples = [self._reader.example(step, i) for i in index.tolist()]
+    examples = [self._reader.example(step, int(i)) for i in index]
     images = np.stack([example['image'] for example in examples])
     if self._crops:
       images = images.swapaxes(0, 1)
-    views = np.asarray(self._make(np.int32(step), index, images))
+    numbers = np.asarray(index, np.int32)
+    views = np.asarray(self._make(np.int32(step), numbers, images))
     views = np.clip(views * self._std + self._mean, 0, 1)
     views = np.round(255 * views).astype(np.uint8)
     cells = []
-    for position, i in enumerate(index.tolist()):
-      original = self._plain.example(0, i)['image']
+    for position, i in enumerate(index):
+      original = self._plain.example(0, int(i))['image']
       cells.append([original, views[0, position], views[1, position]])
     while len(cells) > _TRIPLES and len(cells) % _TRIPLES:
       cells.pop()  # no gaps in the last row
