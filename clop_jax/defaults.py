@@ -158,7 +158,7 @@ def get_config() -> ml_collections.ConfigDict:
   watch.tensorboard = True  # event files in the workdir's tensorboard/
   # Every so many epochs the spectrum of some embeddings, a picture of them and
   # some augmented images; 0: never.
-  watch.images_every_epochs = 5
+  watch.images_every_epochs = 10
   # Every so many epochs a probe by the evaluation protocol, which reads the
   # whole training split and the test split; 0: never.
   watch.probe_every_epochs = 0

@@ -26,7 +26,7 @@ _OPTIONS = {
   'train__num_epochs': 20,
   'train__log_every_steps': 10,
   'train__checkpoint_every_epochs': 5,
-  'watch__images_every_epochs': 5,
+  'watch__images_every_epochs': 10,
 }
 
 
