@@ -163,11 +163,10 @@ def get_config() -> ml_collections.ConfigDict:
   # whole training split and the test split; 0: never.
   watch.probe_every_epochs = 0
   watch.probe = 'knn'  # knn, linear or both
-  # Warns when the effective rank is below this share of the largest that is to
-  # be expected, min(num_classes, embedding_dim, 2 * batch_size), on so many
-  # logged steps in a row; share 0: never.
+  # Warns when the effective rank stays below this share of the largest that is
+  # to be expected, min(num_classes, embedding_dim, 2 * batch_size); 0: never.
   watch.collapse_share = 0.5
-  watch.collapse_patience = 5
+  watch.collapse_patience = 5  # logged steps in a row, for the warning
 
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.batch_size = 512  # images over all devices

@@ -192,7 +192,9 @@ def test_quickstart_shortened_trains_evaluates_and_draws(digits_dir, tmp_path):
     env=os.environ | {'XLA_FLAGS': '', 'RUNS': str(runs)},
   )
   assert result.returncode == 0, result.stderr
-  assert not result.stderr
+  # Ten steps at a rate where the plain loss collapses: it says so, and no more.
+  (warning,) = result.stderr.splitlines()
+  assert warning.startswith('warning: the embeddings are collapsing: ')
   for line in (
     '1,438 examples, 143 labelled (9.9%)',
     'step 10/10: loss',
