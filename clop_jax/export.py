@@ -21,6 +21,7 @@ import numpy as np
 
 import clop_jax
 from clop_jax import command
+from clop_jax import restored
 from clop_jax import torchvision_weights
 from clop_jax import workdir as workdir_lib
 from clop_jax.data import images as images_lib
@@ -92,8 +93,6 @@ def export(
       'export runs in one process, and this is one of several; start it '
       'without a cluster'
     )
-  from clop_jax import restored  # loads Orbax and Flax
-
   # What is exported for several devices can be called on as many only.
   run = restored.load(workdir, which=which, devices=jax.devices()[:1])
   if serves:

@@ -139,7 +139,10 @@ def _advice(weights, targets):
   """The way out where the first layer alone tells it."""
   if 'conv1.weight' not in weights or 'conv1.weight' not in targets:
     return []
-  _, inputs, *theirs = np.shape(weights['conv1.weight'])
+  shape = np.shape(weights['conv1.weight'])
+  if len(shape) != 4:
+    return []
+  _, inputs, *theirs = shape
   *ours, channels, _ = targets['conv1.weight'][1].shape
   if tuple(theirs) == (7, 7) != tuple(ours):
     return ["these are of config.model.stem='imagenet'"]

@@ -3,12 +3,15 @@
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import venv
 import zipfile
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 import clop_jax
 from tests import small
@@ -18,6 +21,15 @@ COMMANDS = sorted(
   for path in (small.ROOT / 'clop_jax').rglob('*.py')
   if 'command.run(main, define_flags)' in path.read_text()
 )
+
+
+SMALL = [
+  '--config.model.width_multiplier=0.25',
+  '--config.model.head_hidden_dim=16',
+  '--config.train.batch_size=256',
+  '--config.train.num_epochs=1',
+  '--config.eval.probe_iterations=30',
+]
 
 
 def run(*arguments, **options):
@@ -89,27 +101,30 @@ def test_every_command_tells_what_it_is_for(installed, alone):
       assert f'--{flag}' in printed or f'--[no]{flag}' in printed
 
 
-def test_a_new_user_trains_and_evaluates_with_the_wheel_alone(
+def test_the_readme_s_commands_run_with_the_wheel_alone(
   installed, alone, digits_dir
 ):
   files = run(
     installed, '-c', 'import clop_jax; print(clop_jax.__file__)', **alone
   )
   assert pathlib.Path(files.strip()).is_relative_to(installed.parents[1])
-  run(
-    installed,
-    '-m',
-    'clop_jax.train',
-    '--config=configs/digits.py',
-    '--workdir=run',
-    f'--config.data.data_dir={digits_dir}',
-    '--config.model.width_multiplier=0.25',
-    '--config.model.head_hidden_dim=16',
-    '--config.train.batch_size=256',
-    '--config.train.num_epochs=1',
-    '--config.eval.probe_iterations=30',
-    **alone,
-  )
-  printed = run(installed, '-m', 'clop_jax.evaluate', '--workdir=run', **alone)
-  assert '| run' in printed
-  assert (alone['cwd'] / 'run' / 'eval.json').exists()
+  readme = (small.ROOT / 'README.md').read_text()
+  section = readme.partition('\n## Train, watch')[2].partition('\n## ')[0]
+  commands = re.findall(r'^python (-m clop_jax\..*)$', section, re.MULTILINE)
+  modules = [shlex.split(command)[1] for command in commands]
+  assert modules == [
+    f'clop_jax.{x}' for x in ('train', 'evaluate', 'embed', 'export')
+  ]
+  for command in commands:
+    few = [*SMALL, f'--config.data.data_dir={digits_dir}']
+    more = few if 'clop_jax.train' in command else []
+    printed = run(installed, *shlex.split(command), *more, **alone)
+    if 'clop_jax.evaluate' in command:
+      assert '| digits' in printed
+  workdir = alone['cwd'] / 'runs' / 'digits'
+  assert (workdir / 'eval.json').exists()
+  assert [*(workdir / 'tensorboard').iterdir()]
+  with np.load(alone['cwd'] / 'embeddings.npz') as file:
+    assert file['embeddings'].shape == (359, 128)
+  weights = safetensors.numpy.load_file(alone['cwd'] / 'backbone.safetensors')
+  assert weights['conv1.weight'].ndim == 4
