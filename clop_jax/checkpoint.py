@@ -35,6 +35,17 @@ class DamagedCheckpointError(Exception):
   """No checkpoint of a folder can be restored."""
 
 
+@contextlib.contextmanager
+def _without_warnings():
+  """Without what Orbax warns of a folder that is to be read only."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
+
+
 class Checkpoints:
   """The checkpoints of one run, `directory/<step>/`, saved asynchronously."""
 
@@ -85,9 +96,10 @@ class Checkpoints:
       create=not read_only,
       read_only=read_only,
     )
-    self._manager = ocp.CheckpointManager(
-      self._directory, options=self._options
-    )
+    with _without_warnings() if read_only else contextlib.nullcontext():
+      self._manager = ocp.CheckpointManager(
+        self._directory, options=self._options
+      )
 
   def __enter__(self) -> 'Checkpoints':
     return self

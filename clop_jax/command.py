@@ -110,6 +110,13 @@ def _parse(argv):
     _print_help()
     sys.exit(0)
   argv = [_packaged(argument) for argument in argv]
+  for argument in argv:
+    path = re.match(r'--?config=([^:]*)', argument)
+    if path and not os.path.exists(path[1]):
+      _fail(
+        f'--config={path[1]}: there is no such file; the package has '
+        + ', '.join(f'configs/{name}' for name in _own_configs())
+      )
   # ml_collections looks there as well, whatever it is passed.
   sys.argv = argv
   unset = [a for a in argv if _is_unset(a)]
@@ -144,17 +151,22 @@ def _print_help():
 def _packaged(argument):
   """`--config=configs/NAME.py` where there is no such file: the package's own.
 
-  It stands beside the package in a checkout, and within it in a wheel.
+  A wheel has them, and a checkout wherever the command is run.
   """
   match = re.fullmatch(r'(--?config=)configs/(\w+\.py)', argument)
   if not match or os.path.exists(argument.removeprefix(match[1])):
     return argument
+  found = _own_configs().get(match[2])
+  return match[1] + str(found) if found else argument
+
+
+def _own_configs():
+  """The files of `configs/`: within the package, or beside it in a checkout."""
   package = pathlib.Path(__file__).parent
-  for folder in (package, package.parent):
-    path = folder / 'configs' / match[2]
-    if path.exists():
-      return match[1] + str(path)
-  return argument
+  for folder in (package / 'configs', package.parent / 'configs'):
+    if (folder / 'digits.py').exists():
+      return {path.name: path for path in sorted(folder.glob('*.py'))}
+  return {}
 
 
 def _is_unset(argument):

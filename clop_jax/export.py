@@ -15,6 +15,7 @@ import os
 from typing import Any
 
 from absl import flags
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,13 +39,13 @@ def export(
   with_head: bool = False,
   platforms: Sequence[str] | None = None,
   image_size: int | None = None,
+  overwrite: bool = False,
 ) -> list[str]:
   """Writes a checkpoint of a run to a file.
 
   Args:
     workdir: of the run.
-    out: the file, ending in .safetensors or .stablehlo; one that is there is
-      replaced.
+    out: the file, ending in .safetensors or .stablehlo.
     which: checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
     with_head: of .safetensors: the projection head and the prototypes as well.
     platforms: of .stablehlo: what it is to run on, of `PLATFORMS`. Default: the
@@ -52,6 +53,7 @@ def export(
     image_size: of .stablehlo: height and width of the images that are passed,
       pixels; they are resized in there to the size of the run's views. Default:
       `data.image_size`, or else the size of the views.
+    overwrite: whether a file that is there may be replaced.
 
   Returns:
     Lines that tell what was written.
@@ -67,6 +69,10 @@ def export(
   if ending not in ENDINGS:
     raise ValueError(
       f'--out must name a file ending in {" or ".join(ENDINGS)}, got {out!r}'
+    )
+  if epath.Path(out).exists() and not overwrite:
+    raise ValueError(
+      f'--out={out} is there already; give another name, or --overwrite'
     )
   serves = ending == '.stablehlo'
   folder = os.path.dirname(out) or '.'
@@ -266,6 +272,7 @@ def define_flags() -> None:
     '.stablehlo: height and width of the images that will be passed; default: '
     "the run's.",
   )
+  flags.DEFINE_bool('overwrite', False, 'Replace a file that is there.')
 
 
 def main() -> None:
@@ -284,6 +291,7 @@ def main() -> None:
     with_head=values.with_head,
     platforms=values.platforms,
     image_size=values.image_size,
+    overwrite=values.overwrite,
   )
   print('\n'.join(lines))
 

@@ -151,7 +151,8 @@ def with_num_classes(
   if not num_classes:
     raise ValueError(
       'config.data.num_classes must be the number of classes: it is '
-      f'{config.data.num_classes} and the source does not say'
+      f'{config.data.num_classes} and the source does not say (2 will do where '
+      'nothing is labelled)'
     )
   config = ml_collections.ConfigDict(config.to_dict())
   config.data.num_classes = int(num_classes)

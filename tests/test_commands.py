@@ -59,7 +59,11 @@ def call(*arguments, cwd=None):
       [f'--config={CONFIG}', '--config.train.batch_size=None', '--workdir=w'],
       '--config.train.batch_size must have a value, got None; its default is',
     ),
-    (['--config=nowhere.py', '--workdir=w'], 'nowhere.py'),
+    (
+      ['--config=nowhere.py', '--workdir=w'],
+      '--config=nowhere.py: there is no such file; the package has '
+      'configs/cifar10.py, configs/cifar100.py, configs/digits.py',
+    ),
     ([f'--config={CONFIG}'], '--workdir must name a folder'),
     (['--workdir=w'], '--config must name a file'),
     (

@@ -313,6 +313,17 @@ def test_the_command_writes_and_tells_how_to_read_it(run, tmp_path):
     assert line in result.stdout
 
 
+def test_a_file_that_is_there_is_replaced_only_if_asked(run, tmp_path):
+  out = tmp_path / 'w.safetensors'
+  export.export(run, str(out), which='3')
+  before = out.read_bytes()
+  with pytest.raises(ValueError, match=r'is there already; .*--overwrite'):
+    export.export(run, str(out))
+  assert out.read_bytes() == before
+  export.export(run, str(out), overwrite=True)
+  assert opened(out)[1]['step'] == '5'
+
+
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [

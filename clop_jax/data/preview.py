@@ -66,6 +66,8 @@ def main() -> None:
   out = flags.FLAGS.out
   if os.path.isdir(out):
     raise ValueError(f'--out must be the PNG to write, got the folder {out}')
+  if not out.endswith('.png'):
+    raise ValueError(f'--out must be a file *.png, got {out}')
   sheet = contact_sheet(flags.FLAGS.config, count=flags.FLAGS.count)
   if folder := os.path.dirname(out):
     os.makedirs(folder, exist_ok=True)
