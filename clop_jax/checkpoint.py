@@ -88,15 +88,15 @@ class Checkpoints:
       score = functools.partial(_score, best_metric, best_mode)
       preserved.append(policies.BestN(get_metric_fn=score, n=1))
     self._has_best = best_metric is not None
-    self._options = ocp.CheckpointManagerOptions(
-      preservation_policy=(
-        None if read_only else policies.AnyPreservationPolicy(preserved)
-      ),
-      best_fn=score,
-      create=not read_only,
-      read_only=read_only,
-    )
     with _without_warnings() if read_only else contextlib.nullcontext():
+      self._options = ocp.CheckpointManagerOptions(
+        preservation_policy=(
+          None if read_only else policies.AnyPreservationPolicy(preserved)
+        ),
+        best_fn=score,
+        create=not read_only,
+        read_only=read_only,
+      )
       self._manager = ocp.CheckpointManager(
         self._directory, options=self._options
       )
