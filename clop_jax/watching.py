@@ -296,7 +296,11 @@ class Watch:
     metrics_log.say(f'step {step}: {shown}')
 
   def _write_scalars(self, step, group, values):
-    tagged = {f'{group}/{name}': value for name, value in values.items()}
+    tagged = {
+      f'{group}/{name}': value
+      for name, value in values.items()
+      if value is not None  # what there was nothing to measure by
+    }
     for sink in self._sinks:
       sink.scalars(step, tagged)
 

@@ -190,6 +190,37 @@ def test_a_probe_is_what_the_evaluation_measures(watched):
     assert (last.step, last.value) == (10, pytest.approx(result[name]))
 
 
+def test_a_probe_with_nothing_to_choose_by_does_not_end_the_training(tmp_path):
+  # One image a class: no strength can be chosen, and there is no accuracy that
+  # it was chosen by.
+  rng = np.random.default_rng(0)
+  arrays = {'train_labels': np.arange(16), 'test_labels': np.arange(16)}
+  for split in ('train', 'test'):
+    images = rng.integers(0, 256, (16, 8, 8, 1), np.uint8)
+    arrays[f'{split}_images'] = images
+  np.savez(tmp_path / 'one_each.npz', **arrays)
+  config = small.digits_config(
+    str(tmp_path / 'one_each.npz'),
+    data__name='npz',
+    data__num_classes=16,
+    train__batch_size=16,
+    model__embedding_dim=16,
+    eval__knn_neighbours=(1,),
+    watch__probe_every_epochs=1,
+    watch__probe='linear',
+  )
+  run(config, tmp_path / 'run')
+  lines = lines_of(tmp_path / 'run' / 'probe.jsonl')
+  assert [line['step'] for line in lines] == [1, 2]
+  for line in lines:
+    assert line['linear_held_out_top1'] is None
+    assert 0 <= line['linear_top1'] <= 1
+  events = events_of(tmp_path / 'run')
+  tags = events.Tags()['scalars']
+  assert 'probe/linear_top1' in tags
+  assert 'probe/linear_held_out_top1' not in tags
+
+
 def test_going_on_leaves_every_step_once(copy, watched):
   config, workdir = copy
   shutil.rmtree(workdir / 'checkpoints' / '10')
