@@ -10,6 +10,8 @@ from etils import epath
 import jax
 import tqdm
 
+FILE = 'metrics.jsonl'
+
 
 class JsonLines:
   """A file of one JSON object for each of some steps.
@@ -150,6 +152,11 @@ def say(message: str, *, error: bool = False) -> None:
 def to_floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
   """The metrics of one step as plain numbers."""
   return {k: float(v) for k, v in jax.device_get(metrics).items()}
+
+
+def entries_until(path: str, step: int) -> list[dict]:
+  """The lines of a file of `JsonLines` up to a step; none if it is missing."""
+  return [json.loads(line) for line in _lines_until(path, step)]
 
 
 def _is_remote(path):

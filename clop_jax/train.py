@@ -142,7 +142,7 @@ def train(
     log: metrics_log.MetricsLog | metrics_log.Silent = metrics_log.Silent()
     if parallel.is_main():
       log = metrics_log.MetricsLog(
-        os.path.join(workdir, 'metrics.jsonl'),
+        os.path.join(workdir, metrics_log.FILE),
         start=start,
         total_steps=total_steps,
         batch_size=config.train.batch_size,

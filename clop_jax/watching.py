@@ -46,6 +46,11 @@ _PROBES = {
 _SAMPLE = 256  # images whose embeddings are drawn
 _SHOWN = 16  # images whose views are drawn
 
+# From this weight on the CLOP term itself can be what collapses, beside losses
+# that are not many times as large.
+_OWN_COLLAPSE = 3
+_LARGE_LOSSES = ('vicreg', 'barlow_twins')
+
 
 class Off:
   """Watches nothing."""
@@ -111,6 +116,8 @@ class Watch:
       batch_size=config.train.batch_size,
       share=fields.collapse_share,
       patience=fields.collapse_patience,
+      clop_weight=config.loss.clop_weight,
+      contrastive=config.loss.contrastive,
     )
     epoch = data.steps_per_epoch
     self._images_every = self._probe_every = 0
@@ -158,6 +165,11 @@ class Watch:
       yield
 
   def _open(self, stack, workdir, start):
+    # What the goes before this one have warned of is not told again.
+    log = os.path.join(workdir, metrics_log.FILE)
+    for entry in metrics_log.entries_until(log, start):
+      rank = entry.get('effective_rank')
+      self._alarm.hear(entry['step'], np.nan if rank is None else rank)
     if self._config.watch.tensorboard:
       folder = os.path.join(workdir, FOLDER)
       try:
@@ -345,6 +357,8 @@ class CollapseAlarm:
     batch_size: int,
     share: float,
     patience: int,
+    clop_weight: float,
+    contrastive: str,
   ):
     """Has heard nothing yet.
 
@@ -354,7 +368,10 @@ class CollapseAlarm:
       batch_size: images in a step, of two views each.
       share: of `min(num_classes, dim, 2 * batch_size)` that counts as low.
       patience: so many steps in a row that are heard of.
+      clop_weight: lambda of the training; the way out depends on it.
+      contrastive: its contrastive loss, as `config.loss` names it.
     """
+    self._way_out = _way_out(clop_weight, contrastive)
     self._largest = min(num_classes, dim, 2 * batch_size)
     self._of = (
       f'min(num_classes={num_classes}, dim={dim}, 2 * batch={2 * batch_size})'
@@ -377,9 +394,27 @@ class CollapseAlarm:
       f'the embeddings are collapsing: their effective rank is '
       f'{effective_rank:.2f} at step {step}, and on all {self._patience} '
       f'logged steps since {self._low[0]} it was below {bound:.2f}, that is '
-      f'{self._share:g} of {self._of}; lower config.optimizer.learning_rate or '
-      'raise config.loss.clop_weight'
+      f'{self._share:g} of {self._of}; {self._way_out}'
     )
+
+
+def _way_out(clop_weight, contrastive):
+  """What to change, see `docs/choosing.md` and `docs/collapse.md`."""
+  rate = 'lower config.optimizer.learning_rate'
+  if contrastive == 'none':
+    return rate  # a weight is nothing but a rate where it has no other term
+  if contrastive in _LARGE_LOSSES:
+    return f'{rate} or raise config.loss.clop_weight'
+  if clop_weight < _OWN_COLLAPSE:
+    return (
+      f'{rate} or raise config.loss.clop_weight, {clop_weight:g} now, but not '
+      f'to {_OWN_COLLAPSE} or more'
+    )
+  return (
+    f'lower config.loss.clop_weight, {clop_weight:g} now ({_OWN_COLLAPSE} and '
+    'more can collapse by themselves), or set config.loss.clop_after_epochs=1, '
+    f'or {rate}'
+  )
 
 
 def _check(fields):

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -312,21 +313,75 @@ def test_a_collapse_is_told_of_once_and_in_tensorboard(
     'their effective rank is 2.00 at step 6, and on all 3 logged '
     'steps since 2 it was below 5.00, that is 0.5 of min(num_classes=10, '
     'dim=16, 2 * batch=512); lower config.optimizer.learning_rate or raise '
-    'config.loss.clop_weight'
+    'config.loss.clop_weight, 1 now, but not to 3 or more\n'
   )
   assert expected in errors
   (event,) = events_of(tmp_path).Tensors('warning/text_summary')
   assert event.step == 6
-  assert expected in event.tensor_proto.string_val[0].decode()
+  assert expected.strip() in event.tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.usefixtures('collapse')
+@pytest.mark.parametrize(('patience', 'told_at'), [(2, []), (3, [6])])
+def test_a_run_that_goes_on_remembers_what_it_was_told_before(
+  patience, told_at, digits_dir, tmp_path, capsys
+):
+  config = small.digits_config(
+    digits_dir, watch__collapse_share=0.5, watch__collapse_patience=patience
+  )
+  run(config, tmp_path)
+  shutil.rmtree(tmp_path / 'checkpoints' / '10')
+  capsys.readouterr()
+  run(config, tmp_path)  # from step 5: steps 2 and 4 are in the log
+  errors = capsys.readouterr().err
+  steps = re.findall(r'their effective rank is 2.00 at step (\d+)', errors)
+  assert [int(step) for step in steps] == told_at
+  assert not told_at or 'on all 3 logged steps since 2' in errors
+
+
+def alarm_of(**changes):
+  options = {'num_classes': 10, 'dim': 128, 'batch_size': 64}
+  options |= {'share': 0.5, 'patience': 2}
+  options |= {'clop_weight': 1.0, 'contrastive': 'nt_xent'}
+  return watching.CollapseAlarm(**options | changes)
 
 
 def hear(ranks, **changes):
-  options = {'num_classes': 10, 'dim': 128, 'batch_size': 64}
-  alarm = watching.CollapseAlarm(
-    **options | {'share': 0.5, 'patience': 2} | changes
-  )
+  alarm = alarm_of(**changes)
   told = [alarm.hear(step, rank) for step, rank in enumerate(ranks)]
   return [step for step, text in enumerate(told) if text is not None]
+
+
+@pytest.mark.parametrize(
+  ('weight', 'contrastive', 'advice'),
+  [
+    (
+      0,
+      'nt_xent',
+      'lower config.optimizer.learning_rate or raise config.loss.clop_weight, '
+      '0 now, but not to 3 or more',
+    ),
+    (
+      3,
+      'supcon',
+      'lower config.loss.clop_weight, 3 now (3 and more can collapse by '
+      'themselves), or set config.loss.clop_after_epochs=1, or lower '
+      'config.optimizer.learning_rate',
+    ),
+    # A loss of this size needs weights of another order.
+    (
+      10,
+      'vicreg',
+      'lower config.optimizer.learning_rate or raise config.loss.clop_weight',
+    ),
+    (1, 'none', 'lower config.optimizer.learning_rate'),
+  ],
+)
+def test_the_way_out_of_a_collapse_goes_by_the_weight(
+  weight, contrastive, advice
+):
+  alarm = alarm_of(patience=1, clop_weight=weight, contrastive=contrastive)
+  assert alarm.hear(1, 2.0).split('); ', 1)[1] == advice
 
 
 def test_the_alarm_counts_steps_in_a_row_and_starts_anew_after_a_recovery():
