@@ -133,7 +133,7 @@ class Watch:
     if fields.probe_every_epochs:
       self._probe_every = fields.probe_every_epochs * epoch
       self._readers = _probe_readers(config, mesh, named)
-    self._sinks, self._probes, self._has_probe = [], None, True
+    self._sinks, self._probes, self._owes_probe = [], None, False
 
   @contextlib.contextmanager
   def writing(self, workdir: str, start: int, state) -> Iterator[None]:
@@ -158,9 +158,9 @@ class Watch:
           error = caught
       if not parallel.all_agree(error is None):
         raise error or ValueError('process 0 could not begin; it says why')
-      # That of the checkpoint's step, where the run was told to end there.
-      due = start and self._probe_every and not start % self._probe_every
-      if due and not parallel.all_agree(self._has_probe):
+      # The one that was due when the run was told to end; also where that was
+      # after a later step of the same dispatch.
+      if self._probe_every and not parallel.all_agree(not self._owes_probe):
         self._measure(start, state)
       yield
 
@@ -193,7 +193,8 @@ class Watch:
       path = os.path.join(workdir, PROBES_FILE)
       self._probes = metrics_log.JsonLines(path, start=start)
       stack.callback(self._probes.close)
-      self._has_probe = self._probes.last_step == start
+      done = range(self._probes.last_step, start)
+      self._owes_probe = _passed(done, self._probe_every)
 
   def logged(self, step: int, metrics: dict[str, float]) -> None:
     """To be called with what the log gets.

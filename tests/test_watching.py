@@ -31,6 +31,7 @@ from clop_jax import experiment
 from clop_jax import inputs
 from clop_jax import metrics_log
 from clop_jax import parallel
+from clop_jax import preemption
 from clop_jax import train
 from clop_jax import wandb_log
 from clop_jax import watching
@@ -257,6 +258,28 @@ def test_the_probe_of_a_run_that_was_told_to_end_is_made_up_for(copy, watched):
   assert lines_of(workdir / 'probe.jsonl') == lines_of(
     watched[1] / 'probe.jsonl'
   )
+
+
+def test_a_probe_due_within_a_dispatch_is_made_up_for_at_its_end(
+  digits_dir, tmp_path, monkeypatch
+):
+  config = small.digits_config(
+    digits_dir,
+    train__steps_per_dispatch=4,
+    train__log_every_steps=10,
+    train__checkpoint_every_epochs=2,
+    watch__probe_every_epochs=1,  # of 5 steps; dispatches end at 4, 8 and 10
+  )
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      preemption.Notice, 'reached', lambda self, steps: steps.stop == 8
+    )
+    with pytest.raises(preemption.PreemptionError, match='saved step 8 of 10'):
+      run(config, tmp_path)
+  assert lines_of(tmp_path / 'probe.jsonl') == []
+  run(config, tmp_path)
+  steps = [line['step'] for line in lines_of(tmp_path / 'probe.jsonl')]
+  assert steps == [8, 10]
 
 
 def test_a_tensorboard_folder_that_cannot_be_written_to_is_named(
