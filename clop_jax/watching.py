@@ -55,6 +55,9 @@ _LARGE_LOSSES = ('vicreg', 'barlow_twins')
 class Off:
   """Watches nothing."""
 
+  def prepare(self, steps: range) -> None:
+    """Does nothing."""
+
   def writing(self, workdir: str, start: int, state) -> contextlib.nullcontext:
     """Writes nothing."""
     return contextlib.nullcontext()
@@ -128,12 +131,24 @@ class Watch:
       self._read_sample(source, true_labels)
       plain = inputs.evaluation_reader(config, source, true_labels)
       self._sheets = views.Sheets(config, reader, plain)
-      self._data = data
-      self._compiled = _ahead(functools.partial(self._compile, target))
+      self._data, self._target = data, target
     if fields.probe_every_epochs:
       self._probe_every = fields.probe_every_epochs * epoch
       self._readers = _probe_readers(config, mesh, named)
     self._sinks, self._probes, self._owes_probe = [], None, False
+
+  def prepare(self, steps: range) -> None:
+    """Begins to compile what draws, if anything will be drawn.
+
+    To be called once the workdir is claimed, since a process does not end
+    before its compilers do, and before the training step is compiled, beside
+    which this goes on.
+
+    Args:
+      steps: that are left of the run.
+    """
+    if _passed(steps, self._images_every):
+      self._compiled = _ahead(self._compile)
 
   @contextlib.contextmanager
   def writing(self, workdir: str, start: int, state) -> Iterator[None]:
@@ -230,8 +245,9 @@ class Watch:
     if _passed(steps, self._probe_every):
       self._measure(steps.stop, state)
 
-  def _compile(self, target):
+  def _compile(self):
     """What draws; the sample's embeddings by the state's variables."""
+    target = self._target
     images, _ = self._sample[0]
     batch = jax.ShapeDtypeStruct(
       (self._sample_batch, *images.shape[1:]),
@@ -248,7 +264,18 @@ class Watch:
 
   def _draw(self, step, state):
     """The sample's spectrum and picture, and the views of the last step."""
-    embed, measure = self._compiled()
+    failure = None
+    try:
+      embed, measure = self._compiled()
+    except Exception as error:  # whatever it is: it shall not end a training
+      failure = error
+    if not parallel.all_agree(failure is None):
+      self._images_every = 0
+      self._warn(
+        step,
+        f'no pictures: what draws them cannot be compiled ({_short(failure)})',
+      )
+      return
     _, embeddings, labels = probe.extract(
       functools.partial(embed, _variables(state)),
       self._sample,
@@ -463,6 +490,14 @@ def _probe_readers(config, mesh, named):
 def _passed(steps, every):
   """Whether a multiple of `every` (0: none) is among the ends of the steps."""
   return every > 0 and steps.stop // every > steps.start // every
+
+
+def _short(error):
+  """The first line of an error; None is that of another process."""
+  if error is None:
+    return 'on another process'
+  first = str(error).strip().partition('\n')[0]
+  return f'{type(error).__name__}: {first}' if first else type(error).__name__
 
 
 def _variables(state):

@@ -510,6 +510,58 @@ def test_what_is_due_within_a_dispatch_comes_at_its_end():
   assert not watching._passed(range(0, 20), 0)
 
 
+@pytest.fixture
+def compilations(monkeypatch):
+  """Of what draws, which fail."""
+  begun = []
+
+  def fail(watch):
+    begun.append(watch)
+    raise RuntimeError('no room for it\nand much more')
+
+  monkeypatch.setattr(watching.Watch, '_compile', fail)
+  return begun
+
+
+def test_what_cannot_be_compiled_ends_the_pictures_and_not_the_training(
+  compilations, digits_dir, tmp_path, capsys
+):
+  run(
+    small.digits_config(
+      digits_dir,
+      watch__images_every_epochs=1,
+      watch__probe_every_epochs=1,
+    ),
+    tmp_path,
+  )
+  assert len(compilations) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == (
+    'warning: no pictures: what draws them cannot be compiled (RuntimeError: '
+    'no room for it)'
+  )
+  events = events_of(tmp_path)
+  assert events.Tags()['images'] == []
+  for tag in ('train/loss', 'probe/knn_top1'):
+    assert events.Scalars(tag)[-1].step == 10
+  assert events.Tensors('warning/text_summary')[0].step == 5
+
+
+def test_nothing_is_compiled_for_pictures_that_will_not_be(
+  compilations, watched, digits_dir, tmp_path
+):
+  config, workdir = watched
+  with (
+    workdir_lib.locked(tmp_path / 'used'),
+    pytest.raises(ValueError, match='is in use by another run'),
+  ):
+    run(config, tmp_path / 'used')
+  run(config, workdir)  # already trained
+  config = small.digits_config(digits_dir, watch__images_every_epochs=3)
+  run(config, tmp_path / 'short')  # of two epochs
+  assert compilations == []
+
+
 def test_two_processes_write_one_of_each(digits_dir, tmp_path):
   arguments = [
     *test_processes.flags_of(digits_dir, tmp_path / 'pair', epochs=1),
