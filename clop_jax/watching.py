@@ -6,27 +6,21 @@ on all devices; only the main process draws, writes and talks.
 """
 
 from collections.abc import Iterator
-from concurrent import futures
 import contextlib
 import functools
-import io
 import os
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from PIL import Image
 
-from clop_jax import collapse
+from clop_jax import collapse_alarm
 from clop_jax import event_files
 from clop_jax import experiment
-from clop_jax import inputs
 from clop_jax import metrics_log
 from clop_jax import parallel
-from clop_jax import probe
+from clop_jax import pictures
 from clop_jax import protocol
-from clop_jax import quick_picture
 from clop_jax import restored
 from clop_jax import train_state
 from clop_jax import wandb_log
@@ -34,7 +28,6 @@ from clop_jax import workdir as workdir_lib
 from clop_jax.data import loader
 from clop_jax.data import reader as reader_lib
 from clop_jax.data import sources
-from clop_jax.data import views
 
 FOLDER = 'tensorboard'
 PROBES_FILE = 'probe.jsonl'
@@ -43,13 +36,6 @@ _PROBES = {
   'linear': (protocol.linear,),
   'both': (protocol.knn, protocol.linear),
 }
-_SAMPLE = 256  # images whose embeddings are drawn
-_SHOWN = 16  # images whose views are drawn
-
-# From this weight on the CLOP term itself can be what collapses, beside losses
-# that are not many times as large.
-_OWN_COLLAPSE = 3
-_LARGE_LOSSES = ('vicreg', 'barlow_twins')
 
 
 class Off:
@@ -113,7 +99,7 @@ class Watch:
     if wandb is not None:
       wandb_log.check(wandb)
     self._config, self._mesh, self._wandb = config, mesh, wandb
-    self._alarm = CollapseAlarm(
+    self._alarm = collapse_alarm.CollapseAlarm(
       num_classes=config.data.num_classes,
       dim=target.prototypes.shape[-1],
       batch_size=config.train.batch_size,
@@ -128,10 +114,17 @@ class Watch:
       self._images_every = fields.images_every_epochs * epoch
     self._frozen = restored.frozen(run, config, mesh)
     if self._images_every:
-      self._read_sample(source, true_labels)
-      plain = inputs.evaluation_reader(config, source, true_labels)
-      self._sheets = views.Sheets(config, reader, plain)
-      self._data, self._target = data, target
+      self._pictures = pictures.Pictures(
+        config,
+        frozen=self._frozen,
+        variables=_variables(target),
+        dim=target.prototypes.shape[-1],
+        source=source,
+        true_labels=true_labels,
+        reader=reader,
+        data=data,
+        mesh=mesh,
+      )
     if fields.probe_every_epochs:
       self._probe_every = fields.probe_every_epochs * epoch
       self._readers = _probe_readers(config, mesh, named)
@@ -148,7 +141,7 @@ class Watch:
       steps: that are left of the run.
     """
     if _passed(steps, self._images_every):
-      self._compiled = _ahead(self._compile)
+      self._pictures.prepare()
 
   @contextlib.contextmanager
   def writing(self, workdir: str, start: int, state) -> Iterator[None]:
@@ -245,68 +238,17 @@ class Watch:
     if _passed(steps, self._probe_every):
       self._measure(steps.stop, state)
 
-  def _compile(self):
-    """What draws; the sample's embeddings by the state's variables."""
-    target = self._target
-    images, _ = self._sample[0]
-    batch = jax.ShapeDtypeStruct(
-      (self._sample_batch, *images.shape[1:]),
-      np.uint8,
-      sharding=parallel.split(self._mesh),
-    )
-    embed = self._frozen.lower(_variables(target), batch).compile()
-    count = sum(len(images) for images, _ in self._sample)
-    dim = target.prototypes.shape[-1]
-    embeddings = jax.ShapeDtypeStruct((count, dim), np.float32)
-    measure = _measures.lower(embeddings).compile()
-    self._sheets.compile(min(_SHOWN, self._config.train.batch_size))
-    return embed, measure
-
   def _draw(self, step, state):
     """The sample's spectrum and picture, and the views of the last step."""
-    failure = None
-    try:
-      embed, measure = self._compiled()
-    except Exception as error:  # whatever it is: it shall not end a training
-      failure = error
+    failure = self._pictures.failure()
     if not parallel.all_agree(failure is None):
       self._images_every = 0
       self._warn(
         step,
         f'no pictures: what draws them cannot be compiled ({_short(failure)})',
       )
-      return
-    _, embeddings, labels = probe.extract(
-      functools.partial(embed, _variables(state)),
-      self._sample,
-      batch_size=self._sample_batch,
-      mesh=self._mesh,
-    )
-    if not parallel.is_main():
-      return
-    if np.isfinite(embeddings).all():
-      self._draw_embeddings(step, jax.device_get(measure(embeddings)), labels)
-    else:
+    elif not self._pictures.draw(step, _variables(state), self._sinks):
       self._warn(step, 'embeddings that are not finite cannot be drawn')
-    index = self._data.indices(step - 1)[:_SHOWN]
-    sheet = io.BytesIO()
-    Image.fromarray(self._sheets.draw(step - 1, index)).save(
-      sheet, format='PNG'
-    )
-    for sink in self._sinks:
-      sink.picture(step, 'pictures/views', sheet.getvalue())
-
-  def _draw_embeddings(self, step, measures, labels):
-    plane, spectrum, rank = measures
-    picture = quick_picture.embedding_picture(
-      plane, labels, spectrum, f'step {step}, effective rank {rank:.1f}'
-    )
-    # Of the embeddings' mean square, which is 1, each direction has the square.
-    values = spectrum / np.sqrt(len(plane))
-    for sink in self._sinks:
-      sink.scalars(step, {'embeddings/effective_rank': float(rank)})
-      sink.histogram(step, 'embeddings/singular_values', values)
-      sink.picture(step, 'pictures/embeddings', picture)
 
   def _measure(self, step, state):
     """The probes."""
@@ -349,100 +291,6 @@ class Watch:
       metrics_log.say(f'warning: {message}', error=True)
       for sink in self._sinks:
         sink.text(step, 'warning', message)
-
-  def _read_sample(self, source, true_labels):
-    """Training images from all over the set, with labels where there are any.
-
-    The first devices' share of a training batch is what they have room for.
-    """
-    known = np.flatnonzero(true_labels >= 0)
-    known = known if known.size else np.arange(len(true_labels))
-    count = min(_SAMPLE, known.size)
-    chosen = known[np.linspace(0, known.size - 1, count).round().astype(int)]
-    reader = inputs.evaluation_reader(
-      self._config, sources.Subset(source, chosen), true_labels[chosen]
-    )
-    images, labels = loader.read_all(reader)
-    train = self._config.train
-    # A multiple of the devices, and at most what a micro-batch has room for.
-    size = -(-count // self._mesh.size) * self._mesh.size
-    size = min(size, train.batch_size // train.num_micro_batches)
-    self._sample_batch = size
-    self._sample = [
-      (images[i : i + size], labels[i : i + size])
-      for i in range(0, count, size)
-    ]
-
-
-class CollapseAlarm:
-  """Tells when the effective rank has stayed low, once for each collapse."""
-
-  def __init__(
-    self,
-    *,
-    num_classes: int,
-    dim: int,
-    batch_size: int,
-    share: float,
-    patience: int,
-    clop_weight: float,
-    contrastive: str,
-  ):
-    """Has heard nothing yet.
-
-    Args:
-      num_classes: number of classes.
-      dim: of the embeddings.
-      batch_size: images in a step, of two views each.
-      share: of `min(num_classes, dim, 2 * batch_size)` that counts as low.
-      patience: so many steps in a row that are heard of.
-      clop_weight: lambda of the training; the way out depends on it.
-      contrastive: its contrastive loss, as `config.loss` names it.
-    """
-    self._way_out = _way_out(clop_weight, contrastive)
-    self._largest = min(num_classes, dim, 2 * batch_size)
-    self._of = (
-      f'min(num_classes={num_classes}, dim={dim}, 2 * batch={2 * batch_size})'
-    )
-    self._share, self._patience = share, patience
-    self._low = []
-
-  def hear(self, step: int, effective_rank: float) -> str | None:
-    """Takes the rank of a step; gives the warning when it is time for it."""
-    if np.isnan(effective_rank):
-      return None
-    bound = self._share * self._largest
-    if effective_rank >= bound:
-      self._low.clear()
-      return None
-    self._low.append(step)
-    if len(self._low) != self._patience:
-      return None
-    return (
-      f'the embeddings are collapsing: their effective rank is '
-      f'{effective_rank:.2f} at step {step}, and on all {self._patience} '
-      f'logged steps since {self._low[0]} it was below {bound:.2f}, that is '
-      f'{self._share:g} of {self._of}; {self._way_out}'
-    )
-
-
-def _way_out(clop_weight, contrastive):
-  """What to change, see `docs/choosing.md` and `docs/collapse.md`."""
-  rate = 'lower config.optimizer.learning_rate'
-  if contrastive == 'none':
-    return rate  # a weight is nothing but a rate where it has no other term
-  if contrastive in _LARGE_LOSSES:
-    return f'{rate} or raise config.loss.clop_weight'
-  if clop_weight < _OWN_COLLAPSE:
-    return (
-      f'{rate} or raise config.loss.clop_weight, {clop_weight:g} now, but not '
-      f'to {_OWN_COLLAPSE} or more'
-    )
-  return (
-    f'lower config.loss.clop_weight, {clop_weight:g} now ({_OWN_COLLAPSE} and '
-    'more can collapse by themselves), or set config.loss.clop_after_epochs=1, '
-    f'or {rate}'
-  )
 
 
 def _check(fields):
@@ -502,32 +350,3 @@ def _short(error):
 
 def _variables(state):
   return {'params': state.params, 'batch_stats': state.batch_stats}
-
-
-def _ahead(work):
-  """Gives what `work` returns when asked, which may have been made meanwhile.
-
-  While the training step compiles there is time for it. Not so with several
-  processes, whose compilers may wait for one another, program by program.
-  """
-  if jax.process_count() > 1:
-    return functools.cache(work)
-  pool = futures.ThreadPoolExecutor(1)
-  result = pool.submit(work)
-  pool.shutdown(wait=False)
-  return result.result
-
-
-@jax.jit
-def _measures(embeddings):
-  """Two principal components, singular values and effective rank.
-
-  All of unit embeddings; the components `[n, 2]` are of the centred ones.
-  """
-  unit = collapse.normalize(embeddings)
-  spectrum = collapse.singular_values(unit)
-  centred = unit - jnp.mean(unit, axis=0)
-  _, _, vt = jnp.linalg.svd(centred, full_matrices=False)
-  plane = jnp.matmul(centred, vt[:2].T, precision=jax.lax.Precision.HIGHEST)
-  plane = jnp.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
-  return plane, spectrum, collapse.effective_rank_of_spectrum(spectrum)

@@ -25,12 +25,14 @@ from tensorboard.backend.event_processing import event_accumulator
 from clop_jax import augment
 from clop_jax import cell
 from clop_jax import checkpoint
+from clop_jax import collapse_alarm
 from clop_jax import evaluate
 from clop_jax import event_files
 from clop_jax import experiment
 from clop_jax import inputs
 from clop_jax import metrics_log
 from clop_jax import parallel
+from clop_jax import pictures
 from clop_jax import preemption
 from clop_jax import train
 from clop_jax import wandb_log
@@ -366,7 +368,7 @@ def alarm_of(**changes):
   options = {'num_classes': 10, 'dim': 128, 'batch_size': 64}
   options |= {'share': 0.5, 'patience': 2}
   options |= {'clop_weight': 1.0, 'contrastive': 'nt_xent'}
-  return watching.CollapseAlarm(**options | changes)
+  return collapse_alarm.CollapseAlarm(**options | changes)
 
 
 def hear(ranks, **changes):
@@ -515,11 +517,11 @@ def compilations(monkeypatch):
   """Of what draws, which fail."""
   begun = []
 
-  def fail(watch):
-    begun.append(watch)
+  def fail(drawing):
+    begun.append(drawing)
     raise RuntimeError('no room for it\nand much more')
 
-  monkeypatch.setattr(watching.Watch, '_compile', fail)
+  monkeypatch.setattr(pictures.Pictures, '_compile', fail)
   return begun
 
 
