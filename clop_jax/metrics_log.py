@@ -1,5 +1,6 @@
 """`metrics.jsonl`, and the progress of a training for a person to see."""
 
+from collections.abc import Mapping
 import json
 import math
 import sys
@@ -8,6 +9,8 @@ import time
 from etils import epath
 import jax
 import tqdm
+
+FILE = 'metrics.jsonl'
 
 
 class JsonLines:
@@ -34,11 +37,12 @@ class JsonLines:
       partial.replace(path)
       self._file = open(path, 'a')  # noqa: SIM115 (closed by close)
 
-  def write(self, step: int, values: dict[str, float]) -> None:
-    """Writes the line of a step; what is not finite becomes null."""
+  def write(self, step: int, values: Mapping[str, float | None]) -> None:
+    """Writes the line of a step; what is not finite, or None, becomes null."""
     # NaN is not JSON; a diagnostic may be NaN where the loss is not.
     entry = {'step': step} | {
-      k: v if math.isfinite(v) else None for k, v in sorted(values.items())
+      k: None if v is None or not math.isfinite(v) else v
+      for k, v in sorted(values.items())
     }
     line = json.dumps(entry) + '\n'
     self.last_step = step
@@ -148,6 +152,11 @@ def say(message: str, *, error: bool = False) -> None:
 def to_floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
   """The metrics of one step as plain numbers."""
   return {k: float(v) for k, v in jax.device_get(metrics).items()}
+
+
+def entries_until(path: str, step: int) -> list[dict]:
+  """The lines of a file of `JsonLines` up to a step; none if it is missing."""
+  return [json.loads(line) for line in _lines_until(path, step)]
 
 
 def _is_remote(path):

@@ -125,6 +125,8 @@ def train(
     workdir_lib.open_checkpoints(config, workdir) as checkpoints,
   ):
     state = checkpoints.restore_latest(target, warn=_warn)
+    done = 0 if state is None else int(state.step)
+    watch.prepare(range(done, total_steps))
     if state is None:
       shardings = jax.tree.map(lambda x: x.sharding, target)
       create = jax.jit(run.create_state, out_shardings=shardings)
@@ -142,7 +144,7 @@ def train(
     log: metrics_log.MetricsLog | metrics_log.Silent = metrics_log.Silent()
     if parallel.is_main():
       log = metrics_log.MetricsLog(
-        os.path.join(workdir, 'metrics.jsonl'),
+        os.path.join(workdir, metrics_log.FILE),
         start=start,
         total_steps=total_steps,
         batch_size=config.train.batch_size,

@@ -6,27 +6,21 @@ on all devices; only the main process draws, writes and talks.
 """
 
 from collections.abc import Iterator
-from concurrent import futures
 import contextlib
 import functools
-import io
 import os
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from PIL import Image
 
-from clop_jax import collapse
+from clop_jax import collapse_alarm
 from clop_jax import event_files
 from clop_jax import experiment
-from clop_jax import inputs
 from clop_jax import metrics_log
 from clop_jax import parallel
-from clop_jax import probe
+from clop_jax import pictures
 from clop_jax import protocol
-from clop_jax import quick_picture
 from clop_jax import restored
 from clop_jax import train_state
 from clop_jax import wandb_log
@@ -34,7 +28,6 @@ from clop_jax import workdir as workdir_lib
 from clop_jax.data import loader
 from clop_jax.data import reader as reader_lib
 from clop_jax.data import sources
-from clop_jax.data import views
 
 FOLDER = 'tensorboard'
 PROBES_FILE = 'probe.jsonl'
@@ -43,12 +36,13 @@ _PROBES = {
   'linear': (protocol.linear,),
   'both': (protocol.knn, protocol.linear),
 }
-_SAMPLE = 256  # images whose embeddings are drawn
-_SHOWN = 16  # images whose views are drawn
 
 
 class Off:
   """Watches nothing."""
+
+  def prepare(self, steps: range) -> None:
+    """Does nothing."""
 
   def writing(self, workdir: str, start: int, state) -> contextlib.nullcontext:
     """Writes nothing."""
@@ -105,12 +99,14 @@ class Watch:
     if wandb is not None:
       wandb_log.check(wandb)
     self._config, self._mesh, self._wandb = config, mesh, wandb
-    self._alarm = CollapseAlarm(
+    self._alarm = collapse_alarm.CollapseAlarm(
       num_classes=config.data.num_classes,
       dim=target.prototypes.shape[-1],
       batch_size=config.train.batch_size,
       share=fields.collapse_share,
       patience=fields.collapse_patience,
+      clop_weight=config.loss.clop_weight,
+      contrastive=config.loss.contrastive,
     )
     epoch = data.steps_per_epoch
     self._images_every = self._probe_every = 0
@@ -118,15 +114,34 @@ class Watch:
       self._images_every = fields.images_every_epochs * epoch
     self._frozen = restored.frozen(run, config, mesh)
     if self._images_every:
-      self._read_sample(source, true_labels)
-      plain = inputs.evaluation_reader(config, source, true_labels)
-      self._sheets = views.Sheets(config, reader, plain)
-      self._data = data
-      self._compiled = _ahead(functools.partial(self._compile, target))
+      self._pictures = pictures.Pictures(
+        config,
+        frozen=self._frozen,
+        variables=_variables(target),
+        dim=target.prototypes.shape[-1],
+        source=source,
+        true_labels=true_labels,
+        reader=reader,
+        data=data,
+        mesh=mesh,
+      )
     if fields.probe_every_epochs:
       self._probe_every = fields.probe_every_epochs * epoch
       self._readers = _probe_readers(config, mesh, named)
-    self._sinks, self._probes, self._has_probe = [], None, True
+    self._sinks, self._probes, self._owes_probe = [], None, False
+
+  def prepare(self, steps: range) -> None:
+    """Begins to compile what draws, if anything will be drawn.
+
+    To be called once the workdir is claimed, since a process does not end
+    before its compilers do, and before the training step is compiled, beside
+    which this goes on.
+
+    Args:
+      steps: that are left of the run.
+    """
+    if _passed(steps, self._images_every):
+      self._pictures.prepare()
 
   @contextlib.contextmanager
   def writing(self, workdir: str, start: int, state) -> Iterator[None]:
@@ -151,13 +166,18 @@ class Watch:
           error = caught
       if not parallel.all_agree(error is None):
         raise error or ValueError('process 0 could not begin; it says why')
-      # That of the checkpoint's step, where the run was told to end there.
-      due = start and self._probe_every and not start % self._probe_every
-      if due and not parallel.all_agree(self._has_probe):
+      # The one that was due when the run was told to end; also where that was
+      # after a later step of the same dispatch.
+      if self._probe_every and not parallel.all_agree(not self._owes_probe):
         self._measure(start, state)
       yield
 
   def _open(self, stack, workdir, start):
+    # What the goes before this one have warned of is not told again.
+    log = os.path.join(workdir, metrics_log.FILE)
+    for entry in metrics_log.entries_until(log, start):
+      rank = entry.get('effective_rank')
+      self._alarm.hear(entry['step'], np.nan if rank is None else rank)
     if self._config.watch.tensorboard:
       folder = os.path.join(workdir, FOLDER)
       try:
@@ -181,7 +201,8 @@ class Watch:
       path = os.path.join(workdir, PROBES_FILE)
       self._probes = metrics_log.JsonLines(path, start=start)
       stack.callback(self._probes.close)
-      self._has_probe = self._probes.last_step == start
+      done = range(self._probes.last_step, start)
+      self._owes_probe = _passed(done, self._probe_every)
 
   def logged(self, step: int, metrics: dict[str, float]) -> None:
     """To be called with what the log gets.
@@ -217,56 +238,17 @@ class Watch:
     if _passed(steps, self._probe_every):
       self._measure(steps.stop, state)
 
-  def _compile(self, target):
-    """What draws; the sample's embeddings by the state's variables."""
-    images, _ = self._sample[0]
-    batch = jax.ShapeDtypeStruct(
-      (self._sample_batch, *images.shape[1:]),
-      np.uint8,
-      sharding=parallel.split(self._mesh),
-    )
-    embed = self._frozen.lower(_variables(target), batch).compile()
-    count = sum(len(images) for images, _ in self._sample)
-    dim = target.prototypes.shape[-1]
-    embeddings = jax.ShapeDtypeStruct((count, dim), np.float32)
-    measure = _measures.lower(embeddings).compile()
-    self._sheets.compile(min(_SHOWN, self._config.train.batch_size))
-    return embed, measure
-
   def _draw(self, step, state):
     """The sample's spectrum and picture, and the views of the last step."""
-    embed, measure = self._compiled()
-    _, embeddings, labels = probe.extract(
-      functools.partial(embed, _variables(state)),
-      self._sample,
-      batch_size=self._sample_batch,
-      mesh=self._mesh,
-    )
-    if not parallel.is_main():
-      return
-    if np.isfinite(embeddings).all():
-      self._draw_embeddings(step, jax.device_get(measure(embeddings)), labels)
-    else:
+    failure = self._pictures.failure()
+    if not parallel.all_agree(failure is None):
+      self._images_every = 0
+      self._warn(
+        step,
+        f'no pictures: what draws them cannot be compiled ({_short(failure)})',
+      )
+    elif not self._pictures.draw(step, _variables(state), self._sinks):
       self._warn(step, 'embeddings that are not finite cannot be drawn')
-    index = self._data.indices(step - 1)[:_SHOWN]
-    sheet = io.BytesIO()
-    Image.fromarray(self._sheets.draw(step - 1, index)).save(
-      sheet, format='PNG'
-    )
-    for sink in self._sinks:
-      sink.picture(step, 'pictures/views', sheet.getvalue())
-
-  def _draw_embeddings(self, step, measures, labels):
-    plane, spectrum, rank = measures
-    picture = quick_picture.embedding_picture(
-      plane, labels, spectrum, f'step {step}, effective rank {rank:.1f}'
-    )
-    # Of the embeddings' mean square, which is 1, each direction has the square.
-    values = spectrum / np.sqrt(len(plane))
-    for sink in self._sinks:
-      sink.scalars(step, {'embeddings/effective_rank': float(rank)})
-      sink.histogram(step, 'embeddings/singular_values', values)
-      sink.picture(step, 'pictures/embeddings', picture)
 
   def _measure(self, step, state):
     """The probes."""
@@ -296,7 +278,11 @@ class Watch:
     metrics_log.say(f'step {step}: {shown}')
 
   def _write_scalars(self, step, group, values):
-    tagged = {f'{group}/{name}': value for name, value in values.items()}
+    tagged = {
+      f'{group}/{name}': value
+      for name, value in values.items()
+      if value is not None  # what there was nothing to measure by
+    }
     for sink in self._sinks:
       sink.scalars(step, tagged)
 
@@ -305,77 +291,6 @@ class Watch:
       metrics_log.say(f'warning: {message}', error=True)
       for sink in self._sinks:
         sink.text(step, 'warning', message)
-
-  def _read_sample(self, source, true_labels):
-    """Training images from all over the set, with labels where there are any.
-
-    The first devices' share of a training batch is what they have room for.
-    """
-    known = np.flatnonzero(true_labels >= 0)
-    known = known if known.size else np.arange(len(true_labels))
-    count = min(_SAMPLE, known.size)
-    chosen = known[np.linspace(0, known.size - 1, count).round().astype(int)]
-    reader = inputs.evaluation_reader(
-      self._config, sources.Subset(source, chosen), true_labels[chosen]
-    )
-    images, labels = loader.read_all(reader)
-    train = self._config.train
-    # A multiple of the devices, and at most what a micro-batch has room for.
-    size = -(-count // self._mesh.size) * self._mesh.size
-    size = min(size, train.batch_size // train.num_micro_batches)
-    self._sample_batch = size
-    self._sample = [
-      (images[i : i + size], labels[i : i + size])
-      for i in range(0, count, size)
-    ]
-
-
-class CollapseAlarm:
-  """Tells when the effective rank has stayed low, once for each collapse."""
-
-  def __init__(
-    self,
-    *,
-    num_classes: int,
-    dim: int,
-    batch_size: int,
-    share: float,
-    patience: int,
-  ):
-    """Has heard nothing yet.
-
-    Args:
-      num_classes: number of classes.
-      dim: of the embeddings.
-      batch_size: images in a step, of two views each.
-      share: of `min(num_classes, dim, 2 * batch_size)` that counts as low.
-      patience: so many steps in a row that are heard of.
-    """
-    self._largest = min(num_classes, dim, 2 * batch_size)
-    self._of = (
-      f'min(num_classes={num_classes}, dim={dim}, 2 * batch={2 * batch_size})'
-    )
-    self._share, self._patience = share, patience
-    self._low = []
-
-  def hear(self, step: int, effective_rank: float) -> str | None:
-    """Takes the rank of a step; gives the warning when it is time for it."""
-    if np.isnan(effective_rank):
-      return None
-    bound = self._share * self._largest
-    if effective_rank >= bound:
-      self._low.clear()
-      return None
-    self._low.append(step)
-    if len(self._low) != self._patience:
-      return None
-    return (
-      f'the embeddings are collapsing: their effective rank is '
-      f'{effective_rank:.2f} at step {step}, and on all {self._patience} '
-      f'logged steps since {self._low[0]} it was below {bound:.2f}, that is '
-      f'{self._share:g} of {self._of}; lower config.optimizer.learning_rate or '
-      'raise config.loss.clop_weight'
-    )
 
 
 def _check(fields):
@@ -425,34 +340,13 @@ def _passed(steps, every):
   return every > 0 and steps.stop // every > steps.start // every
 
 
+def _short(error):
+  """The first line of an error; None is that of another process."""
+  if error is None:
+    return 'on another process'
+  first = str(error).strip().partition('\n')[0]
+  return f'{type(error).__name__}: {first}' if first else type(error).__name__
+
+
 def _variables(state):
   return {'params': state.params, 'batch_stats': state.batch_stats}
-
-
-def _ahead(work):
-  """Gives what `work` returns when asked, which may have been made meanwhile.
-
-  While the training step compiles there is time for it. Not so with several
-  processes, whose compilers may wait for one another, program by program.
-  """
-  if jax.process_count() > 1:
-    return functools.cache(work)
-  pool = futures.ThreadPoolExecutor(1)
-  result = pool.submit(work)
-  pool.shutdown(wait=False)
-  return result.result
-
-
-@jax.jit
-def _measures(embeddings):
-  """Two principal components, singular values and effective rank.
-
-  All of unit embeddings; the components `[n, 2]` are of the centred ones.
-  """
-  unit = collapse.normalize(embeddings)
-  spectrum = collapse.singular_values(unit)
-  centred = unit - jnp.mean(unit, axis=0)
-  _, _, vt = jnp.linalg.svd(centred, full_matrices=False)
-  plane = jnp.matmul(centred, vt[:2].T, precision=jax.lax.Precision.HIGHEST)
-  plane = jnp.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
-  return plane, spectrum, collapse.effective_rank_of_spectrum(spectrum)

@@ -46,6 +46,7 @@ LAYERS = {
   'event_files': 1,
   'wandb_log': 1,
   'quick_picture': 1,
+  'collapse_alarm': 1,
   'train_step': 2,
   'checkpoint': 2,
   'probe': 2,
@@ -63,6 +64,7 @@ LAYERS = {
   'restored': 3.5,  # a workdir's checkpoint as what its experiment builds
   'protocol': 3.5,  # what inputs reads, measured
   'data.views': 3.5,  # what the experiment's augmentation makes of images
+  'pictures': 3.7,  # of a training, by inputs and data.views
   'watching': 3.8,  # of a training, by protocol and restored
   'train': 4,
   'evaluate': 4,
@@ -105,6 +107,7 @@ LIBRARIES = {
   'event_files': {'etils', 'numpy', 'tensorboardX'},
   'wandb_log': {'PIL', 'numpy', 'wandb'},
   'quick_picture': {'PIL', 'numpy'},
+  'collapse_alarm': set(),
   'data.labels': {'numpy'},
   'train_state': {'jax', 'flax', 'optax'},
   'train_step': {'jax', 'flax', 'optax'},

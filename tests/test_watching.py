@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -24,12 +25,15 @@ from tensorboard.backend.event_processing import event_accumulator
 from clop_jax import augment
 from clop_jax import cell
 from clop_jax import checkpoint
+from clop_jax import collapse_alarm
 from clop_jax import evaluate
 from clop_jax import event_files
 from clop_jax import experiment
 from clop_jax import inputs
 from clop_jax import metrics_log
 from clop_jax import parallel
+from clop_jax import pictures
+from clop_jax import preemption
 from clop_jax import train
 from clop_jax import wandb_log
 from clop_jax import watching
@@ -190,6 +194,37 @@ def test_a_probe_is_what_the_evaluation_measures(watched):
     assert (last.step, last.value) == (10, pytest.approx(result[name]))
 
 
+def test_a_probe_with_nothing_to_choose_by_does_not_end_the_training(tmp_path):
+  # One image a class: no strength can be chosen, and there is no accuracy that
+  # it was chosen by.
+  rng = np.random.default_rng(0)
+  arrays = {'train_labels': np.arange(16), 'test_labels': np.arange(16)}
+  for split in ('train', 'test'):
+    images = rng.integers(0, 256, (16, 8, 8, 1), np.uint8)
+    arrays[f'{split}_images'] = images
+  np.savez(tmp_path / 'one_each.npz', **arrays)
+  config = small.digits_config(
+    str(tmp_path / 'one_each.npz'),
+    data__name='npz',
+    data__num_classes=16,
+    train__batch_size=16,
+    model__embedding_dim=16,
+    eval__knn_neighbours=(1,),
+    watch__probe_every_epochs=1,
+    watch__probe='linear',
+  )
+  run(config, tmp_path / 'run')
+  lines = lines_of(tmp_path / 'run' / 'probe.jsonl')
+  assert [line['step'] for line in lines] == [1, 2]
+  for line in lines:
+    assert line['linear_held_out_top1'] is None
+    assert 0 <= line['linear_top1'] <= 1
+  events = events_of(tmp_path / 'run')
+  tags = events.Tags()['scalars']
+  assert 'probe/linear_top1' in tags
+  assert 'probe/linear_held_out_top1' not in tags
+
+
 def test_going_on_leaves_every_step_once(copy, watched):
   config, workdir = copy
   shutil.rmtree(workdir / 'checkpoints' / '10')
@@ -225,6 +260,28 @@ def test_the_probe_of_a_run_that_was_told_to_end_is_made_up_for(copy, watched):
   assert lines_of(workdir / 'probe.jsonl') == lines_of(
     watched[1] / 'probe.jsonl'
   )
+
+
+def test_a_probe_due_within_a_dispatch_is_made_up_for_at_its_end(
+  digits_dir, tmp_path, monkeypatch
+):
+  config = small.digits_config(
+    digits_dir,
+    train__steps_per_dispatch=4,
+    train__log_every_steps=10,
+    train__checkpoint_every_epochs=2,
+    watch__probe_every_epochs=1,  # of 5 steps; dispatches end at 4, 8 and 10
+  )
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      preemption.Notice, 'reached', lambda self, steps: steps.stop == 8
+    )
+    with pytest.raises(preemption.PreemptionError, match='saved step 8 of 10'):
+      run(config, tmp_path)
+  assert lines_of(tmp_path / 'probe.jsonl') == []
+  run(config, tmp_path)
+  steps = [line['step'] for line in lines_of(tmp_path / 'probe.jsonl')]
+  assert steps == [8, 10]
 
 
 def test_a_tensorboard_folder_that_cannot_be_written_to_is_named(
@@ -281,21 +338,75 @@ def test_a_collapse_is_told_of_once_and_in_tensorboard(
     'their effective rank is 2.00 at step 6, and on all 3 logged '
     'steps since 2 it was below 5.00, that is 0.5 of min(num_classes=10, '
     'dim=16, 2 * batch=512); lower config.optimizer.learning_rate or raise '
-    'config.loss.clop_weight'
+    'config.loss.clop_weight, 1 now, but not to 3 or more\n'
   )
   assert expected in errors
   (event,) = events_of(tmp_path).Tensors('warning/text_summary')
   assert event.step == 6
-  assert expected in event.tensor_proto.string_val[0].decode()
+  assert expected.strip() in event.tensor_proto.string_val[0].decode()
+
+
+@pytest.mark.usefixtures('collapse')
+@pytest.mark.parametrize(('patience', 'told_at'), [(2, []), (3, [6])])
+def test_a_run_that_goes_on_remembers_what_it_was_told_before(
+  patience, told_at, digits_dir, tmp_path, capsys
+):
+  config = small.digits_config(
+    digits_dir, watch__collapse_share=0.5, watch__collapse_patience=patience
+  )
+  run(config, tmp_path)
+  shutil.rmtree(tmp_path / 'checkpoints' / '10')
+  capsys.readouterr()
+  run(config, tmp_path)  # from step 5: steps 2 and 4 are in the log
+  errors = capsys.readouterr().err
+  steps = re.findall(r'their effective rank is 2.00 at step (\d+)', errors)
+  assert [int(step) for step in steps] == told_at
+  assert not told_at or 'on all 3 logged steps since 2' in errors
+
+
+def alarm_of(**changes):
+  options = {'num_classes': 10, 'dim': 128, 'batch_size': 64}
+  options |= {'share': 0.5, 'patience': 2}
+  options |= {'clop_weight': 1.0, 'contrastive': 'nt_xent'}
+  return collapse_alarm.CollapseAlarm(**options | changes)
 
 
 def hear(ranks, **changes):
-  options = {'num_classes': 10, 'dim': 128, 'batch_size': 64}
-  alarm = watching.CollapseAlarm(
-    **options | {'share': 0.5, 'patience': 2} | changes
-  )
+  alarm = alarm_of(**changes)
   told = [alarm.hear(step, rank) for step, rank in enumerate(ranks)]
   return [step for step, text in enumerate(told) if text is not None]
+
+
+@pytest.mark.parametrize(
+  ('weight', 'contrastive', 'advice'),
+  [
+    (
+      0,
+      'nt_xent',
+      'lower config.optimizer.learning_rate or raise config.loss.clop_weight, '
+      '0 now, but not to 3 or more',
+    ),
+    (
+      3,
+      'supcon',
+      'lower config.loss.clop_weight, 3 now (3 and more can collapse by '
+      'themselves), or set config.loss.clop_after_epochs=1, or lower '
+      'config.optimizer.learning_rate',
+    ),
+    # A loss of this size needs weights of another order.
+    (
+      10,
+      'vicreg',
+      'lower config.optimizer.learning_rate or raise config.loss.clop_weight',
+    ),
+    (1, 'none', 'lower config.optimizer.learning_rate'),
+  ],
+)
+def test_the_way_out_of_a_collapse_goes_by_the_weight(
+  weight, contrastive, advice
+):
+  alarm = alarm_of(patience=1, clop_weight=weight, contrastive=contrastive)
+  assert alarm.hear(1, 2.0).split('); ', 1)[1] == advice
 
 
 def test_the_alarm_counts_steps_in_a_row_and_starts_anew_after_a_recovery():
@@ -399,6 +510,58 @@ def test_what_is_due_within_a_dispatch_comes_at_its_end():
   assert not watching._passed(range(5, 9), 5)
   assert watching._passed(range(0, 20), 5)
   assert not watching._passed(range(0, 20), 0)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+  """Of what draws, which fail."""
+  begun = []
+
+  def fail(drawing):
+    begun.append(drawing)
+    raise RuntimeError('no room for it\nand much more')
+
+  monkeypatch.setattr(pictures.Pictures, '_compile', fail)
+  return begun
+
+
+def test_what_cannot_be_compiled_ends_the_pictures_and_not_the_training(
+  compilations, digits_dir, tmp_path, capsys
+):
+  run(
+    small.digits_config(
+      digits_dir,
+      watch__images_every_epochs=1,
+      watch__probe_every_epochs=1,
+    ),
+    tmp_path,
+  )
+  assert len(compilations) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == (
+    'warning: no pictures: what draws them cannot be compiled (RuntimeError: '
+    'no room for it)'
+  )
+  events = events_of(tmp_path)
+  assert events.Tags()['images'] == []
+  for tag in ('train/loss', 'probe/knn_top1'):
+    assert events.Scalars(tag)[-1].step == 10
+  assert events.Tensors('warning/text_summary')[0].step == 5
+
+
+def test_nothing_is_compiled_for_pictures_that_will_not_be(
+  compilations, watched, digits_dir, tmp_path
+):
+  config, workdir = watched
+  with (
+    workdir_lib.locked(tmp_path / 'used'),
+    pytest.raises(ValueError, match='is in use by another run'),
+  ):
+    run(config, tmp_path / 'used')
+  run(config, workdir)  # already trained
+  config = small.digits_config(digits_dir, watch__images_every_epochs=3)
+  run(config, tmp_path / 'short')  # of two epochs
+  assert compilations == []
 
 
 def test_two_processes_write_one_of_each(digits_dir, tmp_path):
