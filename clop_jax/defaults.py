@@ -156,8 +156,8 @@ def get_config() -> ml_collections.ConfigDict:
   # other values than it began with; see docs/watching.md.
   config.watch = watch = ml_collections.ConfigDict()
   watch.tensorboard = True  # event files in the workdir's tensorboard/
-  # Every so many epochs the spectrum of some embeddings, a picture of them and
-  # some augmented images; 0: never.
+  # Every so many epochs (at the end of a shorter run) the spectrum of some
+  # embeddings, a picture of them and some augmented images; 0: never.
   watch.images_every_epochs = 10
   # Every so many epochs a probe by the evaluation protocol, which reads the
   # whole training split and the test split; 0: never.

@@ -111,7 +111,9 @@ class Watch:
     epoch = data.steps_per_epoch
     self._images_every = self._probe_every = 0
     if fields.tensorboard or wandb is not None:
-      self._images_every = fields.images_every_epochs * epoch
+      # The shortest runs have them at their end.
+      every = min(fields.images_every_epochs, config.train.num_epochs)
+      self._images_every = every * epoch
     self._frozen = restored.frozen(run, config, mesh)
     if self._images_every:
       self._pictures = pictures.Pictures(

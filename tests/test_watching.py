@@ -97,6 +97,16 @@ def copy(watched, tmp_path):
   return config, shutil.copytree(workdir, tmp_path / 'copy')
 
 
+def test_a_run_shorter_than_the_interval_has_pictures_at_its_end(
+  digits_dir, tmp_path
+):
+  run(small.digits_config(digits_dir, watch__images_every_epochs=7), tmp_path)
+  shown = events_of(tmp_path)
+  for tag in shown.Tags()['images']:
+    assert [event.step for event in shown.Images(tag)] == [10]
+  assert len(shown.Tags()['images']) == 2
+
+
 def test_watching_changes_nothing_of_what_is_trained(
   watched, digits_dir, tmp_path
 ):
