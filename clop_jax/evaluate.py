@@ -550,11 +550,12 @@ def main() -> None:
   runs = _named(paths)
   jobs = []
   for name, workdir in runs:
-    chosen = restored.steps(workdir) if which == 'all' else [which]
-    jobs += [(name, workdir, str(x), x == chosen[-1]) for x in chosen]
+    steps = restored.steps(workdir)
+    for chosen in steps if which == 'all' else [which]:
+      jobs.append((name, workdir, str(chosen), steps[-1]))
 
   names, done, rows, failures = [], [], [], []
-  for name, workdir, checkpoint_name, is_newest in jobs:
+  for name, workdir, checkpoint_name, newest in jobs:
     try:
       found = measure(
         workdir,
@@ -573,6 +574,8 @@ def main() -> None:
     done.append(found)
     rows += _rows(name, found)
     if parallel.is_main():
+      # 'latest' is the newest that is whole.
+      is_newest = checkpoint_name == 'latest' or found.step == newest
       _keep(workdir, found, is_newest=is_newest)
   if parallel.is_main() and done:
     if is_plain:

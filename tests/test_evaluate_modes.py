@@ -283,6 +283,21 @@ def test_every_checkpoint_of_several_runs_in_one_table(
       assert float(row['effective_rank']) == result['effective_rank']
 
 
+def test_an_older_checkpoint_leaves_what_is_of_the_newest_alone(
+  copy, monkeypatch
+):
+  monkeypatch.setattr(jax, 'devices', lambda *_: jax.local_devices()[ONE])
+  (copy / 'eval.json').write_text('of the newest')
+  small.command(evaluate, f'--workdir={copy}', '--checkpoint=5')
+  assert (copy / 'eval.json').read_text() == 'of the newest'
+  assert not (copy / 'embeddings.npz').exists()
+  older = json.loads((copy / 'evaluations' / 'step5.json').read_text())
+  assert older['step'] == 5 and {*older} == KEYS
+  small.command(evaluate, f'--workdir={copy}', '--checkpoint=10')
+  assert json.loads((copy / 'eval.json').read_text())['step'] == 10
+  assert os.listdir(copy / 'evaluations') == ['step5.json']
+
+
 def test_modes_and_fractions_in_one_table_and_a_file_each(
   copy, tmp_path, capsys, monkeypatch
 ):
