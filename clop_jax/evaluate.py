@@ -550,47 +550,50 @@ def main() -> None:
   runs = _named(paths)
   jobs = []
   for name, workdir in runs:
-    steps = restored.steps(workdir)
+    steps = restored.check(workdir, which)
     for chosen in steps if which == 'all' else [which]:
       jobs.append((name, workdir, str(chosen), steps[-1]))
 
   names, done, rows, failures = [], [], [], []
-  for name, workdir, checkpoint_name, newest in jobs:
-    try:
-      found = measure(
-        workdir,
-        modes=modes,
-        fractions=fractions,
-        data=data,
-        which=checkpoint_name,
-      )
-    except (FloatingPointError, checkpoint.DamagedCheckpointError) as error:
-      if len(jobs) == 1:
-        raise
-      _warn(f'{name}: {error}; it is left out of the table')
-      failures.append(error)
-      continue
-    names.append(name)
-    done.append(found)
-    rows += _rows(name, found)
-    if parallel.is_main():
-      # 'latest' is the newest that is whole.
-      is_newest = checkpoint_name == 'latest' or found.step == newest
-      _keep(workdir, found, is_newest=is_newest)
-  if parallel.is_main() and done:
-    if is_plain:
-      text = report.table(names, [found.complete for found in done])
-    else:
-      text = report.evaluation_table(rows)
-    print(text)
-    if table:
-      report.write_table(table, text, rows)
-    if figure:
-      arrays = [found.arrays for found in done]
-      if any(len(a['labels']) != len(arrays[0]['labels']) for a in arrays):
-        raise ValueError('--figure compares runs on one data set only')
-      # The runs' folders by name, as the table has them.
-      _draw(figure, names, [found.complete for found in done], arrays)
+  try:
+    for name, workdir, checkpoint_name, newest in jobs:
+      try:
+        found = measure(
+          workdir,
+          modes=modes,
+          fractions=fractions,
+          data=data,
+          which=checkpoint_name,
+        )
+      except (FloatingPointError, checkpoint.DamagedCheckpointError) as error:
+        if len(jobs) == 1:
+          raise
+        _warn(f'{name}: {error}; it is left out of the table')
+        failures.append(error)
+        continue
+      names.append(name)
+      done.append(found)
+      rows += _rows(name, found)
+      if parallel.is_main():
+        # 'latest' is the newest that is whole.
+        is_newest = checkpoint_name == 'latest' or found.step == newest
+        _keep(workdir, found, is_newest=is_newest)
+  finally:
+    # Also when the next one could not be measured.
+    if parallel.is_main() and done:
+      if is_plain:
+        text = report.table(names, [found.complete for found in done])
+      else:
+        text = report.evaluation_table(rows)
+      print(text)
+      if table:
+        report.write_table(table, text, rows)
+  if parallel.is_main() and figure and done:
+    arrays = [found.arrays for found in done]
+    if any(len(a['labels']) != len(arrays[0]['labels']) for a in arrays):
+      raise ValueError('--figure compares runs on one data set only')
+    # The runs' folders by name, as the table has them.
+    _draw(figure, names, [found.complete for found in done], arrays)
   if failures:
     raise FloatingPointError(
       f'{len(failures)} of {len(jobs)} checkpoints could not be evaluated, the '

@@ -104,6 +104,34 @@ def steps(workdir: str) -> list[int]:
   return found
 
 
+def check(workdir: str, which: str) -> list[int]:
+  """Refuses a checkpoint that a run does not have, before any long work.
+
+  Args:
+    workdir: of a run.
+    which: as of `load`; or 'all'.
+
+  Returns:
+    As `steps`.
+
+  Raises:
+    ValueError: as `load`.
+  """
+  found = steps(workdir)
+  if which in ('latest', 'all'):
+    return found
+  config = workdir_lib.load_config(workdir)
+  with workdir_lib.open_checkpoints(
+    config, workdir, read_only=True
+  ) as checkpoints:
+    step = _step(checkpoints, which)
+  if step not in found:
+    raise ValueError(
+      f'there is no checkpoint of step {step} in {workdir}; there are {found}'
+    )
+  return found
+
+
 def frozen(
   experiment: experiment_lib.Experiment,
   config: ml_collections.ConfigDict,

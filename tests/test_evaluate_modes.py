@@ -396,9 +396,7 @@ def test_one_checkpoint_that_fails_does_not_lose_the_others(
   def measured(workdir, *, which, **_):
     if which == '10':
       raise FloatingPointError('NaN at step 10')
-    row = {'mode': 'knn', 'step': 5, 'data': 'digits', 'other_data': False}
-    row |= {'label_fraction': 1.0, 'num_labels': 9, 'knn_top1': 0.25}
-    return evaluate.Evaluation(5, [row])
+    return evaluate.Evaluation(5, [row_of(5)])
 
   monkeypatch.setattr(evaluate, 'measure', measured)
   with pytest.raises(FloatingPointError, match=r'1 of 2 .*because NaN at step'):
@@ -409,3 +407,49 @@ def test_one_checkpoint_that_fails_does_not_lose_the_others(
   assert '| copy | 5    | digits | 9      | 1      | 0.250     |' in printed.out
   assert 'NaN at step 10; it is left out of the table' in printed.err
   assert os.listdir(copy / 'evaluations') == ['step5_digits_knn_1.json']
+
+
+def row_of(step):
+  row = {'mode': 'knn', 'step': step, 'data': 'digits', 'other_data': False}
+  return row | {'label_fraction': 1.0, 'num_labels': 9, 'knn_top1': 0.25}
+
+
+def test_a_step_that_one_run_lacks_is_refused_before_the_work(
+  copy, tmp_path, monkeypatch
+):
+  other = shutil.copytree(copy, tmp_path / 'other')
+  shutil.rmtree(other / 'checkpoints' / '5')
+  monkeypatch.setattr(evaluate, 'measure', lambda *_, **__: pytest.fail('ran'))
+  for which, message in (
+    ('5', r'no checkpoint of step 5 in .*other; there are \[10\]'),
+    ('best', r'train with --config.train.keep_best=METRIC'),
+    ('newest', r"must be 'latest', 'best' or a step of"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      small.command(
+        evaluate,
+        f'--workdir={copy}',
+        f'--workdir={other}',
+        f'--checkpoint={which}',
+      )
+
+
+def test_the_table_of_what_was_measured_survives_any_error(
+  copy, tmp_path, capsys, monkeypatch
+):
+  def measured(workdir, *, which, **_):
+    if which == '10':
+      raise ValueError('its photos are gone')
+    return evaluate.Evaluation(5, [row_of(5)])
+
+  monkeypatch.setattr(evaluate, 'measure', measured)
+  with pytest.raises(ValueError, match='its photos are gone'):
+    small.command(
+      evaluate,
+      f'--workdir={copy}',
+      '--mode=knn',
+      '--checkpoint=all',
+      f'--table={tmp_path}/t.csv',
+    )
+  assert '| copy | 5    | digits | 9      ' in capsys.readouterr().out
+  assert [row['step'] for row in rows_of(tmp_path / 't.csv')] == ['5']
