@@ -233,14 +233,19 @@ class FineTuning:
       mesh=mesh,
       seed=config.seed,
     )
-    self._resident = None
+    # Of the whole, which is never asked for: a fit has its own batches.
+    shared = {'batch_size': mesh.size, 'seed': config.seed, 'mesh': mesh}
+    self._data: loader.ResidentLoader | loader.StreamLoader
     if inputs.is_resident(config, readers_['train']):
-      self._resident = loader.ResidentLoader(
-        *loader.read_all(readers_['train']),
-        # Of the whole, which is never asked for: a fit has its own.
-        batch_size=mesh.size,
-        seed=config.seed,
-        mesh=mesh,
+      self._data = loader.ResidentLoader(
+        *loader.read_all(readers_['train']), **shared
+      )
+    else:
+      self._data = loader.StreamLoader(
+        readers_['train'],
+        num_workers=inputs.num_workers(config, readers_['train']),
+        prefetch=config.data.prefetch,
+        **shared,
       )
 
   def __call__(self, chosen: np.ndarray) -> dict[str, float | int | None]:
@@ -305,21 +310,7 @@ class FineTuning:
       # not share it evenly otherwise.
       size = -(-len(chosen) // self._mesh.size) * self._mesh.size
       chosen = np.resize(chosen, size)
-    shared = {'batch_size': size, 'seed': config.seed}
-    if self._resident is not None:
-      data = self._resident.among(chosen, **shared)
-    else:
-      source, labels = self._examples['train']
-      reader = inputs.evaluation_reader(
-        config, sources.Subset(source, chosen), labels[chosen]
-      )
-      data = loader.StreamLoader(
-        reader,
-        num_workers=inputs.num_workers(config, reader),
-        prefetch=config.data.prefetch,
-        mesh=self._mesh,
-        **shared,
-      )
+    data = self._data.among(chosen, batch_size=size, seed=config.seed)
     steps = config.eval.finetune_epochs * data.steps_per_epoch
     return self._trainer.fit(
       data,

@@ -152,7 +152,7 @@ def test_fine_tuning_learns_the_classes_and_freezes_the_checkpoint(
   assert figures['finetune_learning_rate'] in (0.1, 0.5)
   assert figures['finetune_held_out_top1'] > 0.4
   assert figures['finetune_steps'] == 44  # two epochs of 22 batches of 64
-  assert figures['finetune_protocol_version'] == finetune.PROTOCOL_VERSION == 1
+  assert figures['finetune_protocol_version'] == finetune.PROTOCOL_VERSION == 2
   run = clop_jax.load(str(digits_run), devices=jax.devices()[ONE])
   frozen = run.variables['params'], run.variables['batch_stats']
   assert figures['parameters_sha256'] == probe.fingerprint(frozen)
@@ -183,11 +183,25 @@ def test_fine_tuning_sees_the_images_of_the_labelled_only(
   assert results[0] == results[1] > 0.3
 
 
-def test_a_streamed_set_and_few_labels_on_several_devices(copy):
-  path = copy / 'config.json'
+def streamed(workdir):
+  path = workdir / 'config.json'
   config = json.loads(path.read_text())
   config['data'] |= {'loader': 'stream', 'num_workers': 0}
   path.write_text(json.dumps(config))
+
+
+def test_a_streamed_set_is_fine_tuned_on_as_a_resident_one(measure, copy):
+  asked = {'modes': ('finetune',), 'fractions': (0.1,)}
+  (resident,) = measure(**asked).measurements
+  streamed(copy)
+  one = jax.devices()[ONE]
+  (stream,) = evaluate.measure(str(copy), devices=one, **asked).measurements
+  for key in ('top1', 'top5', 'held_out_top1', 'learning_rate'):
+    assert stream[f'finetune_{key}'] == resident[f'finetune_{key}']
+
+
+def test_a_streamed_set_and_few_labels_on_several_devices(copy):
+  streamed(copy)
   (figures,) = evaluate.measure(
     str(copy),
     modes=('finetune',),

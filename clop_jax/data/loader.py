@@ -60,8 +60,21 @@ class Order:
     batch_size: examples in the global batch.
   """
 
-  def __init__(self, num_examples: int, *, batch_size: int, seed: int):
+  def __init__(
+    self,
+    num_examples: int,
+    *,
+    batch_size: int,
+    seed: int,
+    chosen: np.ndarray | None = None,
+  ):
     """Shuffles each epoch anew.
+
+    Args:
+      num_examples: of the data, or as many as are chosen.
+      batch_size: at most as many.
+      seed: of the order.
+      chosen: `[num_examples]` numbers of the examples; None: all there are.
 
     Raises:
       ValueError: if the batch is larger than the data.
@@ -74,6 +87,7 @@ class Order:
     self.batch_size = batch_size
     self.steps_per_epoch = num_examples // batch_size
     self._num_examples, self._seed = num_examples, seed
+    self._chosen = None if chosen is None else np.asarray(chosen, np.int32)
     # Steps come in order, so the same epoch is asked for many times; two of
     # them, because reading ahead crosses into the next one.
     self._epochs = collections.OrderedDict()
@@ -86,6 +100,8 @@ class Order:
     if order is None:
       rng = np.random.default_rng([self._seed, epoch])
       order = rng.permutation(self._num_examples).astype(np.int32)
+      if self._chosen is not None:
+        order = self._chosen[order]
       self._epochs[epoch] = order
       while len(self._epochs) > 2:
         self._epochs.popitem(last=False)
@@ -169,13 +185,7 @@ class ResidentLoader:
       batch_size: as of the loader, at most as many as are chosen.
       seed: of the order.
     """
-    parallel.check_batch_size(batch_size, self._mesh)
-    other = copy.copy(self)
-    other._order = Order(len(chosen), batch_size=batch_size, seed=seed)
-    other.steps_per_epoch = other._order.steps_per_epoch
-    numbers = np.asarray(chosen, np.int32)
-    other.indices = lambda step: numbers[other._order.indices(step)]
-    return other
+    return _among(self, chosen, batch_size, seed)
 
   def batches(self, chunks: Iterable[range]) -> Generator[dict, None, None]:
     """See `Loader.batches`."""
@@ -241,6 +251,14 @@ class StreamLoader:
     self.indices = self._order.indices
     self.resident = {}
 
+  def among(
+    self, chosen: np.ndarray, *, batch_size: int, seed: int
+  ) -> 'StreamLoader':
+    """See `ResidentLoader.among`: the same batches, of the same numbers."""
+    other = _among(self, chosen, batch_size, seed)
+    other._rows = parallel.local_rows(self._mesh, batch_size)
+    return other
+
   def batches(self, chunks: Iterable[range]) -> Generator[dict, None, None]:
     """See `Loader.batches`."""
     chunks = list(chunks)
@@ -277,6 +295,18 @@ class StreamLoader:
       name: jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
       for name, (shape, dtype) in types.items()
     }
+
+
+def _among(data, chosen, batch_size, seed):
+  """A copy of a loader that serves the chosen examples."""
+  parallel.check_batch_size(batch_size, data._mesh)
+  other = copy.copy(data)
+  other._order = Order(
+    len(chosen), batch_size=batch_size, seed=seed, chosen=chosen
+  )
+  other.steps_per_epoch = other._order.steps_per_epoch
+  other.indices = other._order.indices
+  return other
 
 
 def _stacked(steps):
