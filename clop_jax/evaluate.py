@@ -14,7 +14,9 @@ written into each workdir as `eval.json`, `embeddings.npz` and
 docs/evaluation.md. Nothing but the workdir is needed: the config is in it.
 """
 
+import ast
 import collections
+from collections.abc import Mapping
 import dataclasses
 import datetime
 import importlib.metadata
@@ -76,8 +78,8 @@ class Evaluation:
     step: of the checkpoint.
     measurements: one for each mode and fraction: the mode's figures, and what
       they were made of and with.
-    complete: what `eval.json` gets; None unless the run's own data, all labels
-      and both modes of frozen features were asked for.
+    complete: what `eval.json` gets; None unless the run's own data and
+      settings, all labels and both modes of frozen features were asked for.
     arrays: for figures, see `evaluate`; likewise.
   """
 
@@ -129,6 +131,7 @@ def measure(
   fractions: tuple[float, ...] = (1.0,),
   data: OtherData | None = None,
   given: dict[str, sources.Source] | None = None,
+  settings: Mapping[str, Any] | None = None,
   which: str = 'latest',
   devices=None,
 ) -> Evaluation:
@@ -140,6 +143,8 @@ def measure(
     fractions: of the training labels, see `protocol.labelled`.
     data: another data set to learn from and to measure on; None: the run's own.
     given: as in `evaluate`.
+    settings: other values of `config.eval` than the run's, see
+      `protocol.with_settings`.
     which: as in `evaluate`.
     devices: as in `evaluate`.
 
@@ -147,13 +152,17 @@ def measure(
     The figures; the weights of the checkpoint are the same before and after.
 
   Raises:
-    ValueError: as `evaluate`; for an unknown mode, a fraction out of range, or
-      another data set that cannot be read.
+    ValueError: as `evaluate`; for an unknown mode, a fraction out of range,
+      settings that there are not, or another data set that cannot be read.
     FloatingPointError: as `evaluate`; or if fine-tuning diverged.
     checkpoint.DamagedCheckpointError: as `evaluate`.
   """
   _check_modes(modes, fractions)
   config = workdir_lib.load_config(workdir)
+  own = workdir_lib.to_json(config)['eval']
+  config = protocol.with_settings(config, settings or {})
+  used = workdir_lib.to_json(config)['eval']
+  changed = {name: used[name] for name in used if used[name] != own[name]}
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.eval.batch_size, mesh)
   if data is not None:
@@ -222,12 +231,14 @@ def measure(
       'num_test': len(examples['test'][1]),
       'parameters_sha256': before,
       'seed': config.seed,
+      'eval': used,
+      'eval_changed': changed,
       **origin,
     }
     for (mode, fraction), found in figures_of.items()
   ]
   is_complete = {*_COMPLETE} <= {*modes} and 1 in fractions
-  if data is not None or not is_complete:
+  if data is not None or changed or not is_complete:
     return Evaluation(run.step, measurements)
 
   test_labels = jnp.asarray(labels['test'])
@@ -374,6 +385,10 @@ def write_measurement(workdir: str, measurement: dict) -> None:
       re.sub(r'[^\w.+-]+', '-', place),
       measurement['mode'],
       f'{measurement["label_fraction"]:g}',
+      *(
+        re.sub(r'[^\w.+-]+', '-', f'{field}={value}').strip('-')
+        for field, value in measurement['eval_changed'].items()
+      ),
     ]
   )
   _write_json(os.path.join(workdir, FOLDER, f'{name}.json'), measurement)
@@ -494,6 +509,12 @@ def define_flags() -> None:
   flags.DEFINE_string('data_dir', None, 'Of --data, as config.data.data_dir.')
   flags.DEFINE_string('train_split', None, 'Of --data; default: train.')
   flags.DEFINE_string('test_split', None, 'Of --data; default: test.')
+  flags.DEFINE_multi_string(
+    'eval',
+    [],
+    "Another value than the run's of a field of config.eval, as "
+    'finetune_epochs=5 or finetune_learning_rates=0.01,0.1; may be repeated.',
+  )
   flags.DEFINE_string('table', None, 'The table as a file, too: .csv or .md.')
 
 
@@ -531,6 +552,22 @@ def _asked():
   return modes, fractions, data
 
 
+def _settings():
+  """The values of --eval by field."""
+  found = {}
+  for text in flags.FLAGS.eval:
+    name, _, value = text.partition('=')
+    try:
+      found[name] = ast.literal_eval(
+        value.title() if value in ('true', 'false') else value
+      )
+    except (ValueError, SyntaxError) as error:
+      raise ValueError(
+        f'--eval={text} must be FIELD=VALUE, as finetune_epochs=5'
+      ) from error
+  return found
+
+
 def main() -> None:
   """The command."""
   paths, figure = flags.FLAGS.workdir or [], flags.FLAGS.figure
@@ -539,17 +576,19 @@ def main() -> None:
     raise ValueError('--workdir must name the folder of a run, got none')
   modes, fractions, data = _asked()
   is_plain = (modes, fractions, data) == (_COMPLETE, (1.0,), None)
-  is_plain = is_plain and which != 'all'
+  settings = _settings()
+  is_plain = is_plain and which != 'all' and not settings
   if figure and not is_plain:
     raise ValueError(
       '--figure compares runs by their embeddings, one checkpoint each; leave '
-      'out --mode, --label_fraction, --data and --checkpoint=all'
+      'out --mode, --label_fraction, --data, --eval and --checkpoint=all'
     )
   if table:
     report.check_table(table)
   runs = _named(paths)
   jobs = []
   for name, workdir in runs:
+    protocol.with_settings(workdir_lib.load_config(workdir), settings)
     steps = restored.check(workdir, which)
     for chosen in steps if which == 'all' else [which]:
       jobs.append((name, workdir, str(chosen), steps[-1]))
@@ -563,6 +602,7 @@ def main() -> None:
           modes=modes,
           fractions=fractions,
           data=data,
+          settings=settings,
           which=checkpoint_name,
         )
       except (FloatingPointError, checkpoint.DamagedCheckpointError) as error:

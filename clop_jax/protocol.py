@@ -5,7 +5,7 @@ state it is at. The measures themselves are those of `probe`, `finetune` and
 `collapse`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -22,6 +22,45 @@ from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
 from clop_jax.data import reader as reader_lib
 from clop_jax.data import sources
+
+
+def with_settings(
+  config: ml_collections.ConfigDict, settings: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+  """A run's config with other fields of `config.eval`.
+
+  Args:
+    config: see `defaults`.
+    settings: values by the field's name, as `{'finetune_epochs': 5}`. One
+      number does for a field that holds several.
+
+  Raises:
+    ValueError: for an unknown field, or a value of another type.
+  """
+  fields = config.to_dict()
+  for name, value in settings.items():
+    if name not in fields['eval']:
+      raise ValueError(
+        f'--eval={name}=... is not a field of config.eval; there are '
+        f'{", ".join(sorted(fields["eval"]))}'
+      )
+    fields['eval'][name] = _like(fields['eval'][name], name, value)
+  return ml_collections.ConfigDict(fields).lock()
+
+
+def _like(before, name, value):
+  """A new value of a field, of the old one's type."""
+  if isinstance(before, list | tuple):
+    values = value if isinstance(value, list | tuple) else [value]
+    # A run may have been trained with whole numbers where floats are meant.
+    kind = 1 if name == 'knn_neighbours' else 1.0
+    return [_like(kind, name, one) for one in values]
+  expected: Any = type(before)
+  if expected is float and isinstance(value, int):
+    expected = int
+  if type(value) is not expected:
+    raise ValueError(f'--eval={name}=... must be as {before!r}, got {value!r}')
+  return type(before)(value)
 
 
 def readers(

@@ -381,6 +381,10 @@ def test_a_run_on_other_data_writes_a_file_of_its_own(
     (['--test_split=val'], '--test_split goes with --data=NAME'),
     (['--data=cifra10'], '--data=cifra10 --train_split=train: '),
     (['--data=folder'], '--data=folder --train_split=train: config.data.data_'),
+    (['--eval=epochs=3'], '--eval=epochs=... is not a field of config.eval; '),
+    (['--eval=finetune_epochs'], '--eval=finetune_epochs must be FIELD=VALUE'),
+    (['--eval=finetune_epochs=0.5'], 'must be as 2, got 0.5'),
+    (['--eval=probe_l2=a'], '--eval=probe_l2=a must be FIELD=VALUE, as '),
     (['--table=a.txt'], '--table must end in .csv or .md, got a.txt'),
     (['--table=nowhere/a.md'], '--table=nowhere/a.md: there is no folder'),
     (['--figure=a.png', '--mode=knn'], '--figure compares runs by their embed'),
@@ -425,6 +429,7 @@ def test_one_checkpoint_that_fails_does_not_lose_the_others(
 
 def row_of(step):
   row = {'mode': 'knn', 'step': step, 'data': 'digits', 'other_data': False}
+  row |= {'eval_changed': {}}
   return row | {'label_fraction': 1.0, 'num_labels': 9, 'knn_top1': 0.25}
 
 
@@ -467,3 +472,38 @@ def test_the_table_of_what_was_measured_survives_any_error(
     )
   assert '| copy | 5    | digits | 9      ' in capsys.readouterr().out
   assert [row['step'] for row in rows_of(tmp_path / 't.csv')] == ['5']
+
+
+def test_other_settings_are_used_and_kept_apart(copy, monkeypatch):
+  monkeypatch.setattr(jax, 'devices', lambda *_: jax.local_devices()[ONE])
+  (copy / 'eval.json').write_text('of the settings of the run')
+  small.command(
+    evaluate,
+    f'--workdir={copy}',
+    '--mode=linear,knn,finetune',
+    '--eval=finetune_epochs=1',
+    '--eval=finetune_min_steps=7',
+    '--eval=finetune_learning_rates=0.25',
+    '--eval=knn_neighbours=3,5',
+    '--eval=finetune_augment=false',
+  )
+  assert (copy / 'eval.json').read_text() == 'of the settings of the run'
+  found = {}
+  for name in os.listdir(copy / 'evaluations'):
+    figures = json.loads((copy / 'evaluations' / name).read_text())
+    found[figures['mode']] = figures
+    for part in ('knn_neighbours-3-5', 'finetune_epochs-1', 'rates-0.25'):
+      assert part in name
+    assert {*figures['eval_changed']} == {
+      'finetune_epochs',
+      'finetune_min_steps',
+      'finetune_learning_rates',
+      'finetune_augment',
+      'knn_neighbours',
+    }
+  assert {*found} == {'linear', 'knn', 'finetune'}
+  assert found['finetune']['finetune_steps'] == 22  # one epoch
+  assert found['finetune']['finetune_learning_rate'] == 0.25
+  assert {'knn3_top1', 'knn5_top1'} < {*found['knn']}
+  assert found['knn']['eval']['knn_neighbours'] == [3, 5]
+  assert found['knn']['eval']['finetune_batch_size'] == 64  # the run's own
