@@ -435,26 +435,41 @@ def _name(path):
 
 
 def _named(paths):
-  """`(name, workdir)` of all runs that the flags name."""
-  runs = []
+  """`(name, workdir)` of all runs that the flags name, each once."""
+  workdirs = {}
   for path in paths:
     found = workdir_lib.find(path)
     if len(found) == 1:
       workdir_lib.load_config(found[0])  # complain before the first long work
-      runs.append((_name(found[0]), found[0]))
-      continue
-    shared, trained = os.path.commonpath(found), []
-    for workdir in found:
-      try:
-        restored.steps(workdir)
-      except ValueError as error:
-        _warn(f'{error}; it is left out')
-      else:
-        trained.append((os.path.relpath(workdir, shared), workdir))
+      trained = found
+    else:
+      trained = [workdir for workdir in found if _is_trained(workdir)]
     if not trained:
       raise ValueError(f'--workdir={path} holds no run with a checkpoint')
-    runs += trained
-  return runs
+    for workdir in trained:
+      remote = '://' in workdir
+      workdirs.setdefault(
+        workdir if remote else os.path.abspath(workdir), workdir
+      )
+  if len(workdirs) == 1:
+    return [(_name(workdir), workdir) for workdir in workdirs.values()]
+  try:
+    shared = os.path.commonpath(workdirs)
+  except ValueError:  # some are remote and some are not
+    return [(workdir, workdir) for workdir in workdirs.values()]
+  return [
+    (place[len(shared) :].lstrip('/'), workdir)
+    for place, workdir in workdirs.items()
+  ]
+
+
+def _is_trained(workdir):
+  try:
+    restored.steps(workdir)
+  except ValueError as error:
+    _warn(f'{error}; it is left out')
+    return False
+  return True
 
 
 def _rows(name, found):

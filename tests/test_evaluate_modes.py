@@ -507,3 +507,31 @@ def test_other_settings_are_used_and_kept_apart(copy, monkeypatch):
   assert {'knn3_top1', 'knn5_top1'} < {*found['knn']}
   assert found['knn']['eval']['knn_neighbours'] == [3, 5]
   assert found['knn']['eval']['finetune_batch_size'] == 64  # the run's own
+
+
+def test_runs_have_names_of_their_own_and_come_once(
+  digits_run, tmp_path, monkeypatch, capsys
+):
+  for name in ('s1/a', 's1/b', 's2/a', 's2/b'):
+    (tmp_path / name).mkdir(parents=True)
+    shutil.copy(digits_run / 'config.json', tmp_path / name)
+  monkeypatch.setattr(evaluate.restored, 'check', lambda *_: [5])
+  monkeypatch.setattr(evaluate.restored, 'steps', lambda *_: [5])
+  monkeypatch.setattr(
+    evaluate, 'measure', lambda *_, **__: evaluate.Evaluation(5, [row_of(5)])
+  )
+  monkeypatch.chdir(tmp_path)
+
+  def names(*paths):
+    small.command(
+      evaluate,
+      *(f'--workdir={path}' for path in paths),
+      '--mode=knn',
+      '--table=t.csv',
+    )
+    return [row['run'] for row in rows_of('t.csv')]
+
+  assert names('s1', 's2') == ['s1/a', 's1/b', 's2/a', 's2/b']
+  assert names('s1/a', 's1/*') == ['a', 'b']
+  assert names('s1/a', f'{tmp_path}/s2/../s1/a') == ['a']
+  assert names('s2/b', 's1/b') == ['s2/b', 's1/b']
