@@ -272,8 +272,8 @@ class FineTuning:
       mesh=mesh,
       seed=config.seed,
     )
-    # Of the whole, which is never asked for: a fit has its own batches.
-    shared = {'batch_size': mesh.size, 'seed': config.seed, 'mesh': mesh}
+    # Each fit has batches of its own.
+    shared: Any = {'batch_size': None, 'seed': config.seed, 'mesh': mesh}
     self._data: loader.ResidentLoader | loader.StreamLoader
     if inputs.is_resident(config, readers_['train']):
       self._data = loader.ResidentLoader(

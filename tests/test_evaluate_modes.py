@@ -217,6 +217,22 @@ def test_a_streamed_set_and_few_labels_on_several_devices(copy):
   assert figures['finetune_top1'] > 0.15
 
 
+@pytest.mark.parametrize('loader', ['resident', 'stream'])
+def test_fewer_examples_than_devices_are_fine_tuned_on(copy, digits, loader):
+  if loader == 'stream':
+    streamed(copy)
+  images, labels = digits['train']
+  (figures,) = evaluate.measure(
+    str(copy),
+    modes=('finetune',),
+    given=in_memory(digits, train=(images[:6], labels[:6])),
+    settings={'finetune_min_steps': 2},
+    devices=jax.devices()[:8],
+  ).measurements
+  assert figures['num_labels'] == 6
+  assert figures['finetune_steps'] == 2
+
+
 @pytest.fixture
 def shapes(tmp_path):
   """Colour images of three classes that nothing but brightness tells apart."""

@@ -150,7 +150,7 @@ class ResidentLoader:
     images: np.ndarray,
     labels: np.ndarray,
     *,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
     mesh: Mesh,
   ):
@@ -160,14 +160,14 @@ class ResidentLoader:
       images: `[n, height, width, channels]` uint8.
       labels: `[n]` int32, -1 is unlabelled.
       batch_size: global batch size, a multiple of the devices, at most `n`.
+        None: batches are asked for by `among` alone.
       seed: of the order.
       mesh: see `parallel.make_mesh`.
 
     Raises:
       ValueError: if the batch does not fit the devices or the data.
     """
-    parallel.check_batch_size(batch_size, mesh)
-    self._order = Order(len(images), batch_size=batch_size, seed=seed)
+    self._order = _order(len(images), batch_size, seed, mesh)
     self._mesh = mesh
     self.steps_per_epoch = self._order.steps_per_epoch
     self.indices = self._order.indices
@@ -211,7 +211,7 @@ class StreamLoader:
     self,
     reader: reader_lib.Reader,
     *,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
     mesh: Mesh,
     num_workers: int,
@@ -222,7 +222,7 @@ class StreamLoader:
     Args:
       reader: what to read with; it is copied to the workers.
       batch_size: global batch size, a multiple of the devices, at most the
-        number of examples.
+        number of examples. None: batches are asked for by `among` alone.
       seed: of the order.
       mesh: see `parallel.make_mesh`.
       num_workers: worker processes; 0 reads with threads of this process. A
@@ -233,7 +233,6 @@ class StreamLoader:
       ValueError: if the batch does not fit the devices or the data, or the
         other numbers are negative.
     """
-    parallel.check_batch_size(batch_size, mesh)
     if num_workers < 0:
       raise ValueError(
         'config.data.num_workers must be at least 0, or -1 for one per core, '
@@ -245,8 +244,10 @@ class StreamLoader:
       )
     self._reader, self._mesh = reader, mesh
     self._num_workers, self._prefetch = num_workers, prefetch
-    self._order = Order(len(reader), batch_size=batch_size, seed=seed)
-    self._rows = parallel.local_rows(mesh, batch_size)
+    self._order = _order(len(reader), batch_size, seed, mesh)
+    self._rows = np.arange(0)
+    if batch_size is not None:
+      self._rows = parallel.local_rows(mesh, batch_size)
     self.steps_per_epoch = self._order.steps_per_epoch
     self.indices = self._order.indices
     self.resident = {}
@@ -295,6 +296,13 @@ class StreamLoader:
       name: jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
       for name, (shape, dtype) in types.items()
     }
+
+
+def _order(num_examples, batch_size, seed, mesh):
+  if batch_size is None:
+    return Order(num_examples, batch_size=1, seed=seed)
+  parallel.check_batch_size(batch_size, mesh)
+  return Order(num_examples, batch_size=batch_size, seed=seed)
 
 
 def _among(data, chosen, batch_size, seed):
