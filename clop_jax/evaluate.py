@@ -175,6 +175,11 @@ def measure(
     fraction: protocol.labelled(config, examples['train'][1], fraction)
     for fraction in fractions
   }
+  trained_num_labels = 0
+  if config.loss.clop_weight or config.loss.contrastive == 'supcon':
+    trained_num_labels = workdir_lib.num_labels(workdir)
+  if data is None and given is None:
+    _warn_of_labels(workdir, trained_num_labels, chosen)
   run = restored.load(workdir, which=which, devices=devices)
   before = probe.fingerprint(_frozen_part(run))
   features, embeddings, labels = {}, {}, {}
@@ -228,6 +233,7 @@ def measure(
       'num_classes': config.data.num_classes,
       'label_fraction': fraction,
       'num_labels': len(chosen[fraction]),
+      'trained_num_labels': trained_num_labels,
       'num_test': len(examples['test'][1]),
       'parameters_sha256': before,
       'seed': config.seed,
@@ -310,6 +316,16 @@ def _some(features, labels, numbers):
   return tuple(
     both | {'train': both['train'][numbers]} for both in (features, labels)
   )
+
+
+def _warn_of_labels(workdir, trained, chosen):
+  fewer = [f'{x:g}' for x, few in chosen.items() if (trained or 0) > len(few)]
+  if fewer:
+    _warn(
+      f'{workdir}: its training knew {trained:,} labels, more than '
+      f'--label_fraction={",".join(fewer)} gives; these are not figures of a '
+      'network that saw so few'
+    )
 
 
 def _frozen_part(run):

@@ -166,6 +166,18 @@ def _save_labels(workdir, labels, true_labels):
     )
 
 
+def num_labels(workdir: str) -> int | None:
+  """How many examples the training of a workdir had the labels of.
+
+  None: the workdir does not say.
+  """
+  path = epath.Path(workdir) / 'labels.npz'
+  if not path.exists():
+    return None
+  labels = label_policy.unpack(path.read_bytes())
+  return int(np.sum(labels != label_policy.UNLABELLED))
+
+
 def find(path: str) -> list[str]:
   """The workdirs that a path names.
 

@@ -551,3 +551,24 @@ def test_runs_have_names_of_their_own_and_come_once(
   assert names('s1/a', 's1/*') == ['a', 'b']
   assert names('s1/a', f'{tmp_path}/s2/../s1/a') == ['a']
   assert names('s2/b', 's1/b') == ['s2/b', 's1/b']
+
+
+def test_the_labels_that_the_training_knew_are_told(
+  copy, digits_run, measure, capsys
+):
+  with np.load(digits_run / 'labels.npz') as file:
+    known = int(file['labelled'].sum())
+  asked = {'modes': ('knn',), 'fractions': (0.01, 0.1, 1.0)}
+  measured = measure(**asked).measurements
+  assert [x['trained_num_labels'] for x in measured] == [known] * 3
+  warning = f'knew {known} labels, more than --label_fraction=0.01 gives'
+  assert warning in capsys.readouterr().err
+  # The same weights, had no loss used the labels.
+  path = copy / 'config.json'
+  config = json.loads(path.read_text())
+  config['loss']['clop_weight'] = 0.0
+  path.write_text(json.dumps(config))
+  one = jax.devices()[ONE]
+  measured = evaluate.measure(str(copy), devices=one, **asked).measurements
+  assert [x['trained_num_labels'] for x in measured] == [0] * 3
+  assert not capsys.readouterr().err
