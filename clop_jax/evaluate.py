@@ -175,20 +175,27 @@ def measure(
     fraction: protocol.labelled(config, examples['train'][1], fraction)
     for fraction in fractions
   }
+  run = restored.load(workdir, which=which, devices=devices)
+  before = probe.fingerprint(_frozen_part(run))
+  features, embeddings, labels, decoded = {}, {}, {}, {}
+  for split, (source, known) in examples.items():
+    reader = protocol.reader(config, source, known)
+    if {*modes} & {*_COMPLETE}:
+      features[split], embeddings[split], decoded[split] = (
+        protocol.extract_numbered(config, reader, run.apply, mesh)
+      )
+    else:
+      decoded[split] = protocol.readable(config, reader)
+    labels[split] = known[decoded[split]]
+  chosen = {
+    fraction: _decoded(numbers, decoded['train'], fraction)
+    for fraction, numbers in chosen.items()
+  }
   trained_num_labels = 0
   if config.loss.clop_weight or config.loss.contrastive == 'supcon':
     trained_num_labels = workdir_lib.num_labels(workdir)
   if data is None and given is None:
     _warn_of_labels(workdir, trained_num_labels, chosen)
-  run = restored.load(workdir, which=which, devices=devices)
-  before = probe.fingerprint(_frozen_part(run))
-  features, embeddings, labels = {}, {}, {}
-  if {*modes} & {*_COMPLETE}:
-    for split, (source, known) in examples.items():
-      reader = inputs.evaluation_reader(config, source, known)
-      features[split], embeddings[split], labels[split] = protocol.extract(
-        config, reader, run.apply, mesh
-      )
   fine_tune: Any = None
   if 'finetune' in modes:
     variables = {name: part['backbone'] for name, part in run.variables.items()}
@@ -198,7 +205,8 @@ def measure(
   figures_of = {}
   try:
     for fraction, numbers in chosen.items():
-      some_features, some_labels = _some(features, labels, numbers)
+      rows = np.searchsorted(decoded['train'], numbers)
+      some_features, some_labels = _some(features, labels, rows)
       for mode in modes:
         found: dict
         if mode == 'linear':
@@ -234,7 +242,11 @@ def measure(
       'label_fraction': fraction,
       'num_labels': len(chosen[fraction]),
       'trained_num_labels': trained_num_labels,
-      'num_test': len(examples['test'][1]),
+      'num_test': len(labels['test']),
+      'num_corrupt': {
+        split: len(known) - len(decoded[split])
+        for split, (_, known) in examples.items()
+      },
       'parameters_sha256': before,
       'seed': config.seed,
       'eval': used,
@@ -309,12 +321,23 @@ def _on_other_data(config, data):
   return config, given
 
 
-def _some(features, labels, numbers):
-  """Features and labels, of the training split those of some examples."""
-  if 'train' not in features or len(numbers) == len(labels['train']):
+def _decoded(chosen, decoded, fraction):
+  """The chosen examples but for those that cannot be decoded."""
+  chosen = np.intersect1d(chosen, decoded)
+  if not chosen.size:
+    raise ValueError(
+      f'--label_fraction={fraction:g} has no image that can be decoded; take '
+      'a larger one, or repair the images'
+    )
+  return chosen
+
+
+def _some(features, labels, rows):
+  """Features and labels, of the training split some rows."""
+  if 'train' not in features or len(rows) == len(labels['train']):
     return features, labels
   return tuple(
-    both | {'train': both['train'][numbers]} for both in (features, labels)
+    both | {'train': both['train'][rows]} for both in (features, labels)
   )
 
 

@@ -6,6 +6,7 @@ state it is at. The measures themselves are those of `probe`, `finetune` and
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import copy
 from typing import Any
 
 from flax import linen as nn
@@ -63,6 +64,15 @@ def _like(before, name, value):
   return type(before)(value)
 
 
+def reader(
+  config: ml_collections.ConfigDict, source: sources.Source, labels: np.ndarray
+) -> reader_lib.Reader:
+  """What reads for `extract`; see `inputs.evaluation_reader`."""
+  return inputs.evaluation_reader(
+    config, source, labels, instead='it is left out'
+  )
+
+
 def readers(
   config: ml_collections.ConfigDict,
   given: dict[str, sources.Source] | None = None,
@@ -84,7 +94,7 @@ def readers(
     source, known = inputs.labelled_source(
       config, split, (given or {}).get(split)
     )
-    found[split] = inputs.evaluation_reader(config, source, known)
+    found[split] = reader(config, source, known)
   return found
 
 
@@ -96,6 +106,8 @@ def extract(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Features, embeddings and labels of all that a reader reads, in order.
 
+  An image that cannot be decoded is left out, where the config skips those.
+
   Args:
     config: see `defaults`.
     reader: see `readers`.
@@ -105,13 +117,49 @@ def extract(
   Returns:
     As `probe.extract`.
   """
-  batches = loader.in_order(
-    reader,
+  features, embeddings, numbers = extract_numbered(config, reader, apply, mesh)
+  return features, embeddings, reader.labels[numbers]
+
+
+def extract_numbered(
+  config: ml_collections.ConfigDict,
+  reader: reader_lib.Reader,
+  apply: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+  mesh: Mesh,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """As `extract`, with the examples' numbers in the place of their labels."""
+  features, embeddings, numbers = probe.extract(
+    apply,
+    _numbered_batches(config, reader),
+    batch_size=config.eval.batch_size,
+    mesh=mesh,
+  )
+  own = numbers == np.arange(len(numbers))
+  return features[own], embeddings[own], numbers[own]
+
+
+def readable(
+  config: ml_collections.ConfigDict, reader: reader_lib.Reader
+) -> np.ndarray:
+  """The numbers of the examples that can be decoded, ascending.
+
+  Reads all of them, if the config skips those that cannot be.
+  """
+  every = np.arange(len(reader))
+  if not config.data.skip_corrupt:
+    return every
+  batches = _numbered_batches(config, reader)
+  return every[np.concatenate([numbers for _, numbers in batches]) == every]
+
+
+def _numbered_batches(config, reader):
+  """Images and whose they are: in the place of a corrupt one comes another."""
+  numbered = copy.copy(reader)
+  numbered.labels = np.arange(len(reader), dtype=np.int32)
+  return loader.in_order(
+    numbered,
     batch_size=config.eval.batch_size,
     num_workers=inputs.num_workers(config, reader),
-  )
-  return probe.extract(
-    apply, batches, batch_size=config.eval.batch_size, mesh=mesh
   )
 
 
@@ -245,8 +293,7 @@ class FineTuning:
       raise ValueError(f'config.eval.finetune_batch_size: {error}') from error
     self._config, self._examples, self._mesh = config, examples, mesh
     readers_ = {
-      split: inputs.evaluation_reader(config, *examples[split])
-      for split in ('train', 'test')
+      split: reader(config, *examples[split]) for split in ('train', 'test')
     }
     self._test = readers_['test']
     shape = (1, augment.size, augment.size, config.data.channels)
@@ -294,7 +341,7 @@ class FineTuning:
     tenth of them; the network is then fine-tuned on all of them.
 
     Args:
-      chosen: their numbers, see `labelled`.
+      chosen: their numbers, see `labelled`; all can be decoded.
 
     Returns:
       `finetune_top1`, `finetune_top5` (on the test split), and what they were
@@ -315,10 +362,10 @@ class FineTuning:
       state, loss = self._fit(fitting, rate)
       if not np.isfinite(loss):
         return -1.0
-      reader = inputs.evaluation_reader(
+      held_out_reader = reader(
         config, sources.Subset(source, asked), labels[asked]
       )
-      return self._accuracy(state, reader, (1,))[0]
+      return self._accuracy(state, held_out_reader, (1,))[0]
 
     if not held_out.any():
       # Between one that does nothing and one that may be too much.
@@ -357,8 +404,8 @@ class FineTuning:
       total_steps=max(steps, config.eval.finetune_min_steps),
     )
 
-  def _accuracy(self, state, reader, ks):
+  def _accuracy(self, state, asked, ks):
     _, logits, labels = extract(
-      self._config, reader, self._trainer.apply(state), self._mesh
+      self._config, asked, self._trainer.apply(state), self._mesh
     )
     return probe.top_k(logits, labels, ks)

@@ -15,6 +15,7 @@ from clop_jax import probe
 from clop_jax import protocol
 from clop_jax import workdir as workdir_lib
 from clop_jax.data import arrays
+from clop_jax.data import images as images_lib
 from tests import small
 
 ONE = slice(0, 1)
@@ -572,3 +573,75 @@ def test_the_labels_that_the_training_knew_are_told(
   measured = evaluate.measure(str(copy), devices=one, **asked).measurements
   assert [x['trained_num_labels'] for x in measured] == [0] * 3
   assert not capsys.readouterr().err
+
+
+class Broken(arrays.Arrays):
+  """Examples of which some cannot be decoded."""
+
+  def __init__(self, images, labels, broken):
+    super().__init__(images, labels)
+    self._broken = {*broken}
+
+  def __getitem__(self, index):
+    if index in self._broken:
+      raise images_lib.CorruptImageError(
+        f'{index} cannot be decoded; repair it'
+      )
+    return super().__getitem__(index)
+
+
+@pytest.mark.parametrize('loader', ['resident', 'stream'])
+def test_a_corrupt_image_is_left_out_and_no_other_takes_its_place(
+  copy, digits, loader, capsys
+):
+  if loader == 'stream':
+    streamed(copy)
+  path = copy / 'config.json'
+  config = json.loads(path.read_text())
+  config['data']['skip_corrupt'] = True
+  path.write_text(json.dumps(config))
+  one = jax.devices()[ONE]
+  run = clop_jax.load(str(copy), devices=one)
+  images, labels = digits['train']
+  chosen = protocol.labelled(run.config, labels, 0.1)
+  # One whose neighbour has not been chosen.
+  broken = next(x for x in chosen[3:] if x + 1 not in chosen)
+  results = []
+  for blackened in (
+    images,
+    images
+    * (np.arange(len(images)) != broken + 1)[:, None, None, None].astype(
+      np.uint8
+    ),
+  ):
+    given = {
+      'train': Broken(blackened, labels, [broken]),
+      'test': Broken(*digits['test'], [7]),
+    }
+    found = evaluate.measure(
+      str(copy),
+      modes=('linear', 'knn', 'finetune'),
+      fractions=(0.1,),
+      given=given,
+      settings={'finetune_learning_rates': 0.1},
+      devices=one,
+    )
+    results.append({m['mode']: m for m in found.measurements})
+  assert 'cannot be decoded; it is left out' in capsys.readouterr().err
+  # The other image has no say in anything.
+  for mode in ('linear', 'knn', 'finetune'):
+    first, second = (result[mode] for result in results)
+    assert first[f'{mode}_top1'] == second[f'{mode}_top1']
+    assert first['num_labels'] == len(chosen) - 1
+    assert first['num_test'] == len(digits['test'][1]) - 1
+    assert first['num_corrupt'] == {'train': 1, 'test': 1}
+  kept = chosen[chosen != broken]
+  tested = np.arange(len(digits['test'][1])) != 7
+  bank, asked = (
+    np.asarray(run.apply(x)[0])
+    for x in (images[kept], digits['test'][0][tested])
+  )
+  expected = probe.knn(
+    bank, labels[kept], asked, digits['test'][1][tested], num_classes=10
+  )
+  assert results[0]['knn']['knn_top1'] == pytest.approx(expected[20], abs=2e-3)
