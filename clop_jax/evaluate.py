@@ -16,9 +16,10 @@ docs/evaluation.md. Nothing but the workdir is needed: the config is in it.
 
 import ast
 import collections
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import io
 import json
@@ -134,6 +135,7 @@ def measure(
   settings: Mapping[str, Any] | None = None,
   which: str = 'latest',
   devices=None,
+  keep: Callable[[Evaluation], None] | None = None,
 ) -> Evaluation:
   """Restores a run and measures it in some modes, with some of the labels.
 
@@ -147,6 +149,8 @@ def measure(
       `protocol.with_settings`.
     which: as in `evaluate`.
     devices: as in `evaluate`.
+    keep: called with each part of the result as soon as it is there: what a
+      later one raises does not lose it.
 
   Returns:
     The figures; the weights of the checkpoint are the same before and after.
@@ -202,33 +206,30 @@ def measure(
     fine_tune = protocol.FineTuning(
       config, run.experiment.backbone, variables, examples, mesh
     )
-  figures_of = {}
-  try:
-    for fraction, numbers in chosen.items():
-      rows = np.searchsorted(decoded['train'], numbers)
-      some_features, some_labels = _some(features, labels, rows)
-      for mode in modes:
-        found: dict
-        if mode == 'linear':
-          found = protocol.linear(config, some_features, some_labels)
-        elif mode == 'knn':
-          found = protocol.knn(config, some_features, some_labels)
-        else:
-          found = fine_tune(numbers)
-        figures_of[mode, fraction] = found
-  except FloatingPointError as error:
-    raise FloatingPointError(f'{error} at step {run.step}') from error
-  if before != probe.fingerprint(_frozen_part(run)):
-    raise RuntimeError('the frozen parameters changed during the evaluation')
-
   origin = {
     'commit': experiment.commit(),
     'versions': {x: importlib.metadata.version(x) for x in _LIBRARIES},
     'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
-    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
   }
-  measurements = [
-    {
+
+  def figures_of(mode, fraction):
+    """Measures and checks; the mode's figures."""
+    numbers = chosen[fraction]
+    try:
+      if mode == 'finetune':
+        found = fine_tune(numbers)
+      else:
+        measured = {'linear': protocol.linear, 'knn': protocol.knn}[mode]
+        rows = np.searchsorted(decoded['train'], numbers)
+        found = measured(config, *_some(features, labels, rows))
+    except FloatingPointError as error:
+      raise FloatingPointError(f'{error} at step {run.step}') from error
+    if before != probe.fingerprint(_frozen_part(run)):
+      raise RuntimeError('the frozen parameters changed during the evaluation')
+    return found
+
+  def measurement(mode, fraction, found):
+    return {
       'mode': mode,
       'protocol_version': probe.PROTOCOL_VERSION,
       'step': run.step,
@@ -252,16 +253,47 @@ def measure(
       'eval': used,
       'eval_changed': changed,
       **origin,
+      'time': _now(),
     }
-    for (mode, fraction), found in figures_of.items()
-  ]
-  is_complete = {*_COMPLETE} <= {*modes} and 1 in fractions
-  if data is not None or changed or not is_complete:
-    return Evaluation(run.step, measurements)
 
+  has_complete = {*_COMPLETE} <= {*modes} and 1 in fractions
+  has_complete = has_complete and data is None and not changed
+  complete = arrays = None
+  found, waiting, done = {}, [], {}
+  # What takes long comes last.
+  order = sorted(
+    ((mode, fraction) for fraction in fractions for mode in modes),
+    key=lambda pair: pair[0] == 'finetune',
+  )
+  for mode, fraction in order:
+    found[mode, fraction] = figures_of(mode, fraction)
+    made = measurement(mode, fraction, found[mode, fraction])
+    done[mode, fraction] = made
+    part = Evaluation(run.step, [made])
+    if has_complete and fraction == 1 and mode in _COMPLETE:
+      waiting.append(made)
+      if len(waiting) < len(_COMPLETE):
+        continue
+      complete, arrays = _complete(
+        config, run, features['test'], embeddings['test'], labels, found
+      )
+      complete |= {'parameters_sha256': before, **origin, 'time': _now()}
+      part = Evaluation(run.step, waiting, complete, arrays)
+    if keep is not None:
+      keep(part)
+  measurements = [done[mode, x] for x in fractions for mode in modes]
+  return Evaluation(run.step, measurements, complete, arrays)
+
+
+def _now():
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+
+
+def _complete(config, run, features, embeddings, labels, found):
+  """What `eval.json` gets but for its origin, and the arrays for figures."""
   test_labels = jnp.asarray(labels['test'])
-  test_features = jnp.asarray(features['test'])
-  unit = collapse.normalize(jnp.asarray(embeddings['test']))
+  test_features = jnp.asarray(features)
+  unit = collapse.normalize(jnp.asarray(embeddings))
   prototypes = np.asarray(run.prototypes)
   cosines = np.asarray(
     collapse.class_mean_cosines(unit, test_labels, len(prototypes))
@@ -269,8 +301,8 @@ def measure(
   result = {
     'protocol_version': probe.PROTOCOL_VERSION,
     'step': run.step,
-    **figures_of['linear', 1],
-    **figures_of['knn', 1],
+    **found['linear', 1],
+    **found['knn', 1],
     **_collapse_measures(unit, test_labels, prototypes, cosines),
     'features_effective_rank': float(collapse.effective_rank(test_features)),
     'features_within_between_ratio': float(
@@ -278,12 +310,10 @@ def measure(
         test_features, test_labels, config.data.num_classes
       )
     ),
-    'parameters_sha256': before,
     'num_train': len(labels['train']),
     'num_test': len(labels['test']),
     'seed': config.seed,
     'config': workdir_lib.to_json(config),
-    **origin,
   }
   arrays = {
     'embeddings': np.asarray(unit),
@@ -292,7 +322,7 @@ def measure(
     'class_mean_cosines': cosines,
     'prototypes': prototypes,
   }
-  return Evaluation(run.step, measurements, result, arrays)
+  return result, arrays
 
 
 def _check_modes(modes, fractions):
@@ -439,21 +469,21 @@ def _write_json(path, content):
   workdir_lib.write_whole(path, text.encode())
 
 
-def _keep(workdir, found, *, is_newest):
-  """Writes all that was measured of a checkpoint into its workdir."""
+def _keep(workdir, which, newest, found):
+  """Writes a part of what was measured of a checkpoint into its workdir."""
+  if not parallel.is_main():
+    return
   complete = found.complete
-  if complete is not None and is_newest:
+  # 'latest' is the newest that is whole.
+  if complete is not None and (which == 'latest' or found.step == newest):
     write(workdir, complete, found.arrays)
     path = os.path.join(workdir, 'figures', 'embeddings.png')
     _draw(path, [workdir], [complete], [found.arrays])
   elif complete is not None:
     path = os.path.join(workdir, FOLDER, f'step{found.step}.json')
     _write_json(path, complete)
-  for measurement in found.measurements:
-    in_complete = complete is not None and (
-      measurement['mode'] in _COMPLETE and measurement['label_fraction'] == 1
-    )
-    if not in_complete:
+  else:
+    for measurement in found.measurements:
       write_measurement(workdir, measurement)
 
 
@@ -658,6 +688,7 @@ def main() -> None:
           data=data,
           settings=settings,
           which=checkpoint_name,
+          keep=functools.partial(_keep, workdir, checkpoint_name, newest),
         )
       except (FloatingPointError, checkpoint.DamagedCheckpointError) as error:
         if len(jobs) == 1:
@@ -668,10 +699,6 @@ def main() -> None:
       names.append(name)
       done.append(found)
       rows += _rows(name, found)
-      if parallel.is_main():
-        # 'latest' is the newest that is whole.
-        is_newest = checkpoint_name == 'latest' or found.step == newest
-        _keep(workdir, found, is_newest=is_newest)
   finally:
     # Also when the next one could not be measured.
     if parallel.is_main() and done:

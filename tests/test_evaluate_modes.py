@@ -428,9 +428,10 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_written(
 def test_one_checkpoint_that_fails_does_not_lose_the_others(
   copy, tmp_path, capsys, monkeypatch
 ):
-  def measured(workdir, *, which, **_):
+  def measured(workdir, *, which, keep, **_):
     if which == '10':
       raise FloatingPointError('NaN at step 10')
+    keep(evaluate.Evaluation(5, [row_of(5)]))
     return evaluate.Evaluation(5, [row_of(5)])
 
   monkeypatch.setattr(evaluate, 'measure', measured)
@@ -645,3 +646,21 @@ def test_a_corrupt_image_is_left_out_and_no_other_takes_its_place(
     bank, labels[kept], asked, digits['test'][1][tested], num_classes=10
   )
   assert results[0]['knn']['knn_top1'] == pytest.approx(expected[20], abs=2e-3)
+
+
+def test_what_was_measured_is_kept_if_fine_tuning_diverges(copy, monkeypatch):
+  monkeypatch.setattr(jax, 'devices', lambda *_: jax.local_devices()[ONE])
+  monkeypatch.setattr(protocol.FineTuning, '_fit', lambda *_: (None, np.nan))
+  with pytest.raises(FloatingPointError, match=r'diverged .* at step 10'):
+    small.command(
+      evaluate,
+      f'--workdir={copy}',
+      '--mode=finetune,linear,knn',
+      '--label_fraction=0.1,1',
+    )
+  assert {*os.listdir(copy / 'evaluations')} == {
+    'step10_digits_linear_0.1.json',
+    'step10_digits_knn_0.1.json',
+  }
+  result = json.loads((copy / 'eval.json').read_text())
+  assert {*result} == KEYS and result['step'] == 10
