@@ -230,6 +230,14 @@ def _can_hold_out(labels, num_classes):
   return not in_range.size or bool(np.bincount(in_range).max() > 1)
 
 
+def check_fraction(fraction: float) -> None:
+  """Raises ValueError unless a fraction of the labels is in (0, 1]."""
+  if not 0 < fraction <= 1:
+    raise ValueError(
+      f'--label_fraction must be in (0, 1], as 0.1 for 10 %, got {fraction}'
+    )
+
+
 def labelled(
   config: ml_collections.ConfigDict, labels: np.ndarray, fraction: float
 ) -> np.ndarray:
@@ -250,10 +258,7 @@ def labelled(
   Raises:
     ValueError: if the fraction is out of range.
   """
-  if not 0 < fraction <= 1:
-    raise ValueError(
-      f'--label_fraction must be in (0, 1], as 0.1 for 10 %, got {fraction}'
-    )
+  check_fraction(fraction)
   kept = label_policy.keep_fraction(labels, fraction, seed=config.seed)
   return np.flatnonzero(kept != label_policy.UNLABELLED)
 

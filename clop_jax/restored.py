@@ -167,7 +167,7 @@ def _restore(config, workdir, run, mesh, which):
     ) as checkpoints:
       target = experiment_lib.abstract_state(run, mesh)
       if which == 'latest':
-        state = checkpoints.restore_latest(target, warn=_warn)
+        state = checkpoints.restore_latest(target, warn=warn)
       else:
         state = checkpoints.restore(_step(checkpoints, which), target)
   if state is None:
@@ -199,6 +199,7 @@ def _step(checkpoints, which):
   return int(which)
 
 
-def _warn(message):
+def warn(message: str) -> None:
+  """Prints a warning, of all processes the main one alone."""
   if parallel.is_main():
     print(f'warning: {message}', file=sys.stderr, flush=True)
