@@ -221,8 +221,9 @@ class Trainer:
 
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def apply(state, images):
-      x = augment.resize(augment.unit_range(images), recipe['size'])
-      x = augment.normalize(x, mean=recipe['mean'], std=recipe['std'])
+      x = augment.whole(
+        images, size=recipe['size'], mean=recipe['mean'], std=recipe['std']
+      )
       variables = {
         'params': state['params']['backbone'],
         'batch_stats': state['batch_stats'],

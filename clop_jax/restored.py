@@ -143,8 +143,9 @@ def frozen(
   # Whole on every device, so that every process has them.
   @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
   def apply(variables, images):
-    x = augment.resize(augment.unit_range(images), recipe.size)
-    x = augment.normalize(x, mean=recipe.mean, std=recipe.std)
+    x = augment.whole(
+      images, size=recipe.size, mean=recipe.mean, std=recipe.std
+    )
     features, embeddings, _ = train_state.apply_networks(
       experiment.backbone,
       experiment.projection_head,
