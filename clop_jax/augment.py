@@ -220,6 +220,23 @@ def unit_range(images: jax.Array) -> jax.Array:
   return images.astype(jnp.float32) / 255
 
 
+def whole(
+  images: jax.Array, *, size: int, mean: Sequence[float], std: Sequence[float]
+) -> jax.Array:
+  """Whole images as evaluation shows them to a network.
+
+  Args:
+    images: `[..., height, width, channels]` uint8.
+    size: height and width of the result.
+    mean: per channel.
+    std: per channel.
+
+  Returns:
+    Float32 `[..., size, size, channels]`, normalized.
+  """
+  return normalize(resize(unit_range(images), size), mean=mean, std=std)
+
+
 def normalize(
   images: jax.Array, *, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:

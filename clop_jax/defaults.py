@@ -168,6 +168,8 @@ def get_config() -> ml_collections.ConfigDict:
   watch.collapse_share = 0.5
   watch.collapse_patience = 5  # logged steps in a row, for the warning
 
+  # Nothing in this group changes what is trained, and a run may go on with
+  # other values than it began with; evaluate --eval takes others, too.
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.batch_size = 512  # images over all devices
   # Side of the middle square that is shown, of the image's shorter side.

@@ -29,6 +29,7 @@ import tqdm
 from clop_jax import command
 from clop_jax import inputs
 from clop_jax import parallel
+from clop_jax import probe
 from clop_jax import restored
 from clop_jax import workdir as workdir_lib
 from clop_jax.data import arrays
@@ -154,12 +155,10 @@ def _run(run, batches, size, labels, what, write):
     return int(kept.sum())
 
   with bar:
-    for images, numbers in batches:
-      count = len(images)
-      # One shape, one compilation. It is a copy, too: what the readers gave may
-      # be shared memory, and the devices still read it when that is given back.
-      images = np.pad(images, [(0, size - count)] + [(0, 0)] * 3)
-      outputs = run.apply(parallel.shard(run.mesh, images))
+    for outputs, numbers in probe.applied(
+      run.apply, batches, batch_size=size, mesh=run.mesh
+    ):
+      count = len(numbers)
       wanted = np.arange(asked, asked + count)
       ready.append((dict(zip(WHAT, outputs, strict=True)), numbers, wanted))
       asked += count

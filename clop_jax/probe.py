@@ -4,7 +4,7 @@ Nothing here sees the network's parameters, only features that were taken with
 them; `fingerprint` shows that they did not change meanwhile.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import hashlib
 
@@ -19,7 +19,8 @@ from clop_jax import parallel
 
 # Version of the protocol that this module and `evaluate` follow; written into
 # every result. It changes whenever equal weights could give another figure.
-PROTOCOL_VERSION = 1
+# 1: the next image took the place of one that cannot be decoded.
+PROTOCOL_VERSION = 2
 
 _PRECISION = lax.Precision.HIGHEST
 
@@ -33,6 +34,27 @@ def fingerprint(tree) -> str:
     digest.update(f'{array.dtype}'.encode())
     digest.update(array.tobytes())
   return digest.hexdigest()
+
+
+def applied(
+  apply: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+  batches: Iterable[tuple[np.ndarray, np.ndarray]],
+  *,
+  batch_size: int,
+  mesh: Mesh,
+) -> Iterator[tuple[tuple[jax.Array, jax.Array], np.ndarray]]:
+  """What `apply` gives for each batch, on the devices, and its labels.
+
+  Arguments and errors are those of `extract`. All outputs have `batch_size`
+  rows; those after the last label are of no image.
+  """
+  parallel.check_batch_size(batch_size, mesh)
+  for images, labels in batches:
+    # One shape, one compilation: the last batch is filled up. It is a copy, as
+    # what the readers gave may be shared memory, and the devices still read it
+    # when that is given back.
+    images = np.pad(images, [(0, batch_size - len(images))] + [(0, 0)] * 3)
+    yield apply(parallel.shard(mesh, images)), labels
 
 
 def extract(
@@ -59,15 +81,12 @@ def extract(
   Raises:
     ValueError: if the batch size does not fit the devices.
   """
-  parallel.check_batch_size(batch_size, mesh)
   columns = ([], [], [])
-  for images, labels in batches:
-    size = len(images)
-    # One shape, one compilation: the last batch is filled up and cut again.
-    images = np.pad(images, [(0, batch_size - size)] + [(0, 0)] * 3)
-    outputs = apply(parallel.shard(mesh, images))
+  for outputs, labels in applied(
+    apply, batches, batch_size=batch_size, mesh=mesh
+  ):
     for column, output in zip(columns, outputs, strict=False):
-      column.append(np.asarray(output, np.float32)[:size])
+      column.append(np.asarray(output, np.float32)[: len(labels)])
     columns[2].append(labels)
   features, embeddings, known = map(np.concatenate, columns)
   return features, embeddings, known

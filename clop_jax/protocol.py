@@ -5,7 +5,8 @@ state it is at. The measures themselves are those of `probe`, `finetune` and
 `collapse`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import copy
 from typing import Any
 
 from flax import linen as nn
@@ -22,6 +23,54 @@ from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
 from clop_jax.data import reader as reader_lib
 from clop_jax.data import sources
+
+
+def with_settings(
+  config: ml_collections.ConfigDict, settings: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+  """A run's config with other fields of `config.eval`.
+
+  Args:
+    config: see `defaults`.
+    settings: values by the field's name, as `{'finetune_epochs': 5}`. One
+      number does for a field that holds several.
+
+  Raises:
+    ValueError: for an unknown field, or a value of another type.
+  """
+  fields = config.to_dict()
+  for name, value in settings.items():
+    if name not in fields['eval']:
+      raise ValueError(
+        f'--eval={name}=... is not a field of config.eval; there are '
+        f'{", ".join(sorted(fields["eval"]))}'
+      )
+    fields['eval'][name] = _like(fields['eval'][name], name, value)
+  return ml_collections.ConfigDict(fields).lock()
+
+
+def _like(before, name, value):
+  """A new value of a field, of the old one's type."""
+  if isinstance(before, list | tuple):
+    values = value if isinstance(value, list | tuple) else [value]
+    # A run may have been trained with whole numbers where floats are meant.
+    kind = 1 if name == 'knn_neighbours' else 1.0
+    return [_like(kind, name, one) for one in values]
+  expected: Any = type(before)
+  if expected is float and isinstance(value, int):
+    expected = int
+  if type(value) is not expected:
+    raise ValueError(f'--eval={name}=... must be as {before!r}, got {value!r}')
+  return type(before)(value)
+
+
+def reader(
+  config: ml_collections.ConfigDict, source: sources.Source, labels: np.ndarray
+) -> reader_lib.Reader:
+  """What reads for `extract`; see `inputs.evaluation_reader`."""
+  return inputs.evaluation_reader(
+    config, source, labels, instead='it is left out'
+  )
 
 
 def readers(
@@ -45,7 +94,7 @@ def readers(
     source, known = inputs.labelled_source(
       config, split, (given or {}).get(split)
     )
-    found[split] = inputs.evaluation_reader(config, source, known)
+    found[split] = reader(config, source, known)
   return found
 
 
@@ -57,6 +106,8 @@ def extract(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Features, embeddings and labels of all that a reader reads, in order.
 
+  An image that cannot be decoded is left out, where the config skips those.
+
   Args:
     config: see `defaults`.
     reader: see `readers`.
@@ -66,13 +117,49 @@ def extract(
   Returns:
     As `probe.extract`.
   """
-  batches = loader.in_order(
-    reader,
+  features, embeddings, numbers = extract_numbered(config, reader, apply, mesh)
+  return features, embeddings, reader.labels[numbers]
+
+
+def extract_numbered(
+  config: ml_collections.ConfigDict,
+  reader: reader_lib.Reader,
+  apply: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+  mesh: Mesh,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """As `extract`, with the examples' numbers in the place of their labels."""
+  features, embeddings, numbers = probe.extract(
+    apply,
+    _numbered_batches(config, reader),
+    batch_size=config.eval.batch_size,
+    mesh=mesh,
+  )
+  own = numbers == np.arange(len(numbers))
+  return features[own], embeddings[own], numbers[own]
+
+
+def readable(
+  config: ml_collections.ConfigDict, reader: reader_lib.Reader
+) -> np.ndarray:
+  """The numbers of the examples that can be decoded, ascending.
+
+  Reads all of them, if the config skips those that cannot be.
+  """
+  every = np.arange(len(reader))
+  if not config.data.skip_corrupt:
+    return every
+  batches = _numbered_batches(config, reader)
+  return every[np.concatenate([numbers for _, numbers in batches]) == every]
+
+
+def _numbered_batches(config, reader):
+  """Images and whose they are: in the place of a corrupt one comes another."""
+  numbered = copy.copy(reader)
+  numbered.labels = np.arange(len(reader), dtype=np.int32)
+  return loader.in_order(
+    numbered,
     batch_size=config.eval.batch_size,
     num_workers=inputs.num_workers(config, reader),
-  )
-  return probe.extract(
-    apply, batches, batch_size=config.eval.batch_size, mesh=mesh
   )
 
 
@@ -143,6 +230,14 @@ def _can_hold_out(labels, num_classes):
   return not in_range.size or bool(np.bincount(in_range).max() > 1)
 
 
+def check_fraction(fraction: float) -> None:
+  """Raises ValueError unless a fraction of the labels is in (0, 1]."""
+  if not 0 < fraction <= 1:
+    raise ValueError(
+      f'--label_fraction must be in (0, 1], as 0.1 for 10 %, got {fraction}'
+    )
+
+
 def labelled(
   config: ml_collections.ConfigDict, labels: np.ndarray, fraction: float
 ) -> np.ndarray:
@@ -163,10 +258,7 @@ def labelled(
   Raises:
     ValueError: if the fraction is out of range.
   """
-  if not 0 < fraction <= 1:
-    raise ValueError(
-      f'--label_fraction must be in (0, 1], as 0.1 for 10 %, got {fraction}'
-    )
+  check_fraction(fraction)
   kept = label_policy.keep_fraction(labels, fraction, seed=config.seed)
   return np.flatnonzero(kept != label_policy.UNLABELLED)
 
@@ -206,8 +298,7 @@ class FineTuning:
       raise ValueError(f'config.eval.finetune_batch_size: {error}') from error
     self._config, self._examples, self._mesh = config, examples, mesh
     readers_ = {
-      split: inputs.evaluation_reader(config, *examples[split])
-      for split in ('train', 'test')
+      split: reader(config, *examples[split]) for split in ('train', 'test')
     }
     self._test = readers_['test']
     shape = (1, augment.size, augment.size, config.data.channels)
@@ -233,14 +324,19 @@ class FineTuning:
       mesh=mesh,
       seed=config.seed,
     )
-    self._resident = None
+    # Each fit has batches of its own.
+    shared: Any = {'batch_size': None, 'seed': config.seed, 'mesh': mesh}
+    self._data: loader.ResidentLoader | loader.StreamLoader
     if inputs.is_resident(config, readers_['train']):
-      self._resident = loader.ResidentLoader(
-        *loader.read_all(readers_['train']),
-        # Of the whole, which is never asked for: a fit has its own.
-        batch_size=mesh.size,
-        seed=config.seed,
-        mesh=mesh,
+      self._data = loader.ResidentLoader(
+        *loader.read_all(readers_['train']), **shared
+      )
+    else:
+      self._data = loader.StreamLoader(
+        readers_['train'],
+        num_workers=inputs.num_workers(config, readers_['train']),
+        prefetch=config.data.prefetch,
+        **shared,
       )
 
   def __call__(self, chosen: np.ndarray) -> dict[str, float | int | None]:
@@ -250,7 +346,7 @@ class FineTuning:
     tenth of them; the network is then fine-tuned on all of them.
 
     Args:
-      chosen: their numbers, see `labelled`.
+      chosen: their numbers, see `labelled`; all can be decoded.
 
     Returns:
       `finetune_top1`, `finetune_top5` (on the test split), and what they were
@@ -271,10 +367,10 @@ class FineTuning:
       state, loss = self._fit(fitting, rate)
       if not np.isfinite(loss):
         return -1.0
-      reader = inputs.evaluation_reader(
+      held_out_reader = reader(
         config, sources.Subset(source, asked), labels[asked]
       )
-      return self._accuracy(state, reader, (1,))[0]
+      return self._accuracy(state, held_out_reader, (1,))[0]
 
     if not held_out.any():
       # Between one that does nothing and one that may be too much.
@@ -305,21 +401,7 @@ class FineTuning:
       # not share it evenly otherwise.
       size = -(-len(chosen) // self._mesh.size) * self._mesh.size
       chosen = np.resize(chosen, size)
-    shared = {'batch_size': size, 'seed': config.seed}
-    if self._resident is not None:
-      data = self._resident.among(chosen, **shared)
-    else:
-      source, labels = self._examples['train']
-      reader = inputs.evaluation_reader(
-        config, sources.Subset(source, chosen), labels[chosen]
-      )
-      data = loader.StreamLoader(
-        reader,
-        num_workers=inputs.num_workers(config, reader),
-        prefetch=config.data.prefetch,
-        mesh=self._mesh,
-        **shared,
-      )
+    data = self._data.among(chosen, batch_size=size, seed=config.seed)
     steps = config.eval.finetune_epochs * data.steps_per_epoch
     return self._trainer.fit(
       data,
@@ -327,8 +409,8 @@ class FineTuning:
       total_steps=max(steps, config.eval.finetune_min_steps),
     )
 
-  def _accuracy(self, state, reader, ks):
+  def _accuracy(self, state, asked, ks):
     _, logits, labels = extract(
-      self._config, reader, self._trainer.apply(state), self._mesh
+      self._config, asked, self._trainer.apply(state), self._mesh
     )
     return probe.top_k(logits, labels, ks)

@@ -104,6 +104,34 @@ def steps(workdir: str) -> list[int]:
   return found
 
 
+def check(workdir: str, which: str) -> list[int]:
+  """Refuses a checkpoint that a run does not have, before any long work.
+
+  Args:
+    workdir: of a run.
+    which: as of `load`; or 'all'.
+
+  Returns:
+    As `steps`.
+
+  Raises:
+    ValueError: as `load`.
+  """
+  found = steps(workdir)
+  if which in ('latest', 'all'):
+    return found
+  config = workdir_lib.load_config(workdir)
+  with workdir_lib.open_checkpoints(
+    config, workdir, read_only=True
+  ) as checkpoints:
+    step = _step(checkpoints, which)
+  if step not in found:
+    raise ValueError(
+      f'there is no checkpoint of step {step} in {workdir}; there are {found}'
+    )
+  return found
+
+
 def frozen(
   experiment: experiment_lib.Experiment,
   config: ml_collections.ConfigDict,
@@ -115,8 +143,9 @@ def frozen(
   # Whole on every device, so that every process has them.
   @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
   def apply(variables, images):
-    x = augment.resize(augment.unit_range(images), recipe.size)
-    x = augment.normalize(x, mean=recipe.mean, std=recipe.std)
+    x = augment.whole(
+      images, size=recipe.size, mean=recipe.mean, std=recipe.std
+    )
     features, embeddings, _ = train_state.apply_networks(
       experiment.backbone,
       experiment.projection_head,
@@ -139,7 +168,7 @@ def _restore(config, workdir, run, mesh, which):
     ) as checkpoints:
       target = experiment_lib.abstract_state(run, mesh)
       if which == 'latest':
-        state = checkpoints.restore_latest(target, warn=_warn)
+        state = checkpoints.restore_latest(target, warn=warn)
       else:
         state = checkpoints.restore(_step(checkpoints, which), target)
   if state is None:
@@ -171,6 +200,7 @@ def _step(checkpoints, which):
   return int(which)
 
 
-def _warn(message):
+def warn(message: str) -> None:
+  """Prints a warning, of all processes the main one alone."""
   if parallel.is_main():
     print(f'warning: {message}', file=sys.stderr, flush=True)

@@ -22,6 +22,10 @@ from clop_jax import parallel
 from clop_jax.data import labels as label_policy
 
 
+# Groups of the config that have no say in what is trained.
+_NOT_TRAINED = ('watch', 'eval')
+
+
 def open_checkpoints(
   config: ml_collections.ConfigDict, workdir: str, *, read_only: bool = False
 ) -> checkpoint.Checkpoints:
@@ -130,16 +134,22 @@ def _check_config(config, workdir):
 
 def _trained(config):
   """What of a config of `to_json` has a say in what is trained."""
-  return {name: value for name, value in config.items() if name != 'watch'}
+  return {
+    name: value for name, value in config.items() if name not in _NOT_TRAINED
+  }
 
 
 def _save_config(config, workdir):
   path = epath.Path(workdir) / 'config.json'
+  content = to_json(config)
   if path.exists():
     _check_config(config, workdir)
-  else:
-    text = json.dumps(to_json(config), indent=2) + '\n'
-    write_whole(path, text.encode())
+    if to_json(load_config(workdir))['eval'] == content['eval']:
+      return
+    # Evaluation takes its settings from here: those of the last training.
+    content = json.loads(path.read_text()) | {'eval': content['eval']}
+  text = json.dumps(content, indent=2) + '\n'
+  write_whole(path, text.encode())
 
 
 def _save_labels(workdir, labels, true_labels):
@@ -154,6 +164,18 @@ def _save_labels(workdir, labels, true_labels):
       f'({before.size:,} examples there, {labels.size:,} here); use another '
       '--workdir, or the same data'
     )
+
+
+def num_labels(workdir: str) -> int | None:
+  """How many examples the training of a workdir had the labels of.
+
+  None: the workdir does not say.
+  """
+  path = epath.Path(workdir) / 'labels.npz'
+  if not path.exists():
+    return None
+  labels = label_policy.unpack(path.read_bytes())
+  return int(np.sum(labels != label_policy.UNLABELLED))
 
 
 def find(path: str) -> list[str]:

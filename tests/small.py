@@ -82,11 +82,13 @@ def command(module, *arguments):
   """Calls a command of ours in this process, with the flags that it defines."""
   before = {*flags.FLAGS}
   module.define_flags()
+  # Not those of a library that the command is the first to import.
+  ours = {*flags.FLAGS} - before
   try:
     flags.FLAGS(['command', *arguments])
     module.main()
   finally:
-    for name in {*flags.FLAGS} - before:
+    for name in ours:
       delattr(flags.FLAGS, name)
 
 

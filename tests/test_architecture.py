@@ -63,6 +63,8 @@ LAYERS = {
   'grid': 3,
   'restored': 3.5,  # a workdir's checkpoint as what its experiment builds
   'protocol': 3.5,  # what inputs reads, measured
+  'measurement': 3.7,  # of a restored run, by the protocol
+  'evaluation_files': 3.7,
   'data.views': 3.5,  # what the experiment's augmentation makes of images
   'pictures': 3.7,  # of a training, by inputs and data.views
   'watching': 3.8,  # of a training, by protocol and restored

@@ -15,6 +15,7 @@ from clop_jax import probe
 from clop_jax import protocol
 from clop_jax import workdir as workdir_lib
 from clop_jax.data import arrays
+from clop_jax.data import images as images_lib
 from tests import small
 
 ONE = slice(0, 1)
@@ -152,7 +153,7 @@ def test_fine_tuning_learns_the_classes_and_freezes_the_checkpoint(
   assert figures['finetune_learning_rate'] in (0.1, 0.5)
   assert figures['finetune_held_out_top1'] > 0.4
   assert figures['finetune_steps'] == 44  # two epochs of 22 batches of 64
-  assert figures['finetune_protocol_version'] == finetune.PROTOCOL_VERSION == 1
+  assert figures['finetune_protocol_version'] == finetune.PROTOCOL_VERSION == 2
   run = clop_jax.load(str(digits_run), devices=jax.devices()[ONE])
   frozen = run.variables['params'], run.variables['batch_stats']
   assert figures['parameters_sha256'] == probe.fingerprint(frozen)
@@ -183,11 +184,25 @@ def test_fine_tuning_sees_the_images_of_the_labelled_only(
   assert results[0] == results[1] > 0.3
 
 
-def test_a_streamed_set_and_few_labels_on_several_devices(copy):
-  path = copy / 'config.json'
+def streamed(workdir):
+  path = workdir / 'config.json'
   config = json.loads(path.read_text())
   config['data'] |= {'loader': 'stream', 'num_workers': 0}
   path.write_text(json.dumps(config))
+
+
+def test_a_streamed_set_is_fine_tuned_on_as_a_resident_one(measure, copy):
+  asked = {'modes': ('finetune',), 'fractions': (0.1,)}
+  (resident,) = measure(**asked).measurements
+  streamed(copy)
+  one = jax.devices()[ONE]
+  (stream,) = evaluate.measure(str(copy), devices=one, **asked).measurements
+  for key in ('top1', 'top5', 'held_out_top1', 'learning_rate'):
+    assert stream[f'finetune_{key}'] == resident[f'finetune_{key}']
+
+
+def test_a_streamed_set_and_few_labels_on_several_devices(copy):
+  streamed(copy)
   (figures,) = evaluate.measure(
     str(copy),
     modes=('finetune',),
@@ -201,6 +216,22 @@ def test_a_streamed_set_and_few_labels_on_several_devices(copy):
   assert figures['finetune_held_out_top1'] is None
   assert figures['finetune_learning_rate'] == 0.1
   assert figures['finetune_top1'] > 0.15
+
+
+@pytest.mark.parametrize('loader', ['resident', 'stream'])
+def test_fewer_examples_than_devices_are_fine_tuned_on(copy, digits, loader):
+  if loader == 'stream':
+    streamed(copy)
+  images, labels = digits['train']
+  (figures,) = evaluate.measure(
+    str(copy),
+    modes=('finetune',),
+    given=in_memory(digits, train=(images[:6], labels[:6])),
+    settings={'finetune_min_steps': 2},
+    devices=jax.devices()[:8],
+  ).measurements
+  assert figures['num_labels'] == 6
+  assert figures['finetune_steps'] == 2
 
 
 @pytest.fixture
@@ -283,6 +314,21 @@ def test_every_checkpoint_of_several_runs_in_one_table(
       assert float(row['effective_rank']) == result['effective_rank']
 
 
+def test_an_older_checkpoint_leaves_what_is_of_the_newest_alone(
+  copy, monkeypatch
+):
+  monkeypatch.setattr(jax, 'devices', lambda *_: jax.local_devices()[ONE])
+  (copy / 'eval.json').write_text('of the newest')
+  small.command(evaluate, f'--workdir={copy}', '--checkpoint=5')
+  assert (copy / 'eval.json').read_text() == 'of the newest'
+  assert not (copy / 'embeddings.npz').exists()
+  older = json.loads((copy / 'evaluations' / 'step5.json').read_text())
+  assert older['step'] == 5 and {*older} == KEYS
+  small.command(evaluate, f'--workdir={copy}', '--checkpoint=10')
+  assert json.loads((copy / 'eval.json').read_text())['step'] == 10
+  assert os.listdir(copy / 'evaluations') == ['step5.json']
+
+
 def test_modes_and_fractions_in_one_table_and_a_file_each(
   copy, tmp_path, capsys, monkeypatch
 ):
@@ -352,6 +398,10 @@ def test_a_run_on_other_data_writes_a_file_of_its_own(
     (['--test_split=val'], '--test_split goes with --data=NAME'),
     (['--data=cifra10'], '--data=cifra10 --train_split=train: '),
     (['--data=folder'], '--data=folder --train_split=train: config.data.data_'),
+    (['--eval=epochs=3'], '--eval=epochs=... is not a field of config.eval; '),
+    (['--eval=finetune_epochs'], '--eval=finetune_epochs must be FIELD=VALUE'),
+    (['--eval=finetune_epochs=0.5'], 'must be as 2, got 0.5'),
+    (['--eval=probe_l2=a'], '--eval=probe_l2=a must be FIELD=VALUE, as '),
     (['--table=a.txt'], '--table must end in .csv or .md, got a.txt'),
     (['--table=nowhere/a.md'], '--table=nowhere/a.md: there is no folder'),
     (['--figure=a.png', '--mode=knn'], '--figure compares runs by their embed'),
@@ -378,12 +428,11 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_written(
 def test_one_checkpoint_that_fails_does_not_lose_the_others(
   copy, tmp_path, capsys, monkeypatch
 ):
-  def measured(workdir, *, which, **_):
+  def measured(workdir, *, which, keep, **_):
     if which == '10':
       raise FloatingPointError('NaN at step 10')
-    row = {'mode': 'knn', 'step': 5, 'data': 'digits', 'other_data': False}
-    row |= {'label_fraction': 1.0, 'num_labels': 9, 'knn_top1': 0.25}
-    return evaluate.Evaluation(5, [row])
+    keep(evaluate.Evaluation(5, [row_of(5)]))
+    return evaluate.Evaluation(5, [row_of(5)])
 
   monkeypatch.setattr(evaluate, 'measure', measured)
   with pytest.raises(FloatingPointError, match=r'1 of 2 .*because NaN at step'):
@@ -394,3 +443,224 @@ def test_one_checkpoint_that_fails_does_not_lose_the_others(
   assert '| copy | 5    | digits | 9      | 1      | 0.250     |' in printed.out
   assert 'NaN at step 10; it is left out of the table' in printed.err
   assert os.listdir(copy / 'evaluations') == ['step5_digits_knn_1.json']
+
+
+def row_of(step):
+  row = {'mode': 'knn', 'step': step, 'data': 'digits', 'other_data': False}
+  row |= {'eval_changed': {}}
+  return row | {'label_fraction': 1.0, 'num_labels': 9, 'knn_top1': 0.25}
+
+
+def test_a_step_that_one_run_lacks_is_refused_before_the_work(
+  copy, tmp_path, monkeypatch
+):
+  other = shutil.copytree(copy, tmp_path / 'other')
+  shutil.rmtree(other / 'checkpoints' / '5')
+  monkeypatch.setattr(evaluate, 'measure', lambda *_, **__: pytest.fail('ran'))
+  for which, message in (
+    ('5', r'no checkpoint of step 5 in .*other; there are \[10\]'),
+    ('best', r'train with --config.train.keep_best=METRIC'),
+    ('newest', r"must be 'latest', 'best' or a step of"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      small.command(
+        evaluate,
+        f'--workdir={copy}',
+        f'--workdir={other}',
+        f'--checkpoint={which}',
+      )
+
+
+def test_the_table_of_what_was_measured_survives_any_error(
+  copy, tmp_path, capsys, monkeypatch
+):
+  def measured(workdir, *, which, **_):
+    if which == '10':
+      raise ValueError('its photos are gone')
+    return evaluate.Evaluation(5, [row_of(5)])
+
+  monkeypatch.setattr(evaluate, 'measure', measured)
+  with pytest.raises(ValueError, match='its photos are gone'):
+    small.command(
+      evaluate,
+      f'--workdir={copy}',
+      '--mode=knn',
+      '--checkpoint=all',
+      f'--table={tmp_path}/t.csv',
+    )
+  assert '| copy | 5    | digits | 9      ' in capsys.readouterr().out
+  assert [row['step'] for row in rows_of(tmp_path / 't.csv')] == ['5']
+
+
+def test_other_settings_are_used_and_kept_apart(copy, monkeypatch):
+  monkeypatch.setattr(jax, 'devices', lambda *_: jax.local_devices()[ONE])
+  (copy / 'eval.json').write_text('of the settings of the run')
+  small.command(
+    evaluate,
+    f'--workdir={copy}',
+    '--mode=linear,knn,finetune',
+    '--eval=finetune_epochs=1',
+    '--eval=finetune_min_steps=7',
+    '--eval=finetune_learning_rates=0.25',
+    '--eval=knn_neighbours=3,5',
+    '--eval=finetune_augment=false',
+  )
+  assert (copy / 'eval.json').read_text() == 'of the settings of the run'
+  found = {}
+  for name in os.listdir(copy / 'evaluations'):
+    figures = json.loads((copy / 'evaluations' / name).read_text())
+    found[figures['mode']] = figures
+    for part in ('knn_neighbours-3-5', 'finetune_epochs-1', 'rates-0.25'):
+      assert part in name
+    assert {*figures['eval_changed']} == {
+      'finetune_epochs',
+      'finetune_min_steps',
+      'finetune_learning_rates',
+      'finetune_augment',
+      'knn_neighbours',
+    }
+  assert {*found} == {'linear', 'knn', 'finetune'}
+  assert found['finetune']['finetune_steps'] == 22  # one epoch
+  assert found['finetune']['finetune_learning_rate'] == 0.25
+  assert {'knn3_top1', 'knn5_top1'} < {*found['knn']}
+  assert found['knn']['eval']['knn_neighbours'] == [3, 5]
+  assert found['knn']['eval']['finetune_batch_size'] == 64  # the run's own
+
+
+def test_runs_have_names_of_their_own_and_come_once(
+  digits_run, tmp_path, monkeypatch, capsys
+):
+  for name in ('s1/a', 's1/b', 's2/a', 's2/b'):
+    (tmp_path / name).mkdir(parents=True)
+    shutil.copy(digits_run / 'config.json', tmp_path / name)
+  monkeypatch.setattr(evaluate.restored, 'check', lambda *_: [5])
+  monkeypatch.setattr(evaluate.restored, 'steps', lambda *_: [5])
+  monkeypatch.setattr(
+    evaluate, 'measure', lambda *_, **__: evaluate.Evaluation(5, [row_of(5)])
+  )
+  monkeypatch.chdir(tmp_path)
+
+  def names(*paths):
+    small.command(
+      evaluate,
+      *(f'--workdir={path}' for path in paths),
+      '--mode=knn',
+      '--table=t.csv',
+    )
+    return [row['run'] for row in rows_of('t.csv')]
+
+  assert names('s1', 's2') == ['s1/a', 's1/b', 's2/a', 's2/b']
+  assert names('s1/a', 's1/*') == ['a', 'b']
+  assert names('s1/a', f'{tmp_path}/s2/../s1/a') == ['a']
+  assert names('s2/b', 's1/b') == ['s2/b', 's1/b']
+
+
+def test_the_labels_that_the_training_knew_are_told(
+  copy, digits_run, measure, capsys
+):
+  with np.load(digits_run / 'labels.npz') as file:
+    known = int(file['labelled'].sum())
+  asked = {'modes': ('knn',), 'fractions': (0.01, 0.1, 1.0)}
+  measured = measure(**asked).measurements
+  assert [x['trained_num_labels'] for x in measured] == [known] * 3
+  warning = f'knew {known} labels, more than --label_fraction=0.01 gives'
+  assert warning in capsys.readouterr().err
+  # The same weights, had no loss used the labels.
+  path = copy / 'config.json'
+  config = json.loads(path.read_text())
+  config['loss']['clop_weight'] = 0.0
+  path.write_text(json.dumps(config))
+  one = jax.devices()[ONE]
+  measured = evaluate.measure(str(copy), devices=one, **asked).measurements
+  assert [x['trained_num_labels'] for x in measured] == [0] * 3
+  assert not capsys.readouterr().err
+
+
+class Broken(arrays.Arrays):
+  """Examples of which some cannot be decoded."""
+
+  def __init__(self, images, labels, broken):
+    super().__init__(images, labels)
+    self._broken = {*broken}
+
+  def __getitem__(self, index):
+    if index in self._broken:
+      raise images_lib.CorruptImageError(
+        f'{index} cannot be decoded; repair it'
+      )
+    return super().__getitem__(index)
+
+
+@pytest.mark.parametrize('loader', ['resident', 'stream'])
+def test_a_corrupt_image_is_left_out_and_no_other_takes_its_place(
+  copy, digits, loader, capsys
+):
+  if loader == 'stream':
+    streamed(copy)
+  path = copy / 'config.json'
+  config = json.loads(path.read_text())
+  config['data']['skip_corrupt'] = True
+  path.write_text(json.dumps(config))
+  one = jax.devices()[ONE]
+  run = clop_jax.load(str(copy), devices=one)
+  images, labels = digits['train']
+  chosen = protocol.labelled(run.config, labels, 0.1)
+  # One whose neighbour has not been chosen.
+  broken = next(x for x in chosen[3:] if x + 1 not in chosen)
+  results = []
+  for blackened in (
+    images,
+    images
+    * (np.arange(len(images)) != broken + 1)[:, None, None, None].astype(
+      np.uint8
+    ),
+  ):
+    given = {
+      'train': Broken(blackened, labels, [broken]),
+      'test': Broken(*digits['test'], [7]),
+    }
+    found = evaluate.measure(
+      str(copy),
+      modes=('linear', 'knn', 'finetune'),
+      fractions=(0.1,),
+      given=given,
+      settings={'finetune_learning_rates': 0.1},
+      devices=one,
+    )
+    results.append({m['mode']: m for m in found.measurements})
+  assert 'cannot be decoded; it is left out' in capsys.readouterr().err
+  # The other image has no say in anything.
+  for mode in ('linear', 'knn', 'finetune'):
+    first, second = (result[mode] for result in results)
+    assert first[f'{mode}_top1'] == second[f'{mode}_top1']
+    assert first['num_labels'] == len(chosen) - 1
+    assert first['num_test'] == len(digits['test'][1]) - 1
+    assert first['num_corrupt'] == {'train': 1, 'test': 1}
+  kept = chosen[chosen != broken]
+  tested = np.arange(len(digits['test'][1])) != 7
+  bank, asked = (
+    np.asarray(run.apply(x)[0])
+    for x in (images[kept], digits['test'][0][tested])
+  )
+  expected = probe.knn(
+    bank, labels[kept], asked, digits['test'][1][tested], num_classes=10
+  )
+  assert results[0]['knn']['knn_top1'] == pytest.approx(expected[20], abs=2e-3)
+
+
+def test_what_was_measured_is_kept_if_fine_tuning_diverges(copy, monkeypatch):
+  monkeypatch.setattr(jax, 'devices', lambda *_: jax.local_devices()[ONE])
+  monkeypatch.setattr(protocol.FineTuning, '_fit', lambda *_: (None, np.nan))
+  with pytest.raises(FloatingPointError, match=r'diverged .* at step 10'):
+    small.command(
+      evaluate,
+      f'--workdir={copy}',
+      '--mode=finetune,linear,knn',
+      '--label_fraction=0.1,1',
+    )
+  assert {*os.listdir(copy / 'evaluations')} == {
+    'step10_digits_linear_0.1.json',
+    'step10_digits_knn_0.1.json',
+  }
+  result = json.loads((copy / 'eval.json').read_text())
+  assert {*result} == KEYS and result['step'] == 10

@@ -304,3 +304,19 @@ def test_two_processes_read_disjoint_data_that_are_everything_once():
       first = 2 * (position // 2)
       together[first : first + 2, start : start + 4] = rows
   np.testing.assert_array_equal(together, expected)
+
+
+@pytest.mark.parametrize('devices', [1, 2])
+def test_the_chosen_examples_come_alike_from_both_loaders(devices):
+  chosen = np.array([3, 5, 8, 13, 21, 34, 44, 5])  # one of them twice
+  taken = []
+  for kind in ('resident', 'stream'):
+    data = make_loader(devices, kind=kind)
+    some = data.among(chosen, batch_size=4, seed=1)
+    assert some.steps_per_epoch == 2
+    assert data.steps_per_epoch == 3  # the other loader is as it was
+    taken.append(list(take(some, [range(2), range(2, 4)])))
+    index = taken[-1][0]['index']
+    np.testing.assert_array_equal(np.sort(index.ravel()), np.sort(chosen))
+    np.testing.assert_array_equal(taken[-1][0]['image'], make_images()[index])
+  jax.tree.map(np.testing.assert_array_equal, *taken)

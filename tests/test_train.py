@@ -396,7 +396,7 @@ def test_evaluation_needs_the_workdir_alone_and_freezes_the_backbone(
 ):
   config, workdir = trained
   result, arrays = evaluate.evaluate(str(workdir), devices=jax.devices()[ONE])
-  assert result['protocol_version'] == 1
+  assert result['protocol_version'] == 2
   assert result['step'] == 10
   assert result['config'] == workdir_lib.to_json(config)
   assert 0.5 < result['linear_top1'] <= 1

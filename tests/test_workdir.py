@@ -71,6 +71,22 @@ def test_another_config_or_other_data_are_refused(folder):
     pass
 
 
+def test_other_settings_of_the_evaluation_go_on_and_hold(folder):
+  with workdir.claim(config_of(), folder, LABELS, TRUE):
+    pass
+  config = config_of()
+  config.eval.finetune_epochs = 7
+  config.watch.probe = 'both'
+  with workdir.claim(config, folder, LABELS, TRUE):
+    pass
+  loaded = workdir.load_config(folder)
+  assert loaded.eval.finetune_epochs == 7
+  loaded = workdir.to_json(loaded)
+  assert loaded | {'eval': None} == workdir.to_json(config_of()) | {
+    'eval': None
+  }
+
+
 def test_a_local_workdir_is_one_run_s_until_it_ends(tmp_path):
   path = str(tmp_path)
   with workdir.claim(config_of(), path, LABELS, TRUE):

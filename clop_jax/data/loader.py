@@ -60,8 +60,21 @@ class Order:
     batch_size: examples in the global batch.
   """
 
-  def __init__(self, num_examples: int, *, batch_size: int, seed: int):
+  def __init__(
+    self,
+    num_examples: int,
+    *,
+    batch_size: int,
+    seed: int,
+    chosen: np.ndarray | None = None,
+  ):
     """Shuffles each epoch anew.
+
+    Args:
+      num_examples: of the data, or as many as are chosen.
+      batch_size: at most as many.
+      seed: of the order.
+      chosen: `[num_examples]` numbers of the examples; None: all there are.
 
     Raises:
       ValueError: if the batch is larger than the data.
@@ -74,6 +87,7 @@ class Order:
     self.batch_size = batch_size
     self.steps_per_epoch = num_examples // batch_size
     self._num_examples, self._seed = num_examples, seed
+    self._chosen = None if chosen is None else np.asarray(chosen, np.int32)
     # Steps come in order, so the same epoch is asked for many times; two of
     # them, because reading ahead crosses into the next one.
     self._epochs = collections.OrderedDict()
@@ -86,6 +100,8 @@ class Order:
     if order is None:
       rng = np.random.default_rng([self._seed, epoch])
       order = rng.permutation(self._num_examples).astype(np.int32)
+      if self._chosen is not None:
+        order = self._chosen[order]
       self._epochs[epoch] = order
       while len(self._epochs) > 2:
         self._epochs.popitem(last=False)
@@ -134,7 +150,7 @@ class ResidentLoader:
     images: np.ndarray,
     labels: np.ndarray,
     *,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
     mesh: Mesh,
   ):
@@ -144,14 +160,14 @@ class ResidentLoader:
       images: `[n, height, width, channels]` uint8.
       labels: `[n]` int32, -1 is unlabelled.
       batch_size: global batch size, a multiple of the devices, at most `n`.
+        None: batches are asked for by `among` alone.
       seed: of the order.
       mesh: see `parallel.make_mesh`.
 
     Raises:
       ValueError: if the batch does not fit the devices or the data.
     """
-    parallel.check_batch_size(batch_size, mesh)
-    self._order = Order(len(images), batch_size=batch_size, seed=seed)
+    self._order = _order(len(images), batch_size, seed, mesh)
     self._mesh = mesh
     self.steps_per_epoch = self._order.steps_per_epoch
     self.indices = self._order.indices
@@ -169,13 +185,7 @@ class ResidentLoader:
       batch_size: as of the loader, at most as many as are chosen.
       seed: of the order.
     """
-    parallel.check_batch_size(batch_size, self._mesh)
-    other = copy.copy(self)
-    other._order = Order(len(chosen), batch_size=batch_size, seed=seed)
-    other.steps_per_epoch = other._order.steps_per_epoch
-    numbers = np.asarray(chosen, np.int32)
-    other.indices = lambda step: numbers[other._order.indices(step)]
-    return other
+    return _among(self, chosen, batch_size, seed)
 
   def batches(self, chunks: Iterable[range]) -> Generator[dict, None, None]:
     """See `Loader.batches`."""
@@ -201,7 +211,7 @@ class StreamLoader:
     self,
     reader: reader_lib.Reader,
     *,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
     mesh: Mesh,
     num_workers: int,
@@ -212,7 +222,7 @@ class StreamLoader:
     Args:
       reader: what to read with; it is copied to the workers.
       batch_size: global batch size, a multiple of the devices, at most the
-        number of examples.
+        number of examples. None: batches are asked for by `among` alone.
       seed: of the order.
       mesh: see `parallel.make_mesh`.
       num_workers: worker processes; 0 reads with threads of this process. A
@@ -223,7 +233,6 @@ class StreamLoader:
       ValueError: if the batch does not fit the devices or the data, or the
         other numbers are negative.
     """
-    parallel.check_batch_size(batch_size, mesh)
     if num_workers < 0:
       raise ValueError(
         'config.data.num_workers must be at least 0, or -1 for one per core, '
@@ -235,11 +244,21 @@ class StreamLoader:
       )
     self._reader, self._mesh = reader, mesh
     self._num_workers, self._prefetch = num_workers, prefetch
-    self._order = Order(len(reader), batch_size=batch_size, seed=seed)
-    self._rows = parallel.local_rows(mesh, batch_size)
+    self._order = _order(len(reader), batch_size, seed, mesh)
+    self._rows = np.arange(0)
+    if batch_size is not None:
+      self._rows = parallel.local_rows(mesh, batch_size)
     self.steps_per_epoch = self._order.steps_per_epoch
     self.indices = self._order.indices
     self.resident = {}
+
+  def among(
+    self, chosen: np.ndarray, *, batch_size: int, seed: int
+  ) -> 'StreamLoader':
+    """See `ResidentLoader.among`: the same batches, of the same numbers."""
+    other = _among(self, chosen, batch_size, seed)
+    other._rows = parallel.local_rows(self._mesh, batch_size)
+    return other
 
   def batches(self, chunks: Iterable[range]) -> Generator[dict, None, None]:
     """See `Loader.batches`."""
@@ -277,6 +296,25 @@ class StreamLoader:
       name: jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
       for name, (shape, dtype) in types.items()
     }
+
+
+def _order(num_examples, batch_size, seed, mesh):
+  if batch_size is None:
+    return Order(num_examples, batch_size=1, seed=seed)
+  parallel.check_batch_size(batch_size, mesh)
+  return Order(num_examples, batch_size=batch_size, seed=seed)
+
+
+def _among(data, chosen, batch_size, seed):
+  """A copy of a loader that serves the chosen examples."""
+  parallel.check_batch_size(batch_size, data._mesh)
+  other = copy.copy(data)
+  other._order = Order(
+    len(chosen), batch_size=batch_size, seed=seed, chosen=chosen
+  )
+  other.steps_per_epoch = other._order.steps_per_epoch
+  other.indices = other._order.indices
+  return other
 
 
 def _stacked(steps):
