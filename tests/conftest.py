@@ -22,6 +22,8 @@ os.environ['XLA_FLAGS'] = ' '.join(
 import jax
 import pytest
 
+from clop_jax.data import reader
+
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory):
@@ -32,6 +34,12 @@ def compilation_cache(tmp_path_factory):
   folder = str(folder / 'jax_cache')
   jax.config.update('jax_compilation_cache_dir', folder)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = folder  # for subprocesses
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_reported(monkeypatch):
+  # What a process warns of once, each test hears once.
+  monkeypatch.setattr(reader, '_reported', set())
 
 
 @pytest.fixture(scope='session')

@@ -560,7 +560,7 @@ def test_what_cannot_be_compiled_ends_the_pictures_and_not_the_training(
 
 
 def test_nothing_is_compiled_for_pictures_that_will_not_be(
-  compilations, watched, digits_dir, tmp_path
+  compilations, watched, digits_dir, tmp_path, monkeypatch
 ):
   config, workdir = watched
   with (
@@ -569,9 +569,19 @@ def test_nothing_is_compiled_for_pictures_that_will_not_be(
   ):
     run(config, tmp_path / 'used')
   run(config, workdir)  # already trained
-  config = small.digits_config(digits_dir, watch__images_every_epochs=3)
-  run(config, tmp_path / 'short')  # of two epochs
   assert compilations == []
+  config = small.digits_config(
+    digits_dir, watch__images_every_epochs=2, train__num_epochs=3
+  )
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      preemption.Notice, 'reached', lambda self, steps: steps.stop == 12
+    )
+    with pytest.raises(preemption.PreemptionError, match='saved step 12'):
+      run(config, tmp_path / 'stopped')  # after the pictures of step 10
+  assert len(compilations) == 1
+  run(config, tmp_path / 'stopped')
+  assert len(compilations) == 1
 
 
 def test_two_processes_write_one_of_each(digits_dir, tmp_path):

@@ -9,6 +9,9 @@ from clop_jax.data import images
 from clop_jax.data import sources
 
 _noted_grey = set()  # not empty once this process has said it
+_reported = (
+  set()
+)  # what this process has warned of; several readers may read it
 
 
 class Reader:
@@ -71,7 +74,8 @@ class Reader:
     self._source, self._channels = source, channels
     self._size, self._share = size, share
     self._crops, self._seed = crops, seed
-    self._skip_corrupt, self._reported = skip_corrupt, set()
+    # A copy of it goes to the workers.
+    self._skip_corrupt, self._reported = skip_corrupt, _reported
     self._instead = instead
     self._tells_grey = channels == 3
     self.shape: tuple[int, ...] = ()  # not known yet
@@ -129,7 +133,7 @@ class Reader:
       except images.CorruptImageError as error:
         if not self._skip_corrupt:
           raise
-        self._report(position, error)
+        self._report(error)
         continue
       # Pillow's own images are kept as they are: an array costs a copy there
       # and another one back, a fifth of what decoding takes.
@@ -146,12 +150,8 @@ class Reader:
       return fitted, position
     raise ValueError('no image of the source can be decoded')
 
-  def _report(self, position, error):
-    if position not in self._reported:
-      self._reported.add(position)
-      reason = str(error).split(';')[0]
-      print(
-        f'warning: {reason}; {self._instead}',
-        file=sys.stderr,
-        flush=True,
-      )
+  def _report(self, error):
+    warning = f'warning: {str(error).split(";")[0]}; {self._instead}'
+    if warning not in self._reported:
+      self._reported.add(warning)
+      print(warning, file=sys.stderr, flush=True)
