@@ -10,10 +10,11 @@ folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 found=0
 for version in 3.11 3.12 3.13; do
+  python="$(command -v "python$version" || true)"
   # pyenv's are not on the path before they are chosen.
-  python="$(command -v "python$version" || ls -d \
-    "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python 2>/dev/null |
-    tail -n 1)"
+  for one in "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
+    [ -n "$python" ] || [ ! -x "$one" ] || python="$one"
+  done
   if [ -z "$python" ] || ! "$python" -c '' 2>/dev/null; then
     echo "== Python $version is not here"
     continue
@@ -22,7 +23,7 @@ for version in 3.11 3.12 3.13; do
   found=$((found + 1))
   "$python" -m venv "$folder/$version"
   "$folder/$version/bin/python" -m pip install --quiet \
-    --disable-pip-version-check --editable "$ROOT[test]"
+    --disable-pip-version-check --editable "${ROOT}[test]"
   "$folder/$version/bin/python" -m pytest --numprocesses=2 --dist=worksteal "$@"
 done
 [ "$found" -gt 0 ] || fail "no Python from 3.11 to 3.13 was found"
