@@ -10,12 +10,15 @@ folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 found=0
 for version in 3.11 3.12 3.13; do
-  python="$(command -v "python$version" || true)"
-  # pyenv's are not on the path before they are chosen.
-  for one in "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
-    [ -n "$python" ] || [ ! -x "$one" ] || python="$one"
+  python=""
+  # pyenv's are not on the path before they are chosen, and its shims fail.
+  for one in "$(command -v "python$version" || true)" \
+    "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
+    if [ -z "$python" ] && "$one" -c '' 2>/dev/null; then
+      python="$one"
+    fi
   done
-  if [ -z "$python" ] || ! "$python" -c '' 2>/dev/null; then
+  if [ -z "$python" ]; then
     echo "== Python $version is not here"
     continue
   fi
