@@ -40,6 +40,7 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
     main: takes nothing; it reads the flags.
     define_flags: defines the command's own flags.
   """
+  sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
   define_flags()
   flags.DEFINE_bool('traceback', False, 'Print the traceback of an error.')
   flags.DEFINE_string(
@@ -54,6 +55,39 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
     lower_bound=1,
   )
   app.run(lambda _: _guarded(main), flags_parser=_parse)
+
+
+class _Output:
+  """A stream that a command goes on without when nobody reads it any more.
+
+  `train ... | head` shall not end the training.
+  """
+
+  def __init__(self, stream):
+    self._stream = stream
+
+  def __getattr__(self, name):
+    return getattr(self._stream, name)
+
+  def write(self, text):
+    try:
+      return self._stream.write(text)
+    except BrokenPipeError:
+      return self._lose(len(text))
+
+  def flush(self):
+    try:
+      self._stream.flush()
+    except BrokenPipeError:
+      self._lose(0)
+
+  def _lose(self, count):
+    # Below Python, too: what it still holds is written at the latest when it
+    # ends, and libraries have the same number.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, self._stream.fileno())
+    os.close(nowhere)
+    return count
 
 
 def _guarded(main):

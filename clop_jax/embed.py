@@ -211,6 +211,8 @@ def find(
     if os.path.isdir(source) and data_dir is None:
       root = source
       found = folder.Folder(split, source) if split else folder.Tree(source)
+    elif source.endswith('.npz') and not os.path.exists(source):
+      raise ValueError('there is no such file')
     elif source.endswith('.npz'):
       found = arrays.load_npz(split or _only_split(source), source)
     elif os.path.isfile(source):
@@ -219,7 +221,10 @@ def find(
       found = sources.load(source, split or 'test', data_dir)
       root = data_dir if source == 'folder' else None
   except ValueError as error:
-    raise ValueError(f'--source={source}: {error}') from error
+    reason = sources.in_flags(error, '--source').replace(
+      '--source must be', 'there is no such folder; a name must be'
+    )
+    raise ValueError(f'--source={source}: {reason}') from error
   return inputs.fitted(config, found), root
 
 

@@ -18,8 +18,10 @@ import ast
 import collections
 import functools
 import os
+import sys
 
 from absl import flags
+import jax
 
 from clop_jax import checkpoint
 from clop_jax import command
@@ -40,9 +42,27 @@ measure = measurement.measure
 write = evaluation_files.write
 write_measurement = evaluation_files.write_measurement
 
+# What one run can fail by while others can be measured: it diverged, its
+# checkpoint is damaged, its data are gone.
+_OF_ONE_RUN = (
+  FloatingPointError,
+  checkpoint.DamagedCheckpointError,
+  ValueError,
+  OSError,
+)
 
-def _keep(workdir, which, newest, found):
-  """Writes a part of what was measured of a checkpoint into its workdir."""
+
+def _is_everywhere(error):
+  """Whether all processes have this error, and go on to the next run alike."""
+  alike = (FloatingPointError, checkpoint.DamagedCheckpointError)
+  return jax.process_count() == 1 or isinstance(error, alike)
+
+
+def _keep(workdir, which, newest, told, found):
+  """Writes a part of what was measured of a checkpoint into its workdir.
+
+  And tells of it under the name `told`, unless that is None.
+  """
   if not parallel.is_main():
     return
   complete = found.complete
@@ -56,6 +76,15 @@ def _keep(workdir, which, newest, found):
   else:
     for made in found.measurements:
       write_measurement(workdir, made)
+  if told is not None:
+    for made in found.measurements:
+      mode, fraction = made['mode'], made['label_fraction']
+      print(
+        f'{told}, step {found.step}: {mode} with {fraction:.4g} of the labels: '
+        f'top-1 {made[f"{mode}_top1"]:.4f}',
+        file=sys.stderr,
+        flush=True,
+      )
 
 
 def _draw(path, workdirs, results, arrays):
@@ -229,6 +258,8 @@ def main() -> None:
       '--figure compares runs by their embeddings, one checkpoint each; leave '
       'out --mode, --label_fraction, --data, --eval and --checkpoint=all'
     )
+  if figure:
+    figures.check_path(figure, 'figure')
   if table:
     report.check_table(table)
   runs = _named(paths)
@@ -239,6 +270,8 @@ def main() -> None:
     for chosen in steps if which == 'all' else [which]:
       jobs.append((name, workdir, str(chosen), steps[-1]))
 
+  # What takes long says how far it is.
+  tells = len(jobs) > 1 or not is_plain
   names, done, rows, failures = [], [], [], []
   try:
     for name, workdir, checkpoint_name, newest in jobs:
@@ -250,10 +283,12 @@ def main() -> None:
           data=data,
           settings=settings,
           which=checkpoint_name,
-          keep=functools.partial(_keep, workdir, checkpoint_name, newest),
+          keep=functools.partial(
+            _keep, workdir, checkpoint_name, newest, name if tells else None
+          ),
         )
-      except (FloatingPointError, checkpoint.DamagedCheckpointError) as error:
-        if len(jobs) == 1:
+      except _OF_ONE_RUN as error:
+        if len(jobs) == 1 or not _is_everywhere(error):
           raise
         restored.warn(f'{name}: {error}; it is left out of the table')
         failures.append(error)
@@ -278,7 +313,8 @@ def main() -> None:
     # The runs' folders by name, as the table has them.
     _draw(figure, names, [found.complete for found in done], arrays)
   if failures:
-    raise FloatingPointError(
+    diverged = isinstance(failures[0], FloatingPointError)
+    raise (FloatingPointError if diverged else ValueError)(
       f'{len(failures)} of {len(jobs)} checkpoints could not be evaluated, the '
       f'first because {failures[0]}'
     )

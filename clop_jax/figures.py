@@ -12,6 +12,7 @@ import textwrap
 from typing import Any
 
 import matplotlib
+from matplotlib import backend_bases
 from matplotlib import figure as figure_lib
 from matplotlib import lines as lines_lib
 from matplotlib import ticker
@@ -411,6 +412,28 @@ def _grid(rows, columns, *, height, widest, page=_PAGE_WIDTH):
     figsize=(width, height * rows), layout='constrained'
   )
   return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def check_path(path: str, flag: str) -> None:
+  """Raises ValueError unless a figure could be written there.
+
+  Args:
+    path: of the file; its folders need not be there yet.
+    flag: that has it, for the error.
+  """
+  kinds = sorted(backend_bases.FigureCanvasBase.get_supported_filetypes())
+  ending = os.path.splitext(path)[1].removeprefix('.').lower()
+  if ending not in kinds or os.path.isdir(path):
+    got = f'the folder {path}' if os.path.isdir(path) else path
+    raise ValueError(
+      f'--{flag} must be a file *.png (or {", ".join(kinds)}), got {got}'
+    )
+  above = os.path.dirname(os.path.abspath(path))
+  while not os.path.lexists(above):
+    above = os.path.dirname(above)
+  if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+    wrong = 'cannot be written to' if os.path.isdir(above) else 'is no folder'
+    raise ValueError(f'--{flag}={path}: {above} {wrong}')
 
 
 def _save(figure, path):

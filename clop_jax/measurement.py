@@ -392,8 +392,9 @@ def _on_other_data(config, data):
       if split == 'train':
         config = inputs.with_num_classes(config, given[split])
     except ValueError as error:
+      reason = sources.in_flags(error, '--data')
       raise ValueError(
-        f'--data={data.name} --{split}_split={name}: {error}'
+        f'--data={data.name} --{split}_split={name}: {reason}'
       ) from error
   return config, given
 

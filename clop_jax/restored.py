@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 import jax
 from jax.sharding import Mesh
+import jax.numpy as jnp
 import ml_collections
 
 from clop_jax import augment
@@ -138,11 +139,12 @@ def frozen(
   mesh: Mesh,
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]:
   """`Restored.pure` of an experiment's networks."""
-  recipe = config.augment
+  recipe, channels = config.augment, config.data.channels
 
   # Whole on every device, so that every process has them.
   @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
   def apply(variables, images):
+    _check_images(images, channels)
     x = augment.whole(
       images, size=recipe.size, mean=recipe.mean, std=recipe.std
     )
@@ -157,6 +159,21 @@ def frozen(
     return features, embeddings
 
   return apply
+
+
+def _check_images(images, channels):
+  fits = images.ndim == 4 and images.shape[-1] == channels
+  if fits and images.dtype == jnp.uint8:
+    return
+  way_out = ''
+  if images.shape[-1:] == (channels,) and images.ndim == 3:
+    way_out = '; of one image: images[None]'
+  elif fits:
+    way_out = '; of [0, 1]: (255 * images).round().astype(jnp.uint8)'
+  raise ValueError(
+    f'images must be uint8 [batch, height, width, {channels}], as the run was '
+    f'trained on, got {images.dtype} {list(images.shape)}{way_out}'
+  )
 
 
 def _restore(config, workdir, run, mesh, which):
@@ -188,13 +205,13 @@ def _step(checkpoints, which):
     step = checkpoints.best_step()
     if step is None:
       raise ValueError(
-        "--checkpoint='best' needs a run that kept it: train with "
+        "--checkpoint (which) 'best' needs a run that kept it: train with "
         '--config.train.keep_best=METRIC'
       )
     return step
   if not which.isdigit():
     raise ValueError(
-      f"--checkpoint must be 'latest', 'best' or a step of "
+      "--checkpoint (which) must be 'latest', 'best' or a step of "
       f'{checkpoints.steps()}, got {which!r}'
     )
   return int(which)

@@ -109,6 +109,34 @@ def test_an_optional_field_can_be_unset(tmp_path):
     assert result.stdout.strip() == expected, result.stderr
 
 
+@pytest.mark.parametrize('stream', ['stdout', 'stderr'])
+def test_who_stops_listening_does_not_end_the_work(stream, tmp_path):
+  # As `train ... | head -1` does.
+  code = f"""
+import sys
+from clop_jax import command
+def main():
+  print('first', file=sys.{stream}, flush=True)
+  sys.stdin.readline()
+  for _ in range(3):
+    print('nobody reads this', file=sys.{stream}, flush=True)
+  print('nor this', end='', file=sys.{stream})
+  open('done', 'w').close()
+command.run(main, lambda: None)
+"""
+  pipes = {'stdin': subprocess.PIPE, stream: subprocess.PIPE}
+  process = subprocess.Popen(
+    [sys.executable, '-c', code], cwd=tmp_path, text=True, **pipes
+  )
+  listener = getattr(process, stream)
+  assert listener.readline() == 'first\n'
+  listener.close()
+  process.stdin.write('\n')
+  process.stdin.close()
+  assert process.wait(timeout=60) == 0
+  assert (tmp_path / 'done').exists()
+
+
 def test_an_interrupt_is_one_line(tmp_path):
   code = (
     'from clop_jax import command\n'

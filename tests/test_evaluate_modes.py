@@ -397,13 +397,23 @@ def test_a_run_on_other_data_writes_a_file_of_its_own(
     (['--label_fraction=all'], '--label_fraction must be numbers'),
     (['--test_split=val'], '--test_split goes with --data=NAME'),
     (['--data=cifra10'], '--data=cifra10 --train_split=train: '),
-    (['--data=folder'], '--data=folder --train_split=train: config.data.data_'),
+    (
+      ['--data=folder'],
+      '--data=folder --train_split=train: --data_dir must be a folder',
+    ),
+    (
+      ['--data=digist'],
+      '--data=digist --train_split=train: --data must be folder, npz, ',
+    ),
     (['--eval=epochs=3'], '--eval=epochs=... is not a field of config.eval; '),
     (['--eval=finetune_epochs'], '--eval=finetune_epochs must be FIELD=VALUE'),
     (['--eval=finetune_epochs=0.5'], 'must be as 2, got 0.5'),
     (['--eval=probe_l2=a'], '--eval=probe_l2=a must be FIELD=VALUE, as '),
     (['--table=a.txt'], '--table must end in .csv or .md, got a.txt'),
     (['--table=nowhere/a.md'], '--table=nowhere/a.md: there is no folder'),
+    (['--figure=a.doc'], '--figure must be a file *.png (or '),
+    (['--figure=empty'], 'got the folder empty'),
+    (['--figure=/dev/null/a.png'], '/dev/null/a.png: /dev/null is no folder'),
     (['--figure=a.png', '--mode=knn'], '--figure compares runs by their embed'),
     (['--checkpoint=7'], 'no checkpoint of step 7'),
     (['--workdir=no*'], '--workdir=no* matches no workdir of a run'),
@@ -443,6 +453,24 @@ def test_one_checkpoint_that_fails_does_not_lose_the_others(
   assert '| copy | 5    | digits | 9      | 1      | 0.250     |' in printed.out
   assert 'NaN at step 10; it is left out of the table' in printed.err
   assert os.listdir(copy / 'evaluations') == ['step5_digits_knn_1.json']
+
+
+def test_a_run_whose_data_are_gone_does_not_lose_the_others(
+  copy, tmp_path, capsys
+):
+  gone = shutil.copytree(copy, tmp_path / 'gone')
+  config = json.loads((gone / 'config.json').read_text())
+  config['data'] |= {'name': 'npz', 'data_dir': 'gone.npz'}
+  (gone / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=r'1 of 2 .*gone.npz: there is no such'):
+    small.command(
+      evaluate, f'--workdir={gone}', f'--workdir={copy}', '--mode=knn'
+    )
+  printed = capsys.readouterr()
+  assert 'warning: gone: ' in printed.err
+  assert '| copy | 10   | digits |' in printed.out
+  # What takes long says how far it is.
+  assert 'copy, step 10: knn with 1 of the labels: top-1 0.' in printed.err
 
 
 def row_of(step):

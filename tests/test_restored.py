@@ -41,6 +41,24 @@ def test_features_are_the_backbones_on_normalized_images(run, images):
   assert embeddings.shape == (50, 16)
 
 
+@pytest.mark.parametrize(
+  ('shape', 'dtype', 'way_out'),
+  [
+    ((8, 8, 1), np.uint8, 'got uint8 [8, 8, 1]; of one image: images[None]'),
+    ((2, 8, 8), np.uint8, 'got uint8 [2, 8, 8]'),
+    ((2, 8, 8, 3), np.uint8, 'got uint8 [2, 8, 8, 3]'),
+    ((2, 8, 8, 1), np.float32, 'of [0, 1]: (255 * images).round().astype('),
+    ((), np.uint8, 'got uint8 []'),
+  ],
+)
+def test_other_images_are_refused(run, shape, dtype, way_out):
+  with pytest.raises(ValueError) as caught:
+    run.apply(np.zeros(shape, dtype))
+  expected = 'images must be uint8 [batch, height, width, 1], as the run was'
+  assert expected in str(caught.value)
+  assert way_out in str(caught.value)
+
+
 def test_embeddings_are_those_that_evaluation_measures(run, images, digits_run):
   _, arrays = evaluate.evaluate(str(digits_run), devices=jax.devices()[:1])
   _, embeddings = run.apply(images)
@@ -87,7 +105,7 @@ def test_images_of_any_size_are_taken_but_only_uint8(run, images):
     np.linalg.norm(features, axis=1) * np.linalg.norm(exact, axis=1)
   )
   assert (cosines > 0.95).all()
-  with pytest.raises(ValueError, match='images must be uint8, got float32'):
+  with pytest.raises(ValueError, match='images must be uint8 .*, got float32'):
     run.apply(images[:4].astype(np.float32))
 
 

@@ -37,9 +37,12 @@ def main() -> None:
     raise ValueError(f'--name={name} needs no preparing; train with it')
   if data_dir and os.path.exists(data_dir) and not os.path.isdir(data_dir):
     raise ValueError(f'--data_dir must be a folder, got the file {data_dir}')
-  if tfds_source.builder(name, data_dir).is_prepared():
-    print(f'{name} was prepared before')
-  made = tfds_source.prepared(name, data_dir, progress=True)
+  try:
+    if tfds_source.builder(name, data_dir).is_prepared():
+      print(f'{name} was prepared before')
+    made = tfds_source.prepared(name, data_dir, progress=True)
+  except ValueError as error:
+    raise ValueError(sources.in_flags(error, '--name')) from error
   sizes = ', '.join(
     f'{split} {info.num_examples:,}' for split, info in made.info.splits.items()
   )

@@ -9,6 +9,7 @@ an error calls an example: its file).
 """
 
 from collections.abc import Callable, Sequence
+import re
 import sys
 from typing import Protocol
 
@@ -64,6 +65,29 @@ def load(
     raise ValueError(
       f'config.data.options: {name!r} has no such option ({error})'
     ) from error
+
+
+def in_flags(error: ValueError, name: str) -> str:
+  """What `load` raised, for a command whose flags name the data set.
+
+  Args:
+    error: speaks of the fields of `config.data`.
+    name: the flag that stands for `config.data.name`, as '--source'.
+
+  Returns:
+    The message; for each other field it names the flag of that name.
+
+  Example:
+    >>> from clop_jax.data import sources
+    >>> try:
+    ...   sources.load('npz', 'train', 'missing.npz')
+    ... except ValueError as error:
+    ...   print(sources.in_flags(error, '--data'))
+    --data_dir=missing.npz: there is no such file
+  """
+  # But for those that say how to train.
+  message = re.sub(r'(?<!-)config\.data\.name', name, str(error))
+  return re.sub(r'(?<!-)config\.data\.', '--', message)
 
 
 def _synthetic(split, data_dir, **options):
