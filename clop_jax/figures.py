@@ -1,7 +1,7 @@
 """All drawing: arrays in, one PNG out; knows no files of runs and no tables.
 
-Colours can be told apart by the colour-blind (Okabe and Ito; Tol), and never
-stand alone: lines differ in marker and dashes too, classes in marker.
+Colours never stand alone: lines differ in marker and dashes too, classes in
+marker.
 """
 
 from collections.abc import Sequence
@@ -18,31 +18,10 @@ from matplotlib import lines as lines_lib
 from matplotlib import ticker
 import numpy as np
 
-# Okabe and Ito's, without the yellow that white paper swallows.
-_COLOURS = (
-  '#0072B2',
-  '#D55E00',
-  '#009E73',
-  '#CC79A7',
-  '#E69F00',
-  '#56B4E9',
-  '#000000',
-)
+from clop_jax import colours
+
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P', '*')
 _DASHES = ('-', (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
-# Tol's "muted" with black: ten classes.
-_CLASS_COLOURS = (
-  '#332288',
-  '#88CCEE',
-  '#44AA99',
-  '#117733',
-  '#999933',
-  '#DDCC77',
-  '#CC6677',
-  '#882255',
-  '#AA4499',
-  '#000000',
-)
 _CLASS_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '<', '>', '*')
 _REFERENCE: dict[str, Any] = {
   'color': '0.35',
@@ -461,7 +440,7 @@ def _legend(figure, handles):
 
 def _line_style(index, *, dots=False) -> dict[str, Any]:
   style = {
-    'color': _COLOURS[index % len(_COLOURS)],
+    'color': colours.OF_RUNS[index % len(colours.OF_RUNS)],
     'marker': _MARKERS[index % len(_MARKERS)],
     'linestyle': _DASHES[index % len(_DASHES)],
     'markersize': 5,
@@ -590,13 +569,13 @@ def _scatter_classes(axis, plane, labels, classes, *, size):
 
 
 def _class_colour(position, classes):
-  if classes <= len(_CLASS_COLOURS):
-    return _CLASS_COLOURS[position]
+  if classes <= len(colours.OF_CLASSES):
+    return colours.OF_CLASSES[position]
   return matplotlib.colormaps['viridis'](position / (classes - 1))
 
 
 def _class_legend(figure, axes, classes):
-  if classes.size <= len(_CLASS_COLOURS):
+  if classes.size <= len(colours.OF_CLASSES):
     handles = [
       lines_lib.Line2D(
         [],

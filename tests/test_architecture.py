@@ -23,6 +23,7 @@ LAYERS = {
   'models.heads': 0.5,  # shares models.resnet's meaning of bn_scope
   'torchvision_weights': 0,
   'optimizer': 0,
+  'colours': 0,
   'parallel': 0,
   'preemption': 0,
   'compilation_cache': 0,
@@ -109,6 +110,7 @@ LIBRARIES = {
   'event_files': {'etils', 'numpy', 'tensorboardX'},
   'wandb_log': {'PIL', 'numpy', 'wandb'},
   'quick_picture': {'PIL', 'numpy'},
+  'colours': set(),
   'collapse_alarm': set(),
   'data.labels': {'numpy'},
   'train_state': {'jax', 'flax', 'optax'},

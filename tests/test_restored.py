@@ -105,7 +105,7 @@ def test_images_of_any_size_are_taken_but_only_uint8(run, images):
     np.linalg.norm(features, axis=1) * np.linalg.norm(exact, axis=1)
   )
   assert (cosines > 0.95).all()
-  with pytest.raises(ValueError, match='images must be uint8 .*, got float32'):
+  with pytest.raises(ValueError, match=r'images must be uint8 .*, got float32'):
     run.apply(images[:4].astype(np.float32))
 
 

@@ -274,20 +274,33 @@ def _resize(picture, size, box):
   return as_array(resized)
 
 
-def contact_sheet(rows: Sequence[Sequence[np.ndarray]], *, scale: int = 1):
+def contact_sheet(
+  rows: Sequence[Sequence[np.ndarray]],
+  *,
+  scale: int = 1,
+  group: int | None = None,
+) -> np.ndarray:
   """A picture of rows of images, `[height, width, 3]` uint8.
 
   Args:
     rows: of equally many images `[height, width, 1 or 3]` uint8 each; smaller
       ones are centred in a cell of the largest one's size.
     scale: whole factor by which each pixel is repeated.
+    group: so many images of a row belong together, and stand apart from the
+      next ones; None: all.
   """
   images = [image for row in rows for image in row]
-  gap = 2
+  gap, between = 2, 10
+  group = group or len(rows[0])
+  width_between = between * ((len(rows[0]) - 1) // group)
   cell_height = max(image.shape[0] for image in images) * scale + gap
   cell_width = max(image.shape[1] for image in images) * scale + gap
   sheet = np.full(
-    (len(rows) * cell_height + gap, len(rows[0]) * cell_width + gap, 3),
+    (
+      len(rows) * cell_height + gap,
+      len(rows[0]) * cell_width + width_between + gap,
+      3,
+    ),
     255,
     np.uint8,
   )
@@ -297,5 +310,6 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], *, scale: int = 1):
       height, width = large.shape[:2]
       top = gap + i * cell_height + math.floor((cell_height - gap - height) / 2)
       left = gap + j * cell_width + math.floor((cell_width - gap - width) / 2)
+      left += between * (j // group)
       sheet[top : top + height, left : left + width] = large
   return sheet

@@ -84,4 +84,4 @@ class Sheets:
       for i in range(0, len(cells), _TRIPLES)
     ]
     scale = max(1, round(_PIXELS / views.shape[2]))
-    return images_lib.contact_sheet(rows, scale=scale)
+    return images_lib.contact_sheet(rows, scale=scale, group=3)
