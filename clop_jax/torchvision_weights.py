@@ -128,15 +128,22 @@ def from_torchvision(
   if broken:
     faults.append(f'not finite: {", ".join(broken)}')
   if faults:
+    # The way out first: the lists can be long.
     raise ValueError(
       'the weights do not fit the backbone; '
-      + '; '.join(faults + _advice(weights, targets))
+      + '; '.join(_advice(weights, targets) + faults)
     )
   return _nested(found)
 
 
 def _advice(weights, targets):
-  """The way out where the first layer alone tells it."""
+  """The way out, where depth or the first layer tell it."""
+  theirs, ours = _blocks(weights), _blocks(targets)
+  if theirs and theirs != ours:
+    return [
+      f'these have {theirs} where config.model.depth has the backbone have '
+      f'{ours}'
+    ]
   if 'conv1.weight' not in weights or 'conv1.weight' not in targets:
     return []
   shape = np.shape(weights['conv1.weight'])
@@ -154,6 +161,22 @@ def _advice(weights, targets):
       + (' (grey images are repeated over 3)' if inputs == 3 else '')
     ]
   return []
+
+
+def _blocks(names):
+  """The number of blocks in each stage, and of which kind, as a text."""
+  stages, bottleneck = {}, False
+  for name in names:
+    match = re.match(r'layer(\d+)\.(\d+)\.(conv3)?', name)
+    if match:
+      stage, block = int(match[1]), int(match[2])
+      stages[stage] = max(stages.get(stage, 0), block + 1)
+      bottleneck = bottleneck or match[3] is not None
+  if not stages:
+    return ''
+  kind = 'bottleneck' if bottleneck else 'basic'
+  counts = ', '.join(str(stages[stage]) for stage in sorted(stages))
+  return f'{counts} {kind} blocks'
 
 
 def read(path: str) -> tuple[dict[str, np.ndarray], str]:

@@ -13,6 +13,7 @@ from tests import small
 from tests.test_commands import call
 
 GAP = 2
+BETWEEN = 10  # further, between triples
 
 
 def config_of(path, **changes):
@@ -40,16 +41,22 @@ def npz(tmp_path):
 def cells(sheet, *, side, scale):
   """The images of a sheet, `[rows, columns, side, side, 3]`."""
   step = side * scale + GAP
-  rows, columns = sheet.shape[0] // step, sheet.shape[1] // step
+  rows = sheet.shape[0] // step
+  triples = (sheet.shape[1] - GAP + BETWEEN) // (3 * step + BETWEEN)
+  # Nothing but the cells and what is between them.
+  width = triples * (3 * step + BETWEEN) - BETWEEN + GAP
+  assert sheet.shape[:2] == (rows * step + GAP, width)
+  tops = [GAP + i * step for i in range(rows)]
+  lefts = [GAP + j * step + BETWEEN * (j // 3) for j in range(3 * triples)]
+  for left in lefts[3::3]:
+    assert (sheet[:, left - BETWEEN - GAP : left] == 255).all()
   return np.stack(
     [
       [
-        sheet[GAP + i * step :, GAP + j * step :][: step - GAP, : step - GAP][
-          ::scale, ::scale
-        ]
-        for j in range(columns)
+        sheet[top:, left:][: step - GAP, : step - GAP][::scale, ::scale]
+        for left in lefts
       ]
-      for i in range(rows)
+      for top in tops
     ]
   )
 
@@ -133,7 +140,7 @@ def test_the_command_writes_a_png_and_says_once_what_it_repeats(tmp_path):
   assert result.returncode == 0, result.stderr
   assert result.stdout.count('note: grey images') == 1
   with Image.open(out) as sheet:
-    assert sheet.size == (12 * 98 + GAP, 8 * 98 + GAP)
+    assert sheet.size == (12 * 98 + 3 * BETWEEN + GAP, 8 * 98 + GAP)
   result = call('clop_jax.data.preview', *arguments, '--count=-1')
   assert result.returncode == 1
   assert result.stderr == 'error: --count must be at least 1, got -1\n'

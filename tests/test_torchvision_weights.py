@@ -211,6 +211,25 @@ def test_another_depth_s_weights_are_refused():
   given = theirs.state_dict(18, width=4, stem='cifar')
   with pytest.raises(ValueError, match=r'unexpected: layer1\.1\.conv1\.weight'):
     torchvision_weights.from_torchvision(given, own)
+  # The way out comes first: the lists are long.
+  message = (
+    'the weights do not fit the backbone; these have 2, 2, 2, 2 basic blocks '
+    'where config.model.depth has the backbone have 1, 1, 1 basic blocks; '
+  )
+  with pytest.raises(ValueError, match=message):
+    torchvision_weights.from_torchvision(given, own)
+  given = theirs.state_dict(50, width=4, stem='cifar')
+  with pytest.raises(ValueError, match='these have 3, 4, 6, 3 bottleneck bl'):
+    torchvision_weights.from_torchvision(given, own)
+
+
+def test_a_first_layer_of_no_known_shape_is_refused_as_the_others():
+  def change(weights):
+    weights['conv1.weight'] = np.zeros(3)
+
+  message = unfit(change)
+  assert 'of another shape: conv1.weight (3,), must be (4, 3, 7, 7)' in message
+  assert 'these' not in message
 
 
 def test_a_network_of_another_kind_has_no_names():
