@@ -138,7 +138,7 @@ def _is_trained(workdir):
   try:
     restored.steps(workdir)
   except ValueError as error:
-    restored.warn(f'{error}; it is left out')
+    parallel.warn(f'{error}; it is left out')
     return False
   return True
 
@@ -290,7 +290,7 @@ def main() -> None:
       except _OF_ONE_RUN as error:
         if len(jobs) == 1 or not _is_everywhere(error):
           raise
-        restored.warn(f'{name}: {error}; it is left out of the table')
+        parallel.warn(f'{name}: {error}; it is left out of the table')
         failures.append(error)
         continue
       names.append(name)

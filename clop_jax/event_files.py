@@ -17,7 +17,7 @@ import numpy as np
 # Between two flushes, which wait for the disk.
 _FLUSH_SECONDS = 10
 _REMOTE_FLUSH_SECONDS = 60  # the whole file is sent again
-_BINS = 50
+BINS = 50  # of a histogram
 
 
 class EventFile:
@@ -78,7 +78,7 @@ class EventFile:
 
     # Of a fixed number: what chooses bins by the spread of the values makes
     # millions of them where nearly all are alike, as in a collapse.
-    made = summary.histogram(tag, np.asarray(values, np.float64), bins=_BINS)
+    made = summary.histogram(tag, np.asarray(values, np.float64), bins=BINS)
     self._add(step, made.value)
 
   def picture(self, step: int, tag: str, png: bytes) -> None:

@@ -413,7 +413,7 @@ def _decoded(chosen, decoded, fraction):
 def _warn_of_labels(workdir, trained, chosen):
   fewer = [f'{x:g}' for x, few in chosen.items() if (trained or 0) > len(few)]
   if fewer:
-    restored.warn(
+    parallel.warn(
       f'{workdir}: its training knew {trained:,} labels, more than '
       f'--label_fraction={",".join(fewer)} gives; these are not figures of a '
       'network that saw so few'

@@ -6,6 +6,7 @@ The only file that knows how many devices there are. The mesh has one axis,
 
 from collections.abc import Callable, Sequence
 import os
+import sys
 from typing import Any
 
 import jax
@@ -109,6 +110,12 @@ def all_agree(fine: bool) -> bool:
 def from_main(tree):
   """The main process's arrays on the host, on every process of the run."""
   return multihost_utils.broadcast_one_to_all(tree)
+
+
+def warn(message: str) -> None:
+  """Prints a warning, of all processes the main one alone."""
+  if is_main():
+    print(f'warning: {message}', file=sys.stderr, flush=True)
 
 
 def is_lost_peer(error: Exception) -> bool:

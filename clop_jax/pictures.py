@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from clop_jax import collapse
+from clop_jax import experiment
 from clop_jax import inputs
 from clop_jax import parallel
 from clop_jax import probe
@@ -60,7 +61,13 @@ class Pictures:
     self._frozen, self._variables, self._dim = frozen, variables, dim
     self._read_sample(source, true_labels)
     plain = inputs.evaluation_reader(config, source, true_labels)
-    self._sheets = views.Sheets(config, reader, plain)
+    self._sheets = views.Sheets(
+      experiment.recipe(config),
+      experiment.training_key(config),
+      reader,
+      plain,
+      host_crops=config.data.host_crops,
+    )
 
   def prepare(self) -> None:
     """Begins to compile what draws."""

@@ -185,10 +185,7 @@ def linear(
     FloatingPointError: likewise.
   """
   found = probe.linear_probe(
-    features['train'],
-    labels['train'],
-    features['test'],
-    labels['test'],
+    *_examples(features, labels),
     num_classes=config.data.num_classes,
     l2_strengths=config.eval.probe_l2,
     max_iterations=config.eval.probe_iterations,
@@ -209,10 +206,7 @@ def knn(
     `knn<k>_top1` for each `k`, and the first of them as `knn_top1`.
   """
   found = probe.knn(
-    features['train'],
-    labels['train'],
-    features['test'],
-    labels['test'],
+    *_examples(features, labels),
     num_classes=config.data.num_classes,
     neighbours=config.eval.knn_neighbours,
     temperature=config.eval.knn_temperature,
@@ -221,6 +215,16 @@ def knn(
     'knn_top1': found[config.eval.knn_neighbours[0]],
     **{f'knn{k}_top1': value for k, value in found.items()},
   }
+
+
+def _examples(features, labels):
+  """What a measure of `probe` learns from, and what it is measured on."""
+  return (
+    features['train'],
+    labels['train'],
+    features['test'],
+    labels['test'],
+  )
 
 
 def _can_hold_out(labels, num_classes):

@@ -18,7 +18,7 @@ _EDGE = 46  # around it, with the numbers of its axes
 _TITLE = 14  # height of the line above, beside the edge
 _TICK = 5  # length of an axis' marks
 _FONT = 13
-_DARK = (60, 60, 60)
+_GREY = '#3c3c3c'
 _LOWEST = 1e-6  # share of the largest singular value that is still drawn
 
 
@@ -39,7 +39,7 @@ def embedding_picture(
   height = _SIDE + 2 * _EDGE + _TITLE
   image = Image.new('RGB', (2 * _SIDE + 3 * _EDGE, height), 'white')
   draw, font = ImageDraw.Draw(image), ImageFont.load_default(_FONT)
-  draw.text((_EDGE, 14), title, _DARK, font)
+  draw.text((_EDGE, 14), title, _GREY, font)
   boxes = [(left, _EDGE + _TITLE) for left in (_EDGE, _SIDE + 2 * _EDGE)]
   # Unit embeddings: what is smaller than this is a heap, and shall look it.
   extent = 1.05 * max(0.01, np.abs(plane).max())
@@ -48,8 +48,8 @@ def embedding_picture(
     'singular values / the largest',
   )
   for (left, top), name in zip(boxes, names, strict=True):
-    draw.rectangle([left, top, left + _SIDE, top + _SIDE], outline=_DARK)
-    draw.text((left, top - 20), name, _DARK, font)
+    draw.rectangle([left, top, left + _SIDE, top + _SIDE], outline=_GREY)
+    draw.text((left, top - 20), name, _GREY, font)
 
   def mark(left, top, share, text, *, upright):
     """Puts a number at a share of an axis of the box whose corner that is."""
@@ -61,8 +61,8 @@ def embedding_picture(
       at, anchor = (left + share * _SIDE, top + _SIDE + _TICK), 'mt'
       line = [(at[0], top + _SIDE), at]
       beside = (at[0], at[1] + 3)
-    draw.line(line, fill=_DARK)
-    draw.text(beside, text, _DARK, font, anchor=anchor)
+    draw.line(line, fill=_GREY)
+    draw.text(beside, text, _GREY, font, anchor=anchor)
 
   left, top = boxes[0]
   for share in (0.0, 0.5, 1.0):
@@ -71,7 +71,7 @@ def embedding_picture(
     mark(left, top, 1 - share, number, upright=True)
   places = (plane * [1, -1] / extent + 1) / 2 * _SIDE + [left, top]
   for place, label in zip(places.tolist(), labels.tolist(), strict=True):
-    colour, text = _DARK, '.'
+    colour, text = _GREY, '.'
     if label >= 0:
       colour = colours.OF_CLASSES[label % len(colours.OF_CLASSES)]
       text = str(label)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-import sys
 from typing import Any
 
 from etils import epath
@@ -81,7 +80,7 @@ def load(workdir: str, *, which: str = 'latest', devices=None) -> Restored:
     experiment=run,
     mesh=mesh,
     step=int(state.step),
-    variables={'params': state.params, 'batch_stats': state.batch_stats},
+    variables=state.variables,
     prototypes=state.prototypes,
     pure=frozen(run, config, mesh),
   )
@@ -185,7 +184,7 @@ def _restore(config, workdir, run, mesh, which):
     ) as checkpoints:
       target = experiment_lib.abstract_state(run, mesh)
       if which == 'latest':
-        state = checkpoints.restore_latest(target, warn=warn)
+        state = checkpoints.restore_latest(target, warn=parallel.warn)
       else:
         state = checkpoints.restore(_step(checkpoints, which), target)
   if state is None:
@@ -215,9 +214,3 @@ def _step(checkpoints, which):
       f'{checkpoints.steps()}, got {which!r}'
     )
   return int(which)
-
-
-def warn(message: str) -> None:
-  """Prints a warning, of all processes the main one alone."""
-  if parallel.is_main():
-    print(f'warning: {message}', file=sys.stderr, flush=True)

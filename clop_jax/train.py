@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import sys
 
 from absl import flags
 import jax
@@ -124,7 +123,7 @@ def train(
     workdir_lib.claim(config, workdir, labels, true_labels),
     workdir_lib.open_checkpoints(config, workdir) as checkpoints,
   ):
-    state = checkpoints.restore_latest(target, warn=_warn)
+    state = checkpoints.restore_latest(target, warn=parallel.warn)
     done = 0 if state is None else int(state.step)
     watch.prepare(range(done, total_steps))
     if state is None:
@@ -408,11 +407,6 @@ def _print_summary(config, state, compiled, mesh, total_steps):
 def _say(message):
   if parallel.is_main():
     print(message, flush=True)
-
-
-def _warn(message):
-  if parallel.is_main():
-    print(f'warning: {message}', file=sys.stderr, flush=True)
 
 
 def define_flags() -> None:

@@ -30,6 +30,11 @@ class TrainState:
   prototypes: jax.Array
   prototype_statistics: Any = None
 
+  @property
+  def variables(self) -> dict[str, Any]:
+    """Of both networks: `{'params': ..., 'batch_stats': ...}`."""
+    return {'params': self.params, 'batch_stats': self.batch_stats}
+
 
 def create(
   key: jax.Array,

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clop_jax import event_files
+
 MODES = ('offline', 'online')
-_BINS = 50
 
 
 def check(mode: str) -> None:
@@ -80,7 +81,7 @@ class WandbLog:
 
   def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
     """See `event_files.EventFile.histogram`."""
-    counts = np.histogram(values, bins=_BINS)
+    counts = np.histogram(values, bins=event_files.BINS)
     made = self._wandb.Histogram(np_histogram=counts)
     self._run.log({tag: made}, step=step)
 

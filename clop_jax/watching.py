@@ -119,7 +119,7 @@ class Watch:
       self._pictures = pictures.Pictures(
         config,
         frozen=self._frozen,
-        variables=_variables(target),
+        variables=target.variables,
         dim=target.prototypes.shape[-1],
         source=source,
         true_labels=true_labels,
@@ -249,12 +249,12 @@ class Watch:
         step,
         f'no pictures: what draws them cannot be compiled ({_short(failure)})',
       )
-    elif not self._pictures.draw(step, _variables(state), self._sinks):
+    elif not self._pictures.draw(step, state.variables, self._sinks):
       self._warn(step, 'embeddings that are not finite cannot be drawn')
 
   def _measure(self, step, state):
     """The probes."""
-    apply = functools.partial(self._frozen, _variables(state))
+    apply = functools.partial(self._frozen, state.variables)
     features, labels = {}, {}
     for split, reader in self._readers.items():
       features[split], _, labels[split] = protocol.extract(
@@ -348,7 +348,3 @@ def _short(error):
     return 'on another process'
   first = str(error).strip().partition('\n')[0]
   return f'{type(error).__name__}: {first}' if first else type(error).__name__
-
-
-def _variables(state):
-  return {'params': state.params, 'batch_stats': state.batch_stats}

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Installs the project with each Python from 3.11 to 3.13 that is there, in an
-# environment of its own, and runs the tests with it.
+# Runs every check and test with each Python from 3.11 to 3.13 that is there, in
+# a copy of the working tree with an environment of its own.
 #
 #   bash tests/pythons.sh [pytest arguments]
+#
+# VERSIONS names others, as VERSIONS='3.13'.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/venv.sh"
 cd "$ROOT"
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 found=0
-for version in 3.11 3.12 3.13; do
+failed=""
+for version in ${VERSIONS:-3.11 3.12 3.13}; do
   python=""
   # pyenv's are not on the path before they are chosen, and its shims fail.
   for one in "$(command -v "python$version" || true)" \
@@ -24,9 +27,11 @@ for version in 3.11 3.12 3.13; do
   fi
   echo "== $("$python" --version)"
   found=$((found + 1))
-  "$python" -m venv "$folder/$version"
-  "$folder/$version/bin/python" -m pip install --quiet \
-    --disable-pip-version-check --editable "${ROOT}[test]"
-  "$folder/$version/bin/python" -m pytest --numprocesses=2 --dist=worksteal "$@"
+  copy="$folder/$version/checkout"
+  mkdir -p "$copy"
+  git ls-files -z --cached --others --exclude-standard |
+    xargs -0 cp --parents --target-directory="$copy"
+  PYTHON3="$python" bash "$copy/tests/run.sh" "$@" || failed="$failed $version"
 done
-[ "$found" -gt 0 ] || fail "no Python from 3.11 to 3.13 was found"
+[ "$found" -gt 0 ] || fail "no Python of ${VERSIONS:-3.11 to 3.13} was found"
+[ -z "$failed" ] || fail "it failed with Python$failed"

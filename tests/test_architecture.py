@@ -45,7 +45,7 @@ LAYERS = {
   'prototype_rules': 1,
   'metrics_log': 1,
   'event_files': 1,
-  'wandb_log': 1,
+  'wandb_log': 1.2,  # takes what event_files does
   'quick_picture': 1,
   'collapse_alarm': 1,
   'train_step': 2,
@@ -66,7 +66,7 @@ LAYERS = {
   'protocol': 3.5,  # what inputs reads, measured
   'measurement': 3.7,  # of a restored run, by the protocol
   'evaluation_files': 3.7,
-  'data.views': 3.5,  # what the experiment's augmentation makes of images
+  'data.views': 1,
   'pictures': 3.7,  # of a training, by inputs and data.views
   'watching': 3.8,  # of a training, by protocol and restored
   'train': 4,

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from clop_jax import command
+from clop_jax import experiment
 from clop_jax import inputs
 from clop_jax.data import loader
 from clop_jax.data import sources
@@ -48,7 +49,13 @@ def contact_sheet(
     batch_size=min(config.train.batch_size, len(reader)),
     seed=config.seed,
   )
-  sheets = views.Sheets(config, reader, plain)
+  sheets = views.Sheets(
+    experiment.recipe(config),
+    experiment.training_key(config),
+    reader,
+    plain,
+    host_crops=config.data.host_crops,
+  )
   return sheets.draw(0, order.indices(0)[:count])
 
 

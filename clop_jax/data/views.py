@@ -1,13 +1,12 @@
 """What the augmentation makes of training images, for a person to look at."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
 from clop_jax import augment
-from clop_jax import experiment
 from clop_jax.data import images as images_lib
 from clop_jax.data import reader as reader_lib
 
@@ -20,25 +19,29 @@ class Sheets:
 
   def __init__(
     self,
-    config: ml_collections.ConfigDict,
+    recipe: Mapping[str, Any],
+    key: jax.Array,
     reader: reader_lib.Reader,
     plain: reader_lib.Reader,
+    *,
+    host_crops: bool = False,
   ):
     """Reads nothing yet.
 
     Args:
-      config: see `defaults`.
+      recipe: the keyword arguments of `augment.view`.
+      key: of the run.
       reader: what training reads, see `inputs.training_reader`.
       plain: reads the same images whole, see `inputs.evaluation_reader`.
+      host_crops: whether `reader` gives two crops of each image.
     """
-    recipe = experiment.recipe(config)
     self._mean, self._std = np.array(recipe['mean']), np.array(recipe['std'])
-    self._reader, self._plain = reader, plain
-    self._crops = config.data.host_crops
+    self._key, self._reader, self._plain = key, reader, plain
+    self._crops = host_crops
 
     @jax.jit
-    def make(step, index, images):
-      keys = augment.example_keys(experiment.training_key(config), step, index)
+    def make(key, step, index, images):
+      keys = augment.example_keys(key, step, index)
       return augment.two_views(keys, images, **recipe)
 
     self._make: Callable = make
@@ -50,6 +53,7 @@ class Sheets:
     if self._crops:
       shape = (shape[1], count, *shape[2:])
     self._make = self._lower(
+      self._key,
       jax.ShapeDtypeStruct((), np.int32),
       jax.ShapeDtypeStruct((count,), np.int32),
       jax.ShapeDtypeStruct(shape, np.uint8),
@@ -70,7 +74,7 @@ class Sheets:
     if self._crops:
       images = images.swapaxes(0, 1)
     numbers = np.asarray(index, np.int32)
-    views = np.asarray(self._make(np.int32(step), numbers, images))
+    views = np.asarray(self._make(self._key, np.int32(step), numbers, images))
     views = np.clip(views * self._std + self._mean, 0, 1)
     views = np.round(255 * views).astype(np.uint8)
     cells = []

@@ -138,6 +138,10 @@ def _group_size(line):
   listed = re.search(r'replica_groups=\{\{([\d,]+)\}', line)
   if listed:
     return listed[1].count(',') + 1
+  # From JAX 0.11 on: as mesh['data'=8] {'data'}, over all of its devices.
+  mesh = re.search(r"replica_groups=mesh\['data'=(\d+)\] \{'data'\}", line)
+  if mesh:
+    return int(mesh[1])
   return int(re.search(r'replica_groups=\[\d+,(\d+)\]', line)[1])
 
 
