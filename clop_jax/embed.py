@@ -14,9 +14,7 @@ import collections
 from collections.abc import Sequence
 import contextlib
 import os
-import shutil
 import sys
-import tempfile
 import time
 import zipfile
 
@@ -26,6 +24,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
+from clop_jax import column_files
 from clop_jax import command
 from clop_jax import inputs
 from clop_jax import parallel
@@ -40,7 +39,6 @@ from clop_jax.data import sources
 
 WHAT = ('features', 'embeddings')
 _AHEAD = 2  # batches that the devices have while the host writes one
-_ROW_GROUP = 4096  # rows of a Parquet file that are in memory at one time
 
 
 def embed(
@@ -264,10 +262,9 @@ def _check_what(what):
 
 
 def _check_out(out, overwrite):
-  if not out or not out.endswith(tuple(_WRITERS)):
-    raise ValueError(
-      f'--out must be a file *{" or *".join(_WRITERS)}, got {out or "none"}'
-    )
+  if not out or not out.endswith(column_files.ENDINGS):
+    endings = ' or *'.join(column_files.ENDINGS)
+    raise ValueError(f'--out must be a file *{endings}, got {out or "none"}')
   parent = os.path.dirname(os.path.abspath(out))
   if not os.path.isdir(parent):
     raise ValueError(f'--out={out}: there is no folder {parent}')
@@ -279,119 +276,18 @@ def _check_out(out, overwrite):
 
 @contextlib.contextmanager
 def _writer(out, names, step):
-  """Gives a function of columns; the file appears when all went well."""
+  """Gives a function of columns with examples' numbers, which become names."""
   if not parallel.is_main():
     yield lambda columns: None
     return
   name_of, longest = names
-  partial = f'{out}.partial'
-  suffix = os.path.splitext(out)[1]
-  try:
-    with _WRITERS[suffix](partial, step) as writer:
+  with column_files.writing(out, step) as add:
 
-      def write(columns):
-        named = [name_of(number) for number in columns.pop('number')]
-        writer.add({'name': np.asarray(named, f'<U{longest}'), **columns})
+    def write(columns):
+      named = [name_of(number) for number in columns.pop('number')]
+      add({'name': np.asarray(named, f'<U{longest}'), **columns})
 
-      yield write
-      writer.finish()
-    os.replace(partial, out)
-  except BaseException:
-    with contextlib.suppress(FileNotFoundError):
-      os.remove(partial)
-    raise
-
-
-class _Npz:
-  """A npz file whose arrays grow on the disk, each in a file without a name."""
-
-  def __init__(self, path, step):
-    self._path, self._step = path, step
-    self._files, self._kinds, self._rows = {}, {}, 0
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *error):
-    for file in self._files.values():
-      file.close()
-
-  def add(self, columns):
-    for name, column in columns.items():
-      if name not in self._files:
-        parent = os.path.dirname(os.path.abspath(self._path))
-        # The system forgets it with this process, however that ends.
-        self._files[name] = tempfile.TemporaryFile(dir=parent)  # noqa: SIM115
-        self._kinds[name] = (column.dtype, column.shape[1:])
-      self._files[name].write(column.tobytes())
-    self._rows += len(columns['label'])
-
-  def finish(self):
-    with zipfile.ZipFile(self._path, 'w', zipfile.ZIP_STORED) as archive:
-      for name, file in self._files.items():
-        dtype, shape = self._kinds[name]
-        header = {
-          'descr': np.lib.format.dtype_to_descr(dtype),
-          'fortran_order': False,
-          'shape': (self._rows, *shape),
-        }
-        file.seek(0)
-        with archive.open(f'{name}.npy', 'w', force_zip64=True) as member:
-          np.lib.format.write_array_header_1_0(member, header)
-          shutil.copyfileobj(file, member, 1 << 20)
-        file.close()  # gives its space back before the next is copied
-      with archive.open('step.npy', 'w') as member:
-        np.lib.format.write_array(member, np.asarray(self._step))
-
-
-class _Parquet:
-  """A Parquet file, written one row group after another."""
-
-  def __init__(self, path, step):
-    self._path, self._step = path, step
-    self._writer, self._waiting = None, []
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *error):
-    if self._writer is not None:
-      self._writer.close()
-
-  def add(self, columns):
-    self._waiting.append(columns)
-    if sum(len(part['label']) for part in self._waiting) >= _ROW_GROUP:
-      self._write_waiting()
-
-  def _write_waiting(self):
-    import pyarrow
-    from pyarrow import parquet
-
-    arrays_ = {}
-    for name in self._waiting[0]:
-      column = np.concatenate([part[name] for part in self._waiting])
-      if column.ndim == 1:
-        arrays_[name] = pyarrow.array(column)
-      else:
-        arrays_[name] = pyarrow.FixedSizeListArray.from_arrays(
-          pyarrow.array(column.ravel()), column.shape[1]
-        )
-    self._waiting.clear()
-    table = pyarrow.table(arrays_)
-    if self._writer is None:
-      schema = table.schema.with_metadata({'step': str(self._step)})
-      # Looking for repeated numbers would take time and find none.
-      self._writer = parquet.ParquetWriter(
-        self._path, schema, use_dictionary=['label']
-      )
-    self._writer.write_table(table)
-
-  def finish(self):
-    if self._waiting:
-      self._write_waiting()
-
-
-_WRITERS = {'.npz': _Npz, '.parquet': _Parquet}
+    yield write
 
 
 def define_flags() -> None:

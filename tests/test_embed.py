@@ -10,6 +10,7 @@ from pyarrow import parquet
 import pytest
 
 import clop_jax
+from clop_jax import column_files
 from clop_jax import embed
 from clop_jax import evaluate
 from clop_jax.data import arrays
@@ -71,7 +72,7 @@ def test_the_runs_own_test_split_is_what_evaluation_measures(
 def test_parquet_has_the_same_columns_row_group_by_row_group(
   take, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(embed, '_ROW_GROUP', 100)
+  monkeypatch.setattr(column_files, '_ROW_GROUP', 100)
   split = {'split': 'train[:250]', 'batch_size': 50}
   assert take(tmp_path / 'a.npz', **split) == 250
   assert take(tmp_path / 'a.parquet', **split) == 250
@@ -230,7 +231,7 @@ def test_only_a_few_batches_are_read_ahead_of_what_is_written(
   take, tmp_path, monkeypatch
 ):
   source, ahead, written = Endless(4000), [], 0
-  add = embed._Npz.add
+  add = column_files._Npz.add
 
   def counted(self, columns):
     nonlocal written
@@ -238,7 +239,7 @@ def test_only_a_few_batches_are_read_ahead_of_what_is_written(
     written += len(columns['label'])
     ahead.append(source.read - written)
 
-  monkeypatch.setattr(embed._Npz, 'add', counted)
+  monkeypatch.setattr(column_files._Npz, 'add', counted)
   take(tmp_path / 'a.npz', source=source, batch_size=100, num_workers=0)
   assert written == 4000
   # 33 that the reader looks at first, two batches on the devices, some read.
