@@ -558,6 +558,62 @@ def test_two_processes_go_on_from_eight_devices_and_one_evaluates_them(
   assert 'linear top-1' in outputs[0] and 'linear top-1' not in outputs[1]
 
 
+def test_two_processes_embed_what_one_does(digits_run, tmp_path):
+  found = {}
+  for processes in (1, 2):
+    path = tmp_path / f'{processes}.npz'
+    command = ['-m', 'clop_jax.embed', f'--workdir={digits_run}']
+    started = start(
+      [*command, f'--out={path}'], processes=processes, devices=2 // processes
+    )
+    codes, outputs, errors = finish(started)
+    assert codes == [0] * processes, errors
+    assert f'{path}: 359 images in ' in outputs[0]
+    assert not any('images in' in output for output in outputs[1:])
+    with np.load(path) as file:
+      found[processes] = dict(file)
+  assert os.listdir(tmp_path) == ['1.npz', '2.npz']
+  assert found[1].keys() == found[2].keys()
+  for name, one in found[1].items():
+    both = found[2][name]
+    assert one.dtype == both.dtype and one.shape == both.shape
+    if one.dtype == np.float32:
+      np.testing.assert_allclose(both, one, rtol=1e-4, atol=1e-5)
+    else:
+      np.testing.assert_array_equal(both, one)
+
+
+def test_two_processes_fine_tune_as_one_does(digits_run, tmp_path):
+  workdir = shutil.copytree(digits_run, tmp_path / 'run')
+  shutil.rmtree(workdir / 'evaluations', ignore_errors=True)
+  command = ['-m', 'clop_jax.evaluate', f'--workdir={workdir}']
+  options = ['--mode=finetune', '--label_fraction=0.5']
+  settings = {'finetune_epochs': 1, 'finetune_min_steps': 12}
+  options += [f'--eval={name}={value}' for name, value in settings.items()]
+  started = start([*command, *options], processes=2, devices=1)
+  codes, outputs, errors = finish(started)
+  assert codes == [0, 0], errors
+  assert '| run | 10   | digits |' in outputs[0]
+  assert '| run |' not in outputs[1] and not errors[1]
+  (path,) = (workdir / 'evaluations').iterdir()
+  both = json.loads(path.read_text())
+  assert both['device'].startswith('2 x ')
+  one = evaluate.measure(
+    str(workdir),
+    modes=('finetune',),
+    fractions=(0.5,),
+    settings=settings,
+    devices=jax.devices()[:2],
+  ).measurements[0]
+  # A batch and its augmentation do not depend on who has the examples.
+  for name in ('finetune_learning_rate', 'finetune_steps', 'num_labels'):
+    assert both[name] == one[name]
+  assert both['parameters_sha256'] == one['parameters_sha256']
+  for name in ('finetune_top1', 'finetune_held_out_top1'):
+    assert both[name] == pytest.approx(one[name], abs=0.01)
+  assert both['finetune_top1'] > 0.15
+
+
 def test_the_second_run_in_a_workdir_is_refused(digits_dir, tmp_path):
   flags = flags_of(digits_dir, tmp_path, epochs=1000)
   first = start(flags)
