@@ -32,11 +32,9 @@ def free_port():
 
 def environment(devices):
   # As the tests themselves: what is compiled once need not be fast.
+  ours = [x for x in os.environ['XLA_FLAGS'].split() if 'device_count' not in x]
   names = small.environment(devices)
-  names['XLA_FLAGS'] += (
-    ' --xla_backend_optimization_level=0'
-    ' --xla_llvm_disable_expensive_passes=true'
-  )
+  names['XLA_FLAGS'] = ' '.join([names['XLA_FLAGS'], *ours])
   return names
 
 
