@@ -300,7 +300,7 @@ def curves_figure(
         axis.axhline(references[measure][1], **_REFERENCE)
       seen = np.concatenate(parts)
       # Losses of different kinds are on scales of their own.
-      if seen.size and seen.min() > 0 and seen.max() > 30 * seen.min():
+      if seen.size and 0 < np.min(seen) < np.max(seen) / 30:
         axis.set_yscale('log')
       axis.set(xlabel='training step', ylabel=ylabel)
       axis.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
