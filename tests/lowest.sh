@@ -20,4 +20,5 @@ python="$copy/.venv/bin/python"
 "$python" -m uv pip install --quiet --python "$python" \
   --resolution lowest-direct --editable "${copy}[test]"
 cd "$copy"
-"$python" -m pytest --numprocesses=2 --dist=worksteal "$@"
+# Old libraries warn of what new ones, beside them, are about to remove.
+"$python" -m pytest -W default --numprocesses=2 --dist=worksteal "$@"
