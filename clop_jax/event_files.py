@@ -20,6 +20,15 @@ _REMOTE_FLUSH_SECONDS = 60  # the whole file is sent again
 BINS = 50  # of a histogram
 
 
+def check(folder: str) -> None:
+  """Raises OSError if a local folder is there and cannot be written to."""
+  if '://' in folder or not os.path.lexists(folder):
+    return
+  # Also where a permission is not all that is in the way.
+  with tempfile.TemporaryFile(dir=folder):
+    pass
+
+
 class EventFile:
   """One event file of a run; a run that goes on writes another one."""
 

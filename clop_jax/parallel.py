@@ -107,6 +107,23 @@ def all_agree(fine: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.bool_(fine)).all())
 
 
+def by_main(work: Callable[[], None]) -> None:
+  """Calls `work` on the main process; all learn whether it went well.
+
+  Raises:
+    ValueError: as `work` does; on the other processes, if it raises anything.
+    OSError: as `work` does.
+  """
+  error = None
+  if is_main():
+    try:
+      work()
+    except (ValueError, OSError) as caught:
+      error = caught
+  if not all_agree(error is None):
+    raise error or ValueError('process 0 could not begin; it says why')
+
+
 def from_main(tree):
   """The main process's arrays on the host, on every process of the run."""
   return multihost_utils.broadcast_one_to_all(tree)

@@ -119,6 +119,7 @@ def train(
       wandb=wandb,
     )
 
+  watch.check(workdir)
   with (
     workdir_lib.claim(config, workdir, labels, true_labels),
     workdir_lib.open_checkpoints(config, workdir) as checkpoints,

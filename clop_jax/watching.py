@@ -41,6 +41,9 @@ _PROBES = {
 class Off:
   """Watches nothing."""
 
+  def check(self, workdir: str) -> None:
+    """Has nothing to write."""
+
   def prepare(self, steps: range) -> None:
     """Does nothing."""
 
@@ -132,6 +135,20 @@ class Watch:
       self._readers = _probe_readers(config, mesh, named)
     self._sinks, self._probes, self._owes_probe = [], None, False
 
+  def check(self, workdir: str) -> None:
+    """Refuses what could not be written to, before anything is written.
+
+    Args:
+      workdir: of the run.
+
+    Raises:
+      OSError: if there is such a place.
+      ValueError: on the other processes, if the main process raises.
+    """
+    if self._config.watch.tensorboard:
+      folder = os.path.join(workdir, FOLDER)
+      parallel.by_main(lambda: _naming_events(event_files.check, folder))
+
   def prepare(self, steps: range) -> None:
     """Begins to compile what draws, if anything will be drawn.
 
@@ -160,14 +177,7 @@ class Watch:
       ValueError: on the others, if the main process raises.
     """
     with contextlib.ExitStack() as stack:
-      error = None
-      if parallel.is_main():
-        try:
-          self._open(stack, workdir, start)
-        except (OSError, ValueError) as caught:
-          error = caught
-      if not parallel.all_agree(error is None):
-        raise error or ValueError('process 0 could not begin; it says why')
+      parallel.by_main(lambda: self._open(stack, workdir, start))
       # The one that was due when the run was told to end; also where that was
       # after a later step of the same dispatch.
       if self._probe_every and not parallel.all_agree(not self._owes_probe):
@@ -182,16 +192,7 @@ class Watch:
       self._alarm.hear(entry['step'], np.nan if rank is None else rank)
     if self._config.watch.tensorboard:
       folder = os.path.join(workdir, FOLDER)
-      try:
-        file = event_files.EventFile(folder, start=start)
-      except OSError as error:
-        failure = OSError(
-          f"TensorBoard's events cannot be written to {folder} "
-          f'({error.strerror or error}); make it writable, or pass '
-          '--config.watch.tensorboard=false',
-        )
-        failure.errno = error.errno  # the command knows a full disk by it
-        raise failure from error
+      file = _naming_events(event_files.EventFile, folder, start=start)
       stack.callback(file.close)
       self._sinks.append(file)
     if self._wandb is not None:
@@ -293,6 +294,20 @@ class Watch:
       metrics_log.say(f'warning: {message}', error=True)
       for sink in self._sinks:
         sink.text(step, 'warning', message)
+
+
+def _naming_events(work, folder, **arguments):
+  """Calls `work`; an error of it says what it is of, and the way out."""
+  try:
+    return work(folder, **arguments)
+  except OSError as error:
+    failure = OSError(
+      f"TensorBoard's events cannot be written to {folder} "
+      f'({error.strerror or error}); make it writable, or pass '
+      '--config.watch.tensorboard=false',
+    )
+    failure.errno = error.errno  # the command knows a full disk by it
+    raise failure from error
 
 
 def _check(fields):

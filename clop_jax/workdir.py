@@ -73,20 +73,14 @@ def claim(
       another config or other data; nothing was written then.
   """
   with contextlib.ExitStack() as stack:
-    error = None
-    if parallel.is_main():
-      try:
-        _check_config(config, workdir)
-        stack.enter_context(locked(workdir))
-        _save_config(config, workdir)
-        _save_labels(workdir, labels, true_labels)
-      except (ValueError, OSError) as caught:
-        error = caught
-    fine = parallel.all_agree(error is None)
-    if error is not None:
-      raise error
-    if not fine:
-      raise ValueError('process 0 could not begin; it says why')
+
+    def begin():
+      _check_config(config, workdir)
+      stack.enter_context(locked(workdir))
+      _save_config(config, workdir)
+      _save_labels(workdir, labels, true_labels)
+
+    parallel.by_main(begin)
     yield
 
 
