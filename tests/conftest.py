@@ -16,12 +16,13 @@ os.environ['XLA_FLAGS'] = ' '.join(
     os.environ.get('XLA_FLAGS', ''),
     '--xla_force_host_platform_device_count=8',
     # From JAX 0.11 on, code without any optimization rounds otherwise in a loop
-    # than outside, enough to turn the gradient of a ReLU where its input is 0.
+    # than outside, enough to turn the gradient of a ReLU where its input is 0;
+    # with little of it, LLVM cannot make all programs.
     '--xla_backend_optimization_level='
     + str(
       0
       if importlib.metadata.version('jax').startswith(('0.8.', '0.9.', '0.10.'))
-      else 1
+      else 2
     ),
     '--xla_llvm_disable_expensive_passes=true',
   ]

@@ -11,7 +11,8 @@ cd "$ROOT"
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 copy="$folder/checkout"
-mkdir "$copy"
+# A checkout, as the tests want one, with what is not committed yet.
+git clone --quiet "$ROOT" "$copy"
 git ls-files -z --cached --others --exclude-standard |
   xargs -0 cp --parents --target-directory="$copy"
 "${PYTHON3:-python3}" -m venv "$copy/.venv"

@@ -28,7 +28,8 @@ for version in ${VERSIONS:-3.11 3.12 3.13}; do
   echo "== $("$python" --version)"
   found=$((found + 1))
   copy="$folder/$version/checkout"
-  mkdir -p "$copy"
+  # A checkout, as the tests want one, with what is not committed yet.
+  git clone --quiet "$ROOT" "$copy"
   git ls-files -z --cached --others --exclude-standard |
     xargs -0 cp --parents --target-directory="$copy"
   PYTHON3="$python" bash "$copy/tests/run.sh" "$@" || failed="$failed $version"

@@ -225,7 +225,8 @@ def test_quickstart_shortened_trains_evaluates_and_draws(digits_dir, tmp_path):
   )
   assert result.returncode == 0, result.stderr
   # Ten steps at a rate where the plain loss collapses: it says so, and no more.
-  (warning,) = result.stderr.splitlines()
+  assert len(result.stderr.splitlines()) == 1, result.stderr
+  warning = result.stderr
   assert warning.startswith('warning: the embeddings are collapsing: ')
   for line in (
     '1,438 examples, 143 labelled (9.9%)',
