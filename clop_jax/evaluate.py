@@ -270,8 +270,8 @@ def main() -> None:
     for chosen in steps if which == 'all' else [which]:
       jobs.append((name, workdir, str(chosen), steps[-1]))
 
-  # What takes long says how far it is.
-  tells = len(jobs) > 1 or not is_plain
+  # What takes long says how far it is; the plain one does by its figures.
+  tells = not is_plain
   names, done, rows, failures = [], [], [], []
   try:
     for name, workdir, checkpoint_name, newest in jobs:
