@@ -3,6 +3,7 @@
 import json
 import shutil
 
+from flax import linen as nn
 import jax
 import numpy as np
 import pytest
@@ -61,20 +62,31 @@ def assert_close(one, other):
     assert error < 1e-4, (jax.tree_util.keystr(path), error)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def smooth():
+  """Networks without kinks.
+
+  Where a ReLU's input is within rounding of 0, the order of a sum turns its
+  gradient: of 24 seeds ten left themselves by 1e-3 and more (JAX 0.10). With a
+  smooth function all of twelve agreed to 6e-6.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(nn, 'relu', nn.softplus)
+    yield
+
+
 @pytest.fixture(scope='module')
 def trio(digits_dir, tmp_path_factory):
   """Three configs, their workdirs trained together, and trained alone.
 
   At small learning rates: at large ones a run leaves itself as far behind when
-  its first parameters are changed by 1e-7. And with seeds for which no ReLU's
-  input is within rounding of 0, where the order of a sum turns its gradient: of
-  24 seeds 13 agreed to 6e-6 and the others to 0.14 at worst (JAX 0.10).
+  its first parameters are changed by 1e-7.
   """
   configs = configs_of(
     digits_dir,
     {'seed': 0, 'optimizer__learning_rate': 0.01, 'loss__clop_weight': 0.0},
     {'seed': 1, 'optimizer__learning_rate': 0.02, 'loss__clop_weight': 1.0},
-    {'seed': 5, 'optimizer__learning_rate': 0.005, 'loss__clop_weight': 2.0},
+    {'seed': 2, 'optimizer__learning_rate': 0.005, 'loss__clop_weight': 2.0},
   )
   folder = tmp_path_factory.mktemp('runs')
   both = [folder / 'together' / str(c.seed) for c in configs]
