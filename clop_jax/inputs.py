@@ -249,6 +249,10 @@ def is_resident(
   Raises:
     ValueError: if the loader is unknown, or cannot serve these images.
   """
+  return _fits(config, len(reader) * math.prod(reader.shape))
+
+
+def _fits(config, num_bytes):
   data = config.data
   if data.loader not in _LOADERS:
     raise ValueError(
@@ -261,8 +265,8 @@ def is_resident(
     )
   if data.host_crops or data.loader == 'stream':
     return False
-  size = len(reader) * math.prod(reader.shape)
-  return data.loader == 'resident' or size <= data.resident_limit_gib * 2**30
+  limit = data.resident_limit_gib * 2**30
+  return data.loader == 'resident' or num_bytes <= limit
 
 
 def training_loader(
@@ -281,6 +285,43 @@ def training_loader(
     num_workers=num_workers(config, reader),
     prefetch=config.data.prefetch,
     **shared,
+  )
+
+
+def abstract_loader(
+  config: ml_collections.ConfigDict,
+  mesh: Mesh,
+  *,
+  num_examples: int,
+  image_shape: tuple[int, int, int],
+) -> loader.AbstractLoader:
+  """Shapes of the data that `training_loader` would serve.
+
+  Args:
+    config: See `defaults`.
+    mesh: Mesh of the devices, which need not be attached to this process.
+    num_examples: Number of training images.
+    image_shape: `(height, width, channels)` of the images in the data set. It
+      is ignored where the config resizes or crops them on the host.
+
+  Returns:
+    The shapes.
+
+  Raises:
+    ValueError: As `training_loader`.
+  """
+  data, size = config.data, config.data.image_size
+  shape: tuple[int, ...] = (*image_shape[:2], data.channels)
+  if data.host_crops:
+    shape = (2, config.augment.size, config.augment.size, data.channels)
+  elif size is not None:
+    shape = (size, size, data.channels)
+  return loader.AbstractLoader(
+    num_examples,
+    shape,
+    batch_size=config.train.batch_size,
+    mesh=mesh,
+    resident=_fits(config, num_examples * math.prod(shape)),
   )
 
 

@@ -89,14 +89,9 @@ def train(
   # Traced before anything is written: what a wrong value breaks, breaks here.
   target = experiment.abstract_state(run, mesh)
   read_initial = initial_reader(config, target, workdir)
-  # Numbers are arguments, not constants: runs that differ in them alone share
-  # what JAX's compilation cache holds.
-  numbers = jax.tree.map(np.float32, experiment.numbers_of(config))
-  shared = {'key': experiment.training_key(config), 'numbers': numbers}
-  if config.loss.pseudo_label_threshold is not None:
-    shared['true_label'] = true_labels.astype(np.int32)
-  shared = parallel.replicate(mesh, shared) | {'resident': data.resident}
-  program = _Program(run, data, mesh, target, shared)
+  shared = parallel.replicate(mesh, _shared(config, true_labels))
+  shared |= {'resident': data.resident}
+  program = Program(run, data, mesh, target, shared)
   chunk = config.train.steps_per_dispatch
   save_every = config.train.checkpoint_every_epochs * data.steps_per_epoch
   log_every = config.train.log_every_steps
@@ -236,10 +231,73 @@ def _run(
     checkpoints.wait()
 
 
-class _Program:
+def _shared(config, true_labels):
+  """Arguments of every dispatch other than the data."""
+  # Numbers are arguments, not constants: runs that differ in them alone share
+  # what JAX's compilation cache holds.
+  numbers = jax.tree.map(np.float32, experiment.numbers_of(config))
+  shared = {'key': experiment.training_key(config), 'numbers': numbers}
+  if config.loss.pseudo_label_threshold is not None:
+    shared['true_label'] = true_labels.astype(np.int32)
+  return shared
+
+
+def abstract_program(
+  config: ml_collections.ConfigDict,
+  mesh: jax.sharding.Mesh,
+  *,
+  num_examples: int,
+  image_shape: tuple[int, int, int],
+) -> 'Program':
+  """The program that `train` would run, on shapes instead of arrays.
+
+  It can be traced, and lowered for another platform, but not called.
+
+  Args:
+    config: See `defaults`; `data.num_classes` must be set.
+    mesh: Mesh of the devices, which need not be attached to this process.
+    num_examples: Number of training images.
+    image_shape: `(height, width, channels)` of the images in the data set.
+
+  Returns:
+    The program.
+
+  Raises:
+    ValueError: If a field of the config is invalid, or the batch does not fit
+      the devices or the data.
+  """
+  data = inputs.abstract_loader(
+    config, mesh, num_examples=num_examples, image_shape=image_shape
+  )
+  run = experiment.build(
+    config,
+    total_steps=count_steps(config, data.steps_per_epoch),
+    steps_per_epoch=data.steps_per_epoch,
+  )
+  sharding = parallel.replicated(mesh)
+  shared = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    jax.eval_shape(lambda: _shared(config, np.zeros(num_examples, np.int32))),
+  )
+  shared |= {'resident': data.resident}
+  state = experiment.abstract_state(run, mesh)
+  return Program(run, data, mesh, state, shared)
+
+
+class Program:
   """The training step, compiled for each number of steps in one dispatch."""
 
   def __init__(self, run, data, mesh, state, shared):
+    """Traces nothing yet.
+
+    Args:
+      run: See `experiment.Experiment`.
+      data: Loader whose `structure` the batches have.
+      mesh: See `parallel.make_mesh`.
+      state: Training state, or its shapes.
+      shared: Arguments of every dispatch, or their shapes: `resident`, `key`,
+        `numbers` and, with pseudo-labels, `true_label`.
+    """
     self._data, self._arguments = data, (state, shared)
     self._lowered, self._compiled = {}, {}
 
@@ -259,11 +317,14 @@ class _Program:
 
     self._steps = parallel.map_step(steps, mesh, batch_axes=(None, None, 1))
 
+  def trace(self, count):
+    """Traces a dispatch of `count` steps."""
+    return self._steps.trace(*self._arguments, self._data.structure(count))
+
   def lower(self, count):
-    """Traces so many steps, and nothing more."""
+    """Lowers a dispatch of `count` steps for this process's platform."""
     if count not in self._lowered:
-      structure = self._data.structure(count)
-      self._lowered[count] = self._steps.lower(*self._arguments, structure)
+      self._lowered[count] = self.trace(count).lower()
 
   def metric_names(self, count):
     """What a lowered program reports."""

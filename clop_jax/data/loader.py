@@ -195,9 +195,7 @@ class ResidentLoader:
 
   def structure(self, steps: int) -> dict:
     """See `Loader.structure`."""
-    shape = (steps, self._order.batch_size)
-    sharding = parallel.split(self._mesh, axis=1)
-    return {'index': jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)}
+    return _structure(self._mesh, steps, self._order.batch_size)
 
 
 class StreamLoader:
@@ -285,17 +283,74 @@ class StreamLoader:
 
   def structure(self, steps: int) -> dict:
     """See `Loader.structure`."""
-    leading = (steps, self._order.batch_size)
-    sharding = parallel.split(self._mesh, axis=1)
-    types = {
-      'image': (self._reader.shape, np.uint8),
-      'label': ((), np.int32),
-      'index': ((), np.int32),
-    }
-    return {
-      name: jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
-      for name, (shape, dtype) in types.items()
-    }
+    size = self._order.batch_size
+    return _structure(self._mesh, steps, size, self._reader.shape)
+
+
+class AbstractLoader:
+  """The shapes of a loader's data, for lowering a step without data.
+
+  Attributes:
+    resident: Shapes, dtypes and shardings of `Loader.resident`.
+    steps_per_epoch: Full batches in an epoch.
+  """
+
+  def __init__(
+    self,
+    num_examples: int,
+    shape: tuple[int, ...],
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    resident: bool,
+  ):
+    """Allocates nothing.
+
+    Args:
+      num_examples: Number of training images.
+      shape: Shape of one image, see `reader.Reader`.
+      batch_size: Global batch size, a multiple of the devices, at most
+        `num_examples`.
+      mesh: Mesh of the devices, which need not be attached to this process.
+      resident: True for the shapes of `ResidentLoader`, False for those of
+        `StreamLoader`.
+
+    Raises:
+      ValueError: If the batch does not fit the devices or the data.
+    """
+    order = _order(num_examples, batch_size, 0, mesh)
+    self.steps_per_epoch = order.steps_per_epoch
+    self.resident = {}
+    self._mesh, self._batch_size = mesh, batch_size
+    self._shape = None if resident else shape
+    if resident:
+      sharding = parallel.replicated(mesh)
+      self.resident = {
+        'image': jax.ShapeDtypeStruct(
+          (num_examples, *shape), np.uint8, sharding=sharding
+        ),
+        'label': jax.ShapeDtypeStruct(
+          (num_examples,), np.int32, sharding=sharding
+        ),
+      }
+
+  def structure(self, steps: int) -> dict:
+    """See `Loader.structure`."""
+    return _structure(self._mesh, steps, self._batch_size, self._shape)
+
+
+def _structure(mesh, steps, batch_size, image_shape=None):
+  """Shapes of `Loader.batches`; without an image shape, of indices."""
+  types = {'index': ((), np.int32)}
+  if image_shape is not None:
+    types |= {'image': (image_shape, np.uint8), 'label': ((), np.int32)}
+  sharding = parallel.split(mesh, axis=1)
+  return {
+    name: jax.ShapeDtypeStruct(
+      (steps, batch_size, *shape), dtype, sharding=sharding
+    )
+    for name, (shape, dtype) in types.items()
+  }
 
 
 def _order(num_examples, batch_size, seed, mesh):
