@@ -59,12 +59,25 @@ _ALIGNMENTS = {
 _DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
-def _block_size(config, embeddings, axis_name):
-  if config.block_size is not None:
-    return config.block_size
-  devices = 1 if axis_name is None else lax.axis_size(axis_name)
-  views, batch, _ = embeddings.shape
-  return loss.choose_block_size(views * batch * devices, devices)
+@dataclasses.dataclass(frozen=True)
+class _LossFields:
+  """`config.loss`, and the platform that an automatic block size is for."""
+
+  fields: ml_collections.ConfigDict
+  platform: str | None
+
+  def __getattr__(self, name):
+    return getattr(self.fields, name)
+
+  def rows(self, embeddings, axis_name):
+    """The block size for these embeddings."""
+    if self.fields.block_size is not None:
+      return self.fields.block_size
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    views, batch, _ = embeddings.shape
+    return loss.choose_block_size(
+      views * batch * devices, devices, platform=self.platform
+    )
 
 
 def _nt_xent(config, embeddings, labels, axis_name):
@@ -72,7 +85,7 @@ def _nt_xent(config, embeddings, labels, axis_name):
   return loss.nt_xent_loss(
     embeddings,
     temperature=config.temperature,
-    block_size=_block_size(config, embeddings, axis_name),
+    block_size=config.rows(embeddings, axis_name),
     axis_name=axis_name,
   )
 
@@ -83,7 +96,7 @@ def _supcon(config, embeddings, labels, axis_name):
     labels,
     temperature=config.temperature,
     variant=config.supcon_variant,
-    block_size=_block_size(config, embeddings, axis_name),
+    block_size=config.rows(embeddings, axis_name),
     axis_name=axis_name,
   )
 
@@ -157,6 +170,7 @@ def build(
   *,
   total_steps: int,
   steps_per_epoch: int,
+  platform: str | None = None,
 ) -> Experiment:
   """Builds what the config names.
 
@@ -164,6 +178,8 @@ def build(
     config: see `defaults`.
     total_steps: of the whole run.
     steps_per_epoch: updates in an epoch.
+    platform: Platform for which `model.dtype='auto'` and automatic block sizes
+      are chosen: 'cpu', 'gpu' or 'tpu'. None is JAX's default.
 
   Returns:
     The experiment.
@@ -175,7 +191,7 @@ def build(
   shared = {
     'bn_scope': model.bn_scope,
     'axis_name': parallel.DATA_AXIS,
-    'dtype': _dtype(model.dtype),
+    'dtype': _dtype(model.dtype, platform),
   }
   backbone = _choose(_BACKBONES, 'model.depth', model.depth)(
     stem=model.stem,
@@ -255,7 +271,9 @@ def build(
     backbone=backbone,
     projection_head=projection_head,
     recipe=recipe(config),
-    contrastive=functools.partial(contrastive, config.loss),
+    contrastive=functools.partial(
+      contrastive, _LossFields(config.loss, platform)
+    ),
     clop=functools.partial(
       loss.clop_loss,
       distance=config.loss.clop_distance,
@@ -387,9 +405,10 @@ def training_key(config: ml_collections.ConfigDict) -> jax.Array:
   return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
-def _dtype(name):
+def _dtype(name, platform):
   if name == 'auto':
-    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    platform = platform or jax.default_backend()
+    name = 'float32' if platform == 'cpu' else 'bfloat16'
   return _choose(_DTYPES, 'model.dtype', name, also=['auto'])
 
 

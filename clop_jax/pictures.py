@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from clop_jax import collapse
+from clop_jax import linalg
 from clop_jax import experiment
 from clop_jax import inputs
 from clop_jax import parallel
@@ -189,7 +190,7 @@ def _measures(embeddings):
   unit = collapse.normalize(embeddings)
   spectrum = collapse.singular_values(unit)
   centred = unit - jnp.mean(unit, axis=0)
-  _, _, vt = jnp.linalg.svd(centred, full_matrices=False)
+  _, _, vt = linalg.svd(centred)
   plane = jnp.matmul(centred, vt[:2].T, precision=jax.lax.Precision.HIGHEST)
   plane = jnp.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
   return plane, spectrum, collapse.effective_rank_of_spectrum(spectrum)

@@ -11,6 +11,8 @@ from jax import lax
 import jax.numpy as jnp
 from optax import assignment
 
+from clop_jax import linalg
+
 _PRECISION = lax.Precision.HIGHEST
 
 
@@ -210,9 +212,7 @@ def orthonormalize(prototypes: jax.Array) -> jax.Array:
     raise ValueError(f'prototypes must be floating, got {prototypes.dtype}')
   _check_sizes(*prototypes.shape)
   compute_dtype = jnp.promote_types(prototypes.dtype, jnp.float32)
-  u, _, vt = jnp.linalg.svd(
-    prototypes.astype(compute_dtype), full_matrices=False
-  )
+  u, _, vt = linalg.svd(prototypes.astype(compute_dtype))
   polar = jnp.matmul(u, vt, precision=_PRECISION)
   return _refine(polar).astype(prototypes.dtype)
 

@@ -273,6 +273,7 @@ def abstract_program(
     config,
     total_steps=count_steps(config, data.steps_per_epoch),
     steps_per_epoch=data.steps_per_epoch,
+    platform=mesh.devices.flat[0].platform,
   )
   sharding = parallel.replicated(mesh)
   shared = jax.tree.map(

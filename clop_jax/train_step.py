@@ -160,22 +160,15 @@ def train_step(
     )
 
   def diagnostics():
-    z, labels = embeddings, batch['label']
-    if axis_name is not None:
-      z = lax.all_gather(z, axis_name, axis=1, tiled=True)
-      labels = lax.all_gather(labels, axis_name, axis=0, tiled=True)
-    z = collapse.normalize(z)
-    labels = jnp.broadcast_to(labels, z.shape[:-1])
+    z = collapse.normalize(embeddings)
+    labels = jnp.broadcast_to(batch['label'], z.shape[:-1])
     of_embeddings = {
-      'effective_rank': collapse.effective_rank(z),
-      'embedding_std': collapse.embedding_std(z),
+      'effective_rank': collapse.effective_rank(z, axis_name=axis_name),
+      'embedding_std': collapse.embedding_std(embeddings, axis_name=axis_name),
       'prototype_cosine': collapse.prototype_cosine(
-        z, labels, state.prototypes
+        embeddings, labels, state.prototypes, axis_name=axis_name
       ),
     }
-    if axis_name is not None:
-      # All devices hold the same number; the mean tells the compiler so.
-      of_embeddings = lax.pmean(of_embeddings, axis_name)
     return of_embeddings | {
       'gradient_norm': optax.tree.norm(gradients),
       'update_norm': optax.tree.norm(updates),

@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'clop_jax'
 # Layer of each module: it imports only from layers below its own. Where a
 # module may use fewer libraries than the others of its layer, they are listed.
 LAYERS = {
+  'linalg': -1,
   'loss': 0,
   'prototypes': 0,
   'collapse': 0,
@@ -81,6 +82,7 @@ LAYERS = {
   'study': 5,
 }
 LIBRARIES = {
+  'linalg': {'jax'},
   'loss': {'jax'},
   'prototypes': {'jax', 'optax'},
   'collapse': {'jax'},
