@@ -11,28 +11,9 @@ import re
 
 import jax
 
-# By the innermost scope of an operation's name; see `train_step`.
-_PARTS = {
-  'augmentation': 'augmentation',
-  'networks': 'networks forward',
-  'gradients': 'networks backward',
-  'losses': 'losses',
-  'optimizer': 'optimizer',
-  'prototypes': 'prototypes',
-  'diagnostics': 'diagnostics',
-}
-# In the order of the step.
-_ORDER = (
-  'other',
-  'augmentation',
-  'networks forward',
-  'losses',
-  'networks backward',
-  'optimizer',
-  'prototypes',
-  'diagnostics',
-)
-_OTHER, _LOOPS, _IDLE = 'other', 'loops', 'host, idle'
+from clop_jax import hlo
+
+_OTHER, _LOOPS, _IDLE = hlo.OTHER, 'loops', 'host, idle'
 _ELEMENTWISE, _COPY = 'elementwise, batch norm', 'copy, transpose, layout'
 # The first that is found in what an operation does, or, where the program does
 # not know it, in the name of the kernel.
@@ -181,10 +162,10 @@ def read_program(text: str) -> Program:
   for op, instruction in instructions.items():
     within = list(inside(instruction))
     names = [x.name for x in [instruction, *reversed(within)]]
-    part = next((p for p in map(_part, names) if p != _OTHER), _OTHER)
+    part = next((p for p in map(hlo.part_of, names) if p != _OTHER), _OTHER)
     if part == _OTHER and '/' not in instruction.name:
       known = [ops[x][0] for x in instruction.operands if x in ops]
-      part = max(known, key=_ORDER.index, default=_OTHER)
+      part = max(known, key=hlo.PARTS.index, default=_OTHER)
     ops[op] = part, _kind(instruction, within)
   for op in list(ops):
     # So GPU kernels are called, where a trace does not tell the operation.
@@ -205,17 +186,6 @@ class _Instruction:
 def _attribute(pattern, line):
   found = re.search(pattern, line)
   return found[1] if found else ''
-
-
-def _part(name):
-  """The part of the step that an operation's name, a path of scopes, tells."""
-  for scope in reversed(name.split('/')):
-    part = _PARTS.get(scope.rpartition('(')[2].rstrip(')'))
-    if part == 'networks forward' and 'transpose(' in scope:
-      return 'networks backward'
-    if part:
-      return part
-  return _OTHER
 
 
 def _kind(instruction, within):

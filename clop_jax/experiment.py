@@ -191,7 +191,7 @@ def build(
   shared = {
     'bn_scope': model.bn_scope,
     'axis_name': parallel.DATA_AXIS,
-    'dtype': _dtype(model.dtype, platform),
+    'dtype': compute_dtype(model.dtype, platform),
   }
   backbone = _choose(_BACKBONES, 'model.depth', model.depth)(
     stem=model.stem,
@@ -405,7 +405,8 @@ def training_key(config: ml_collections.ConfigDict) -> jax.Array:
   return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
-def _dtype(name, platform):
+def compute_dtype(name, platform=None):
+  """Returns the type that the networks compute in, for `model.dtype`."""
   if name == 'auto':
     platform = platform or jax.default_backend()
     name = 'float32' if platform == 'cpu' else 'bfloat16'

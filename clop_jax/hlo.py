@@ -26,6 +26,29 @@ _CALLEES = re.compile(
   r'false_computation)=(?:\{([^}]*)\}|%([\w.-]+))'
 )
 
+# By the innermost scope of an operation's name; see `train_step`.
+_SCOPES = {
+  'augmentation': 'augmentation',
+  'networks': 'networks forward',
+  'gradients': 'networks backward',
+  'losses': 'losses',
+  'optimizer': 'optimizer',
+  'prototypes': 'prototypes',
+  'diagnostics': 'diagnostics',
+}
+OTHER = 'other'
+# Parts of a training step, in its order.
+PARTS = (
+  OTHER,
+  'augmentation',
+  'networks forward',
+  'losses',
+  'networks backward',
+  'optimizer',
+  'prototypes',
+  'diagnostics',
+)
+
 # What a device sends in a ring of n, as a multiple of the payload, which is the
 # whole array: the gathered one, the reduced one, the one before scattering.
 _RING = {
@@ -119,9 +142,11 @@ def kernels(text: str) -> list[Kernel]:
         yield from max(branches, key=traffic)
       else:
         operands = re.findall(r'%([\w.\-]+)', rest.split('), ')[0])
-        moved = _in_memory(result) + sum(
-          _in_memory(types.get((body, x), '')) for x in operands
-        )
+        read = sum(_in_memory(types.get((body, x), '')) for x in operands)
+        moved = _in_memory(result) + read
+        if kind.endswith('-done'):
+          # The type of what it started has operands and results.
+          moved = max(read, 2 * _in_memory(result))
         scope = re.search(r'op_name="([^"]*)"', line)
         detail = re.search(r'custom_call_target="([^"]*)"', line) or (
           re.search(r'kind=(\w+)', line) if kind == 'fusion' else None
@@ -131,6 +156,24 @@ def kernels(text: str) -> list[Kernel]:
         yield Kernel(name, kind, scope, moved, times, conditional)
 
   return [*walk(entry, 1, False)]
+
+
+def part_of(scope: str) -> str:
+  """Returns the part of the training step that an operation belongs to.
+
+  Args:
+    scope: The operation's name: a path of scopes.
+
+  Returns:
+    One of `PARTS`.
+  """
+  for name in reversed(scope.split('/')):
+    part = _SCOPES.get(name.rpartition('(')[2].rstrip(')'))
+    if part == 'networks forward' and 'transpose(' in name:
+      return 'networks backward'
+    if part:
+      return part
+  return OTHER
 
 
 def traffic(found: Sequence[Kernel]) -> int:
@@ -235,11 +278,14 @@ def _bits(dtype):
 
 
 def _in_memory(hlo_type):
-  """Bytes of the arrays of a type that lie in the device's main memory."""
+  """Bytes of the arrays of a type that lie in the device's main memory.
+
+  Scalars do not count: they are the handles of asynchronous operations, too.
+  """
   return sum(
     math.prod(int(n) for n in shape.split(',') if n) * _bits(dtype) // 8
     for dtype, shape, layout in _ARRAY.findall(hlo_type)
-    if 'S(1)' not in layout
+    if shape and 'S(1)' not in layout
   )
 
 

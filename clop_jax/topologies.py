@@ -1,4 +1,4 @@
-"""Accelerators that are not attached: devices to compile for, and their figures.
+"""Devices that are not attached, to compile for, and their peak figures.
 
 The compiler of a platform runs without its hardware. It needs the extra `tpu`
 or `cuda` of this package.
@@ -62,7 +62,7 @@ CHIPS = {
     16 * 2**30,
     819e9,
     197e12,
-    ((256, 100e9),),
+    ((256, 200e9),),
   ),
   'v5p': Chip(
     'TPU v5p',
@@ -71,7 +71,7 @@ CHIPS = {
     95 * 2**30,
     2765e9,
     459e12,
-    ((8960, 300e9),),
+    ((8960, 600e9),),
   ),
   'v6e': Chip(
     'TPU v6e',
@@ -80,7 +80,7 @@ CHIPS = {
     32 * 2**30,
     1640e9,
     918e12,
-    ((256, 200e9),),
+    ((256, 400e9),),
   ),
   'h100': Chip(
     'H100 SXM',

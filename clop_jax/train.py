@@ -299,7 +299,9 @@ class Program:
       shared: Arguments of every dispatch, or their shapes: `resident`, `key`,
         `numbers` and, with pseudo-labels, `true_label`.
     """
-    self._data, self._arguments = data, (state, shared)
+    self.arguments = (state, shared)
+    self.steps_per_epoch = data.steps_per_epoch
+    self._data = data
     self._lowered, self._compiled = {}, {}
 
     def steps(state, shared, batches):
@@ -320,7 +322,7 @@ class Program:
 
   def trace(self, count):
     """Traces a dispatch of `count` steps."""
-    return self._steps.trace(*self._arguments, self._data.structure(count))
+    return self._steps.trace(*self.arguments, self._data.structure(count))
 
   def lower(self, count):
     """Lowers a dispatch of `count` steps for this process's platform."""

@@ -29,7 +29,9 @@ LAYERS = {
   'parallel': 0,
   'preemption': 0,
   'compilation_cache': 0,
-  'breakdown': 0,
+  'hlo': 0,
+  'topologies': 0,
+  'breakdown': 0.2,  # parts as hlo has them
   'profiling': 0.5,  # prints a breakdown
   'workers': 0,
   'data.labels': 0,
@@ -75,6 +77,7 @@ LAYERS = {
   'evaluate': 4,
   'export': 4,
   'embed': 4,
+  'plan': 4.2,  # train's program
   'data.prepare': 4,
   'data.preview': 4,
   'ensemble': 4.2,  # several of train
@@ -82,6 +85,8 @@ LAYERS = {
   'study': 5,
 }
 LIBRARIES = {
+  'hlo': set(),
+  'topologies': {'jax'},
   'linalg': {'jax'},
   'loss': {'jax'},
   'prototypes': {'jax', 'optax'},

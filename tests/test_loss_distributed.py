@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
+from clop_jax import hlo
 from clop_jax import loss
 from clop_jax import parallel
-from tests.benchmarks import scaling
 
 AXIS = parallel.DATA_AXIS
 DEVICES = 8
@@ -161,13 +161,34 @@ def test_blocks_of_odd_sizes_give_the_dense_loss_and_gradient(
   np.testing.assert_allclose(gradient, expected[1], atol=1e-5 * scale)
 
 
+def compile_loss(devices, batch, block_size, *, labelled, dim):
+  """Value and gradient of NT-Xent or SupCon, for arrays that do not exist."""
+
+  def function(z, y):
+    keywords = {'block_size': block_size, 'axis_name': AXIS}
+    if labelled:
+      return loss.supcon_loss(z, y, **keywords)
+    return loss.nt_xent_loss(z, **keywords)
+
+  mapped = jax.shard_map(
+    jax.value_and_grad(function),
+    mesh=parallel.make_mesh(jax.devices()[:devices]),
+    in_specs=(P(None, AXIS), P(AXIS)),
+    out_specs=(P(), P(None, AXIS)),
+    check_vma=True,
+  )
+  z = jax.ShapeDtypeStruct((2, batch, dim), jnp.float32)
+  y = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  return jax.jit(mapped).lower(z, y).compile()
+
+
 @pytest.mark.parametrize('labelled', [False, True])
 def test_with_more_devices_only_the_gathered_arrays_grow(labelled):
   local_batch, dim, block_size = 40, 4, 110
-  local_rows = scaling.VIEWS * local_batch
+  local_rows = 2 * local_batch
   temporaries, gathered = {}, {}
   for devices in (2, 4, 8):
-    compiled = scaling.compile_loss(
+    compiled = compile_loss(
       devices,
       local_batch * devices,
       block_size,
@@ -176,13 +197,13 @@ def test_with_more_devices_only_the_gathered_arrays_grow(labelled):
     )
     text = compiled.as_text()
     # The gathered arrays of this problem are smaller than a block.
-    largest = max(elements for elements, _ in scaling.array_sizes(text))
+    largest = max(elements for elements, _ in hlo.array_sizes(text))
     assert largest <= local_rows * block_size
     assert largest > local_rows * block_size * 0.9  # the block itself
     # All that is communicated stands outside the loop over blocks.
-    found = scaling.collectives(text)
+    found = hlo.collectives(text)
     assert all(c.times == 1 for c in found)
-    assert scaling.payload(found, 'all-gather') == 4 * devices * (
+    assert hlo.payload(found, 'all-gather') == 4 * devices * (
       local_rows * dim + (local_batch if labelled else 0)
     )
     temporaries[devices] = compiled.memory_analysis().temp_size_in_bytes
