@@ -30,7 +30,12 @@ _USER_ERRORS = (
 )
 
 
-def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
+def run(
+  main: Callable[[], None],
+  define_flags: Callable[[], None],
+  *,
+  joins: bool = True,
+) -> None:
   """Parses the flags, joins the other processes if any, and calls `main`.
 
   A user's error is one line and exit 1; a run that was told to end and saved
@@ -39,10 +44,18 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
   Args:
     main: takes nothing; it reads the flags.
     define_flags: defines the command's own flags.
+    joins: False for a command of one process, which joins no others even
+      inside a cluster's job.
   """
   sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
   define_flags()
   flags.DEFINE_bool('traceback', False, 'Print the traceback of an error.')
+  if joins:
+    _define_process_flags()
+  app.run(lambda _: _guarded(main, joins), flags_parser=_parse)
+
+
+def _define_process_flags():
   flags.DEFINE_string(
     'coordinator_address', None, 'HOST:PORT of process 0 (several processes).'
   )
@@ -54,7 +67,6 @@ def run(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
     'After so long without a sign a process counts as dead.',
     lower_bound=1,
   )
-  app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 
 class _Output:
@@ -90,7 +102,7 @@ class _Output:
     return count
 
 
-def _guarded(main):
+def _guarded(main, joins):
   values = flags.FLAGS
   sys.unraisablehook = _report
   if not values['verbosity'].present:
@@ -98,12 +110,13 @@ def _guarded(main):
     # what they raise as well; --verbosity=0 shows it.
     logging.set_verbosity(logging.FATAL)
   try:
-    parallel.start(
-      values.coordinator_address,
-      values.num_processes,
-      values.process_id,
-      peer_timeout_seconds=values.peer_timeout_seconds,
-    )
+    if joins:
+      parallel.start(
+        values.coordinator_address,
+        values.num_processes,
+        values.process_id,
+        peer_timeout_seconds=values.peer_timeout_seconds,
+      )
     compilation_cache.enable()
     main()
   except KeyboardInterrupt:

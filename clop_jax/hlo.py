@@ -147,12 +147,12 @@ def kernels(text: str) -> list[Kernel]:
         if kind.endswith('-done'):
           # The type of what it started has operands and results.
           moved = max(read, 2 * _in_memory(result))
-        scope = re.search(r'op_name="([^"]*)"', line)
+        scoped = re.search(r'op_name="([^"]*)"', line)
         detail = re.search(r'custom_call_target="([^"]*)"', line) or (
           re.search(r'kind=(\w+)', line) if kind == 'fusion' else None
         )
         kind += f':{detail[1]}' if detail else ''
-        scope = scope[1] if scope else ''
+        scope = scoped[1] if scoped else ''
         yield Kernel(name, kind, scope, moved, times, conditional)
 
   return [*walk(entry, 1, False)]
@@ -304,8 +304,7 @@ def _started(kind, hlo_type):
 
 def _computations(text):
   """Lines of each computation by name, and the entry's name."""
-  bodies: dict[str, list[str]] = {}
-  entry, lines = None, []
+  bodies, entry, lines = {}, None, []
   for line in text.splitlines():
     header = re.match(r'(ENTRY )?%?([\w.-]+) \(.*\{$', line)
     if header:

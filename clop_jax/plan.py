@@ -355,12 +355,11 @@ def _advice(config):
   return 'To make it fit: ' + ', '.join(fields)
 
 
-def to_text(plan_: Plan, config: ml_collections.ConfigDict) -> str:
+def to_text(plan_: Plan) -> str:
   """Returns a plan as a text for people.
 
   Args:
     plan_: The plan.
-    config: Its config, which gives the advice where the step does not fit.
 
   Returns:
     Several lines.
@@ -389,8 +388,6 @@ def to_text(plan_: Plan, config: ml_collections.ConfigDict) -> str:
       else f'does not fit, {-left / gib:.2f} too much'
     )
     lines.append(f'  {"available":<22}{plan_.capacity / gib:>9.2f}  {verdict}')
-    if left < 0:
-      lines.append(f'  {_advice(config)}')
   lines += ['', f'{"kernels and traffic of a step":<32}kernels       GB']
   for part in plan_.parts:
     lines.append(f'  {part.name:<30}{part.kernels:>7,}{part.moved / 1e9:>9.3f}')
@@ -455,23 +452,53 @@ def define_flags() -> None:
   flags.DEFINE_bool('json', False, 'Print JSON instead of a text.')
 
 
-def main() -> None:
-  """The command."""
-  config = flags.FLAGS.config
-  if config is None:
-    raise ValueError('--config must name a file of configs/, got none')
-  if flags.FLAGS.topology is not None:
-    # Nothing runs, so the devices of this machine may be busy.
-    jax.config.update('jax_platforms', 'cpu')
-  result = plan(
-    config, flags.FLAGS.topology, num_examples=flags.FLAGS.num_examples
-  )
-  if flags.FLAGS.json:
+def report(
+  config: ml_collections.ConfigDict,
+  topology: str | None = None,
+  *,
+  num_examples: int | None = None,
+  as_json: bool = False,
+) -> None:
+  """Prints a plan.
+
+  Args:
+    config: See `defaults`.
+    topology: See `plan`.
+    num_examples: See `plan`.
+    as_json: True prints JSON instead of a text.
+
+  Raises:
+    ValueError: As `plan`; after printing, if the step does not fit.
+  """
+  result = plan(config, topology, num_examples=num_examples)
+  if as_json:
     values = dataclasses.asdict(result) | {'fits': result.fits}
     print(json.dumps(values, indent=2))
   else:
-    print(to_text(result, config))
+    print(to_text(result))
+  if result.capacity is not None and not result.fits:
+    lacking = (result.memory['total'] - result.capacity) / 2**30
+    raise ValueError(
+      f'the step needs {lacking:.2f} GiB more than a device of '
+      f'{result.topology} has. {_advice(config)}'
+    )
+
+
+def main() -> None:
+  """The command."""
+  values = flags.FLAGS
+  if values.config is None:
+    raise ValueError('--config must name a file of configs/, got none')
+  if values.topology is not None:
+    # Nothing runs, so the devices of this machine may be busy.
+    jax.config.update('jax_platforms', 'cpu')
+  report(
+    values.config,
+    values.topology,
+    num_examples=values.num_examples,
+    as_json=values.json,
+  )
 
 
 if __name__ == '__main__':
-  command.run(main, define_flags)
+  command.run(main, define_flags, joins=False)

@@ -37,12 +37,12 @@ class Chip:
   memory: float
   bandwidth: float
   flops: float
-  links: tuple[tuple[int, float], ...]
+  links: tuple[tuple[float, float], ...]
   usable: float = 1.0
 
   def seconds_to_send(self, sent: float, devices: int) -> float:
     """Seconds for a ring over so many devices: its slowest link decides."""
-    reached = 1
+    reached = 1.0
     bandwidth = math.inf
     for neighbours, link in self.links:
       if reached < devices:

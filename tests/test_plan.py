@@ -78,19 +78,19 @@ def test_a_plan_for_the_devices_at_hand(on_cpu, config):
   assert 'diagnostics' in [part.name for part in on_cpu.logged]
   # Nobody publishes the peak of a CPU.
   assert on_cpu.roofline is None
-  assert 'no estimate of speed' in plan.to_text(on_cpu, config)
+  assert 'no estimate of speed' in plan.to_text(on_cpu)
 
 
 def test_a_plan_that_does_not_fit_says_by_how_much_and_what_helps(
-  on_cpu, config
+  on_cpu, config, monkeypatch, capsys
 ):
-  total = on_cpu.memory['total']
-  text = plan.to_text(
-    dataclasses.replace(on_cpu, capacity=total - 2**29), config
-  )
-  assert 'does not fit, 0.50 too much' in text
+  short = dataclasses.replace(on_cpu, capacity=on_cpu.memory['total'] - 2**29)
+  monkeypatch.setattr(plan, 'plan', lambda *_, **__: short)
+  with pytest.raises(ValueError, match=r'0\.50 GiB more') as error:
+    plan.report(config)
+  assert 'does not fit, 0.50 too much' in capsys.readouterr().out
   for field in ('num_micro_batches', 'batch_size', 'loader'):
-    assert field in text
+    assert field in str(error.value)
 
 
 def test_the_roofline_is_bound_by_its_largest_part():
