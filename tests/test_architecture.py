@@ -23,7 +23,8 @@ LAYERS = {
   'models.resnet': 0,
   'models.heads': 0.5,  # shares models.resnet's meaning of bn_scope
   'torchvision_weights': 0,
-  'optimizer': 0,
+  'gpu_updates': 0,
+  'optimizer': 0.5,  # its chains on GPUs are of gpu_updates
   'colours': 0,
   'column_files': 0,
   'parallel': 0,
@@ -106,6 +107,7 @@ LIBRARIES = {
   'models.heads': {'jax', 'flax'},
   # Where PyTorch is installed it reads .pth files.
   'torchvision_weights': {'etils', 'numpy', 'safetensors', 'torch'},
+  'gpu_updates': {'jax', 'numpy', 'optax'},
   'optimizer': {'jax', 'optax'},
   'parallel': {'jax', 'numpy'},
   'preemption': {'jax'},
