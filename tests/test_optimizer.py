@@ -2,12 +2,15 @@ import functools
 import math
 
 import jax
+from jax import lax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
 
 from clop_jax import optimizer
+from clop_jax import parallel
 from clop_jax.models import resnet
 
 RATE = 0.1
@@ -15,6 +18,20 @@ RATE = 0.1
 
 def constant(_):
   return RATE
+
+
+@pytest.fixture(params=['default', 'cuda'])
+def platform(request, monkeypatch):
+  """Runs what a platform would run, on this one."""
+
+  def choose(*args, **branches):
+    return branches[request.param](*args)
+
+  monkeypatch.setattr(lax, 'platform_dependent', choose)
+  return request.param
+
+
+on_all_platforms = pytest.mark.usefixtures('platform')
 
 
 @functools.cache
@@ -119,6 +136,7 @@ def test_kernel_mask_has_every_kernel_and_nothing_else():
   assert len(mask) > len(chosen)
 
 
+@on_all_platforms
 @pytest.mark.parametrize('name', ['lars', 'sgd', 'adamw'])
 def test_weight_decay_moves_kernels_only(name):
   params = resnet_params()
@@ -137,6 +155,7 @@ def test_weight_decay_moves_kernels_only(name):
       np.testing.assert_array_equal(after[path], value)
 
 
+@on_all_platforms
 def test_trust_ratio_leaves_biases_and_scales_alone():
   params = resnet_params()
   tx = optimizer.create('lars', constant, weight_decay=0.5)
@@ -153,6 +172,7 @@ def test_trust_ratio_leaves_biases_and_scales_alone():
     np.testing.assert_allclose(after[path], expected, rtol=1e-5, atol=1e-6)
 
 
+@on_all_platforms
 def test_lars_by_hand_over_three_steps():
   params, gradients = problem()
   # The rate changes: it belongs to the step whose gradient it scales.
@@ -179,6 +199,7 @@ def test_lars_by_hand_over_three_steps():
     np.testing.assert_allclose(got['dense']['bias'], b, atol=1e-6)
 
 
+@on_all_platforms
 def test_sgd_with_momentum_by_hand():
   params, gradients = problem()
   tx = optimizer.create('sgd', constant, momentum=0.7, weight_decay=0.01)
@@ -193,6 +214,7 @@ def test_sgd_with_momentum_by_hand():
     np.testing.assert_allclose(got['dense']['bias'], b, atol=1e-6)
 
 
+@on_all_platforms
 def test_adamw_by_hand():
   params, gradients = problem()
   tx = optimizer.create('adamw', constant, momentum=0.8, weight_decay=0.05)
@@ -210,6 +232,7 @@ def test_adamw_by_hand():
     np.testing.assert_allclose(got['dense']['kernel'], w, atol=1e-5)
 
 
+@on_all_platforms
 @pytest.mark.parametrize(('scale', 'clipped'), [(100.0, True), (0.01, False)])
 def test_clip_norm_bounds_the_whole_gradient_only_when_it_is_above(
   scale, clipped
@@ -236,3 +259,146 @@ def test_unknown_optimizer_names_the_valid_ones():
     ValueError, match=r"one of \['adamw', 'lars', 'sgd'\], got 'adam'"
   ):
     optimizer.create('adam', constant)
+
+
+def optax_own(name, schedule, clip_norm=None):
+  mask = optimizer.kernel_mask
+  tx = {
+    'lars': optax.lars(
+      schedule,
+      weight_decay=0.01,
+      weight_decay_mask=mask,
+      trust_coefficient=0.02,
+      trust_ratio_mask=mask,
+      momentum=0.8,
+    ),
+    'sgd': optax.chain(
+      optax.add_decayed_weights(0.01, mask=mask),
+      optax.sgd(schedule, momentum=0.8),
+    ),
+    'adamw': optax.adamw(schedule, b1=0.8, weight_decay=0.01, mask=mask),
+  }[name]
+  if clip_norm is None:
+    return tx
+  return optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+
+
+def our_own(name, schedule, clip_norm=None):
+  return optimizer.create(
+    name,
+    schedule,
+    momentum=0.8,
+    weight_decay=0.01,
+    trust_coefficient=0.02,
+    clip_norm=clip_norm,
+  )
+
+
+def layers(steps=4):
+  """Parameters and gradients of several steps, with norms of 0 among them."""
+  rng = np.random.default_rng(1)
+  shapes = {
+    'first': {'kernel': (3, 3, 2, 4), 'bias': (4,)},
+    'second': {'kernel': (2, 4, 9), 'bias': (9,)},  # as large as the first
+    'third': {'kernel': (60, 90), 'scale': (5,)},
+    'fourth': {'kernel': (6, 7)},
+  }
+
+  def draw():
+    return {
+      layer: {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in arrays.items()
+      }
+      for layer, arrays in shapes.items()
+    }
+
+  params, gradients = draw(), [draw() for _ in range(steps)]
+  params['first']['kernel'][:] = 0
+  params['fourth']['kernel'][:] = 0
+  gradients[0]['fourth']['kernel'][:] = 0  # not even decay is left
+  gradients[1]['third']['kernel'][:] = 0
+  return params, gradients
+
+
+def steps_of(make, rate, params, gradients):
+  """Parameters and state after all gradients, at a rate that falls."""
+
+  @jax.jit
+  def step(rate, params, state, gradient):  # rate is traced, as in an ensemble
+    tx = make(lambda step: rate / (1 + step))
+    updates, state = tx.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = make(lambda step: rate).init(params)
+  for gradient in gradients:
+    params, state = step(rate, params, state, gradient)
+  return params, state
+
+
+def assert_close(got, expected):
+  assert jax.tree.structure(got) == jax.tree.structure(expected)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
+    got,
+    expected,
+  )
+
+
+@on_all_platforms
+@pytest.mark.parametrize('clip_norm', [None, 0.5, 1e6])
+@pytest.mark.parametrize('name', ['lars', 'sgd', 'adamw'])
+def test_updates_and_state_are_those_of_optax(name, clip_norm):
+  got, expected = [
+    steps_of(functools.partial(own, name, clip_norm=clip_norm), RATE, *layers())
+    for own in (our_own, optax_own)
+  ]
+  assert_close(got, expected)
+
+
+@on_all_platforms
+@pytest.mark.parametrize('name', ['lars', 'sgd', 'adamw'])
+def test_updates_mapped_over_runs_are_those_of_each(name):
+  make = functools.partial(our_own, name, clip_norm=0.5)
+  params, gradients = layers(steps=2)
+  rates = jnp.array([0.1, 0.3])
+
+  def run_steps(rate):
+    scaled = jax.tree.map(lambda x: x * rate, gradients)
+    return steps_of(make, rate, params, scaled)
+
+  got = jax.vmap(run_steps)(rates)
+  for i, rate in enumerate(rates):
+    of_one = jax.tree.map(lambda x, i=i: x[i], got)
+    assert_close(of_one, run_steps(rate))
+
+
+@on_all_platforms
+@pytest.mark.parametrize('name', ['lars', 'sgd', 'adamw'])
+def test_updates_in_shard_map_are_replicated(name):
+  make = functools.partial(our_own, name, clip_norm=0.5)
+  run_steps = functools.partial(steps_of, make, RATE)
+  mapped = jax.shard_map(
+    run_steps,
+    mesh=parallel.make_mesh(jax.devices()[:2]),
+    in_specs=P(),
+    out_specs=P(),
+    check_vma=True,
+  )
+  arguments = layers(steps=2)
+  assert_close(jax.jit(mapped)(*arguments), run_steps(*arguments))
+
+
+@pytest.mark.parametrize('name', ['lars', 'sgd', 'adamw'])
+def test_only_gpus_get_flat_leaves(name):
+  params, (gradient, *_) = layers()
+  tx = our_own(name, constant)
+  traced = jax.jit(tx.update).trace(gradient, tx.init(params), params)
+  for platform, is_flat in (
+    ('cpu', False),
+    ('tpu', False),
+    ('cuda', True),
+    ('rocm', True),
+  ):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ('optimization_barrier' in text) == is_flat
