@@ -9,7 +9,6 @@ import math
 import jax
 from jax import lax
 import jax.numpy as jnp
-from optax import assignment
 
 from clop_jax import linalg
 
@@ -284,7 +283,9 @@ def assign_prototypes(
 
   Reference:
     Kuhn, "The Hungarian method for the assignment problem", Naval Research
-    Logistics Quarterly 2 (1955); `optax.assignment.hungarian_algorithm`.
+    Logistics Quarterly 2 (1955); in the form of Crouse, "On implementing 2D
+    rectangular assignment algorithms", IEEE Trans. Aerosp. Electron. Syst. 52
+    (2016), section III.
   """
   if class_means.shape != prototypes.shape or prototypes.ndim != 2:
     raise ValueError(
@@ -296,8 +297,12 @@ def assign_prototypes(
     prototypes.T.astype(jnp.float32),
     precision=_PRECISION,
   )
-  classes, rows = assignment.hungarian_algorithm(-gain)
-  return jnp.zeros_like(prototypes).at[classes].set(prototypes[rows])
+  # The search would not end with NaN or infinity, which come from a diverged
+  # run or from sums of very large costs.
+  cost = -jnp.nan_to_num(lax.stop_gradient(gain))
+  largest = jnp.max(jnp.abs(cost))
+  cost = cost / jnp.where(largest == 0.0, 1.0, largest)
+  return prototypes[_cheapest_columns(cost)]
 
 
 def pseudo_labels(
@@ -358,6 +363,67 @@ def pseudo_labels(
   sure = jnp.max(confidence, axis=-1) >= threshold
   guessed = jnp.where(sure, nearest, -1)
   return lax.stop_gradient(jnp.where(labels >= 0, labels, guessed))
+
+
+def _cheapest_columns(cost):
+  """Column of each row in the assignment of least total cost: `[n]` int32.
+
+  `optax.assignment.hungarian_algorithm` solves the same problem, but its loops
+  refuse costs that vary over an axis of `shard_map`, and visit the entries of
+  the matrix one by one, which is slow on an accelerator.
+  """
+  # Computed from the costs, so that they vary over the same mapped axes.
+  zeros = 0.0 * cost[0]
+  none = zeros.astype(jnp.int32) - 1
+
+  def find_path(row, u, v, row_of):
+    """Shortest alternating path from a row to a column that is still free."""
+
+    def extend(carry):
+      here, least, _, distance, path, done = carry
+      reached = least + cost[here] - u[here] - v
+      closer = ~done & (reached < distance)
+      distance = jnp.where(closer, reached, distance)
+      path = jnp.where(closer, here, path)
+      column = jnp.argmin(jnp.where(done, jnp.inf, distance)).astype(jnp.int32)
+      owner = row_of[column]
+      end = jnp.where(owner < 0, column, -1)
+      here = jnp.where(owner < 0, here, owner)
+      return (
+        here,
+        distance[column],
+        end,
+        distance,
+        path,
+        done.at[column].set(True),
+      )
+
+    start = (row, zeros[0], none[0], zeros + jnp.inf, none, zeros > 0)
+    _, least, end, distance, path, done = lax.while_loop(
+      lambda carry: carry[2] < 0, extend, start
+    )
+    return least, end, path, jnp.where(done, least - distance, 0.0)
+
+  def add_row(row, carry):
+    u, v, row_of, column_of = carry
+    row = row + none[0] + 1
+    least, end, path, slack = find_path(row, u, v, row_of)
+    # A column without a row (-1) is not done, or it is the end: its slack is 0.
+    u = u.at[row].add(least).at[row_of].add(slack)
+
+    def flip(carry):
+      column, row_of, column_of = carry
+      row = path[column]
+      row_of = row_of.at[column].set(row)
+      return column_of[row], row_of, column_of.at[row].set(column)
+
+    _, row_of, column_of = lax.while_loop(
+      lambda carry: carry[0] >= 0, flip, (end, row_of, column_of)
+    )
+    return u, v - slack, row_of, column_of
+
+  start = (zeros, zeros, none, none)
+  return lax.fori_loop(0, len(cost), add_row, start)[-1]
 
 
 def _unit(x):

@@ -268,6 +268,29 @@ def test_assignment_is_the_best_of_all_orders(k, dim):
   np.testing.assert_array_equal(ours[rows], c[columns])
 
 
+@pytest.mark.parametrize('size', [1, 2, 7, 60])
+def test_assignment_is_the_best_where_costs_are_tied_or_of_low_rank(size):
+  rng = np.random.default_rng(size)
+  for gain in (
+    np.zeros((size, size)),
+    rng.integers(0, 3, (size, size)),
+    rng.normal(size=(size, 1)) * rng.normal(size=(1, size)),
+  ):
+    gain = gain.astype(np.float32)
+    ours = np.asarray(prototypes.assign_prototypes(gain, jnp.eye(size)))
+    np.testing.assert_array_equal(np.sort(ours.argmax(axis=1)), range(size))
+    rows, columns = scipy.optimize.linear_sum_assignment(gain, maximize=True)
+    best = gain[rows, columns].sum()
+    assert (gain * ours).sum() == pytest.approx(best, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, 3e38])
+def test_assignment_ends_whatever_the_class_means_are(value):
+  means = np.where(random_rows((6, 6)) > 0, value, -1).astype(np.float32)
+  ours = np.asarray(prototypes.assign_prototypes(means, jnp.eye(6)))
+  np.testing.assert_array_equal(np.sort(ours.argmax(axis=1)), range(6))
+
+
 def test_pseudo_labels_are_the_nearest_prototypes_where_sure():
   rng = np.random.default_rng(0)
   z = rng.normal(size=(2, 50, 6)).astype(np.float32)
