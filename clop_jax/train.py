@@ -248,6 +248,7 @@ def abstract_program(
   *,
   num_examples: int,
   image_shape: tuple[int, int, int],
+  platform: str | None = None,
 ) -> 'Program':
   """The program that `train` would run, on shapes instead of arrays.
 
@@ -258,6 +259,8 @@ def abstract_program(
     mesh: Mesh of the devices, which need not be attached to this process.
     num_examples: Number of training images.
     image_shape: `(height, width, channels)` of the images in the data set.
+    platform: Platform whose defaults the config takes, see `experiment.build`.
+      None is the mesh's.
 
   Returns:
     The program.
@@ -273,7 +276,7 @@ def abstract_program(
     config,
     total_steps=count_steps(config, data.steps_per_epoch),
     steps_per_epoch=data.steps_per_epoch,
-    platform=mesh.devices.flat[0].platform,
+    platform=platform or mesh.devices.flat[0].platform,
   )
   sharding = parallel.replicated(mesh)
   shared = jax.tree.map(
