@@ -125,6 +125,23 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(optax.init_empty_state, update)
 
 
+def global_norms(trees) -> jax.Array:
+  """As `optax.tree.norm` of each tree, with `leaf_norms`.
+
+  Args:
+    trees: Sequence of trees of floating arrays.
+
+  Returns:
+    Norms `[trees]`.
+  """
+  leaves = [jax.tree.leaves(tree) for tree in trees]
+  squares = leaf_norms(leaves) ** 2
+  ends = np.cumsum([len(x) for x in leaves])
+  return jnp.sqrt(
+    jnp.stack([jnp.sum(x) for x in jnp.split(squares, ends[:-1])])
+  )
+
+
 def leaf_norms(tree) -> jax.Array:
   """Returns the Euclidean norm of every leaf.
 

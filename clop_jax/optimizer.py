@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 from jax import lax
+import jax.numpy as jnp
 import optax
 
 from clop_jax import gpu_updates
@@ -150,6 +151,34 @@ def create(
     )
 
   return optax.GradientTransformation(plain.init, update)
+
+
+def global_norms(*trees) -> jax.Array:
+  """Returns the Euclidean norm of each tree, in few kernels on GPUs.
+
+  Args:
+    *trees: Trees of floating arrays.
+
+  Returns:
+    Norms `[trees]`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import optimizer
+    >>> tree = {'bias': jnp.array([3.0, 4.0]), 'kernel': jnp.ones((2, 2))}
+    >>> print(optimizer.global_norms(tree, tree['kernel']).round(3))
+    [5.385 2.   ]
+  """
+
+  def plain(trees):
+    return jnp.stack([optax.tree.norm(tree) for tree in trees])
+
+  return lax.platform_dependent(
+    trees,
+    cuda=gpu_updates.global_norms,
+    rocm=gpu_updates.global_norms,
+    default=plain,
+  )
 
 
 # The chains of optax.lars, optax.sgd and optax.adamw. `transforms` is optax or

@@ -13,6 +13,7 @@ from clop_jax import augment
 from clop_jax import collapse
 from clop_jax import grad_cache
 from clop_jax import loss
+from clop_jax import optimizer
 from clop_jax import prototype_rules
 from clop_jax import prototypes as prototypes_lib
 from clop_jax import train_state
@@ -169,10 +170,11 @@ def train_step(
         embeddings, labels, state.prototypes, axis_name=axis_name
       ),
     }
+    norms = optimizer.global_norms(gradients, updates, params)
     return of_embeddings | {
-      'gradient_norm': optax.tree.norm(gradients),
-      'update_norm': optax.tree.norm(updates),
-      'parameter_norm': optax.tree.norm(params),
+      'gradient_norm': norms[0],
+      'update_norm': norms[1],
+      'parameter_norm': norms[2],
       'orthonormality_error': prototypes_lib.orthonormality_error(prototypes),
     }
 

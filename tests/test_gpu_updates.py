@@ -58,3 +58,11 @@ def test_trust_ratio_of_a_tree_without_leaves_is_nothing():
   tx = gpu_updates.scale_by_trust_ratio(0.001)
   updates, _ = tx.update({}, tx.init({}), {})
   assert updates == {}
+
+
+def test_global_norms_are_those_of_optax():
+  trees = [tree_of([3, 5000]), tree_of([1], seed=1), tree_of([7] * 90, seed=2)]
+  expected = [optax.tree.norm(tree) for tree in trees]
+  np.testing.assert_allclose(
+    gpu_updates.global_norms(trees), expected, rtol=1e-6
+  )
