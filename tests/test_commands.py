@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests import forked
 from tests import small
 
 CONFIG = str(small.ROOT / 'configs' / 'digits.py')
@@ -22,16 +23,17 @@ SMALL = [
 ]
 
 
-def call(*arguments, cwd=None):
-  # One device, as on a user's machine.
+def refused(name, *arguments, cwd):
+  """Calls a command that is to refuse; returns its one line."""
   environment = os.environ | {'XLA_FLAGS': ''}
-  return subprocess.run(
-    [sys.executable, '-m', *arguments],
-    capture_output=True,
-    text=True,
-    cwd=cwd,
-    env=environment,
+  process = forked.Process(
+    ['-m', name, *arguments], environment=environment, cwd=cwd
   )
+  output, errors = process.communicate()
+  assert process.returncode == 1 and not output
+  (line,) = errors.splitlines()
+  assert line.startswith('error: ')
+  return line
 
 
 @pytest.mark.parametrize(
@@ -77,36 +79,25 @@ def call(*arguments, cwd=None):
   ],
 )
 def test_train_refuses_in_one_clear_line(arguments, message, tmp_path):
-  result = call('clop_jax.train', *arguments, cwd=tmp_path)
-  assert result.returncode == 1
-  assert message in result.stderr
-  assert result.stderr.startswith('error: ')
-  assert len(result.stderr.strip().splitlines()) == 1
+  assert message in refused('clop_jax.train', *arguments, cwd=tmp_path)
   assert not os.listdir(tmp_path)
 
 
-def test_an_optional_field_can_be_unset(tmp_path):
+def test_an_optional_field_can_be_unset(capfd):
   argv = ['train', f'--config={CONFIG}', '--config.data.image_size=32']
-  code = (
-    'import sys\n'
-    'from absl import flags\n'
-    'from clop_jax import command, train\n'
-    'train.define_flags()\n'
-    f'sys.argv = {argv!r} + sys.argv[1:]\n'
-    'command._parse(sys.argv)\n'
-    'print(flags.FLAGS.config.data.image_size)\n'
-  )
-  for unset, expected in (
-    ([], '32'),
-    (['--config.data.image_size=None'], 'None'),
-  ):
-    result = subprocess.run(
-      [sys.executable, '-c', code, *unset],
-      capture_output=True,
-      text=True,
-      cwd=tmp_path,
-    )
-    assert result.stdout.strip() == expected, result.stderr
+  code = f"""
+import os, sys
+from absl import flags
+from clop_jax import command, train
+train.define_flags()
+for unset in ([], ['--config.data.image_size=None']):
+  if not os.fork():
+    command._parse({argv!r} + unset)
+    sys.exit(print(flags.FLAGS.config.data.image_size))
+  os.wait()
+"""
+  subprocess.run([sys.executable, '-c', code], check=True)
+  assert capfd.readouterr().out.split() == ['32', 'None']
 
 
 @pytest.mark.parametrize('stream', ['stdout', 'stderr'])
@@ -164,10 +155,7 @@ def test_an_interrupt_is_one_line(tmp_path):
   ],
 )
 def test_prepare_refuses_in_one_clear_line(arguments, message, tmp_path):
-  result = call('clop_jax.data.prepare', *arguments, cwd=tmp_path)
-  assert result.returncode == 1
-  assert message in result.stderr
-  assert len(result.stderr.strip().splitlines()) == 1
+  assert message in refused('clop_jax.data.prepare', *arguments, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -178,14 +166,20 @@ def test_prepare_refuses_in_one_clear_line(arguments, message, tmp_path):
   ],
 )
 def test_evaluate_refuses_in_one_clear_line(arguments, message, tmp_path):
-  result = call('clop_jax.evaluate', *arguments, cwd=tmp_path)
-  assert result.returncode == 1
-  assert message in result.stderr
-  assert len(result.stderr.strip().splitlines()) == 1
+  assert message in refused('clop_jax.evaluate', *arguments, cwd=tmp_path)
 
 
 def test_a_traceback_can_be_asked_for(tmp_path):
-  result = call('clop_jax.evaluate', '--workdir=x', '--traceback', cwd=tmp_path)
+  result = subprocess.run(
+    [
+      *[sys.executable, '-m', 'clop_jax.evaluate'],
+      *['--workdir=x', '--traceback'],
+    ],
+    capture_output=True,
+    text=True,
+    cwd=tmp_path,
+  )
+  assert result.returncode == 1
   assert 'Traceback (most recent call last)' in result.stderr
 
 

@@ -19,6 +19,7 @@ from clop_jax import evaluate
 from clop_jax import metrics_log
 from clop_jax import preemption
 from clop_jax import train
+from tests import forked
 from tests import small
 
 CONFIG = str(small.ROOT / 'configs' / 'digits.py')
@@ -39,7 +40,7 @@ def environment(devices):
 
 
 def start(arguments, *, processes=1, devices=1, peer_timeout=60):
-  """Processes of one run, `python` with the arguments of each."""
+  """Processes of one run, with the arguments of each."""
   address = f'127.0.0.1:{free_port()}'
   started = []
   for process_id in range(processes):
@@ -52,14 +53,7 @@ def start(arguments, *, processes=1, devices=1, peer_timeout=60):
         f'--peer_timeout_seconds={peer_timeout}',
       ]
     started.append(
-      subprocess.Popen(
-        [sys.executable, *arguments, *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=small.ROOT,
-        env=environment(devices),
-      )
+      forked.Process([*arguments, *flags], environment=environment(devices))
     )
   return started
 
