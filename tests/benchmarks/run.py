@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import subprocess
 
 # PyTorch shares the GPU's memory, which JAX would take at the start.
@@ -59,6 +60,8 @@ def run(
   *,
   sections: Sequence[str] | None = None,
   case: str = '',
+  contestants: str = '',
+  turns: int | None = None,
   small: bool = False,
 ) -> dict:
   """Holds all contests of a suite.
@@ -67,8 +70,13 @@ def run(
     suite: 'cpu' or 'gpu', for its sizes; what it runs on is JAX's default.
     out: folder of the results, made if missing.
     sections: of `SECTIONS`; None: all.
-    case: only those whose name has this in it; the ceilings always are.
-    small: the smallest sizes, to see that all of it works.
+    case: regular expression; only cases with a match in their name are held.
+    contestants: regular expression; only contestants with a match in their
+      name take part.
+    turns: number of timed turns of each contestant; None: each contest's own.
+    small: the smallest sizes, to see that all of it works; one turn each.
+
+  The ceilings are always held, and by all, where their section is.
 
   Returns:
     What the JSON file holds: `suite`, `machine` and `rows`, each of which has
@@ -96,10 +104,12 @@ def run(
   }
   for name in sections:
     for held in SECTIONS[name](suite, small):
-      if case not in held.case and name != 'ceilings':
+      if name != 'ceilings':
+        held = _part_of(held, case, contestants)
+      if not held.contestants:
         continue
-      if small:
-        held = dataclasses.replace(held, turns=1)
+      if small or turns is not None:
+        held = dataclasses.replace(held, turns=1 if small else turns)
       rows = []
       for row in contest.hold(held):
         rows.append(row | run_at)
@@ -113,6 +123,16 @@ def run(
       _finish(results, machine.copied_bytes(suite, small))
       _write(results, path)
   return results
+
+
+def _part_of(held, case, contestants):
+  """The contest without whom, or what, the patterns leave out."""
+  kept = {
+    name: make
+    for name, make in held.contestants.items()
+    if re.search(case, held.case) and re.search(contestants, name)
+  }
+  return dataclasses.replace(held, contestants=kept)
 
 
 def _add_to(results, path):
@@ -134,7 +154,8 @@ def _commit():
     capture_output=True,
     text=True,
   )
-  return result.stdout.strip() or 'not known'
+  # A copy of the files, without their history, cannot say.
+  return result.stdout.strip() or os.environ.get('COMMIT', 'not known')
 
 
 def _finish(results, copied):
@@ -244,7 +265,15 @@ def main():
   parser.add_argument('--suite', choices=('cpu', 'gpu'), required=True)
   parser.add_argument('--out', default='benchmarks', help='folder of results')
   parser.add_argument('--only', help=f'sections, of {",".join(SECTIONS)}')
-  parser.add_argument('--case', default='', help='cases that contain this')
+  parser.add_argument(
+    '--case', default='', help='cases whose name matches (regular expression)'
+  )
+  parser.add_argument(
+    '--contestants',
+    default='',
+    help='contestants whose name matches (regular expression)',
+  )
+  parser.add_argument('--turns', type=int, help='timed turns of each')
   parser.add_argument(
     '--small', action='store_true', help='smallest sizes: does it all work?'
   )
@@ -260,6 +289,8 @@ def main():
     arguments.out,
     sections=sections,
     case=arguments.case,
+    contestants=arguments.contestants,
+    turns=arguments.turns,
     small=arguments.small,
   )
   print(f'results: {arguments.out}/{arguments.suite}.md')

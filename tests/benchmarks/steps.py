@@ -77,6 +77,7 @@ BATCHES = {
   'cpu': ((RESNET18_32, 64), (RESNET50_32, 16), (RESNET18_64, 16)),
   'gpu': (
     (RESNET18_32, 256),
+    (RESNET18_32, 512),
     (RESNET18_32, 1024),
     (RESNET18_32, 4096),
     (RESNET50_32, 256),
