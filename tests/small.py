@@ -9,6 +9,7 @@ from absl import flags
 import jax
 import numpy as np
 import optax
+import pytest
 
 from clop_jax import train_state
 from clop_jax import train_step
@@ -51,6 +52,12 @@ def environment(devices=1):
   """Of a process that is to see so many CPU devices."""
   flags = f'--xla_force_host_platform_device_count={devices}'
   return os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+
+
+def need_devices(count):
+  """Skips the test where there are fewer; see tests/conftest.py."""
+  if jax.device_count() < count:
+    pytest.skip(f'needs {count} devices, {jax.device_count()} here')
 
 
 def training(

@@ -11,6 +11,7 @@ from clop_jax import parallel
 from clop_jax import probe
 from clop_jax.data import loader
 from clop_jax.models import resnet
+from tests import small
 
 CLASSES = 3
 PLAIN = finetune.recipe(
@@ -111,6 +112,7 @@ def test_two_steps_are_those_of_sgd_by_hand(variables):
 
 
 def trainer(variables, devices, **arguments):
+  small.need_devices(devices)
   mesh = parallel.make_mesh(jax.devices()[:devices])
   network = backbone(axis_name=parallel.DATA_AXIS, **arguments)
   return mesh, finetune.Trainer(

@@ -114,6 +114,7 @@ def _batches():
 def _run(step, state, mapping):
   """State and metrics after each step; the mapping is one of `MAPPINGS`."""
   devices = 8 if mapping.endswith('8') else 1
+  small.need_devices(devices)
   if mapping == 'jit':
     mapped = jax.jit(step)
   elif mapping.startswith('shard_map'):
@@ -354,6 +355,7 @@ def _all_reduces(text):
 
 @pytest.mark.parametrize('num_micro_batches', [2, 4])
 def test_gradients_are_summed_over_devices_once(num_micro_batches):
+  small.need_devices(8)
   create, step = _parts(
     axis_name=parallel.DATA_AXIS, num_micro_batches=num_micro_batches
   )

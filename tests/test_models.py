@@ -9,6 +9,7 @@ import pytest
 from clop_jax import parallel
 from clop_jax.models import heads
 from clop_jax.models import resnet
+from tests import small
 
 AXIS = parallel.DATA_AXIS
 DEVICES = 8
@@ -280,6 +281,7 @@ def test_projection_head_refuses_an_unknown_bn_scope():
 @functools.cache
 def sharded_features(bn_scope):
   """Features and running statistics of a batch of 16 over eight devices."""
+  small.need_devices(DEVICES)
   model = TINY(bn_scope=bn_scope, axis_name=AXIS)
 
   def step(variables, x):
@@ -414,6 +416,7 @@ def test_projection_head_equals_its_formula():
 
 @pytest.mark.parametrize('bn_scope', ['global', 'device'])
 def test_projection_head_shares_statistics_as_its_scope_says(bn_scope):
+  small.need_devices(DEVICES)
   x = images(16).reshape(16, -1)[:, :7]
   kwargs = {'dim': 3, 'hidden_dim': 5, 'bn_scope': bn_scope}
   alone = heads.ProjectionHead(**kwargs)

@@ -8,6 +8,7 @@ import sklearn.linear_model
 
 from clop_jax import parallel
 from clop_jax import probe
+from tests import small
 
 K = 6
 
@@ -333,6 +334,7 @@ def test_fingerprint_does_not_care_where_the_arrays_are():
 @pytest.mark.parametrize('devices', [1, 8])
 @pytest.mark.parametrize('n', [21, 16, 3])
 def test_extract_gives_each_image_its_own_row(devices, n):
+  small.need_devices(devices)
   mesh = parallel.make_mesh(jax.devices()[:devices])
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, size=(n, 2, 2, 1)).astype(np.uint8)
@@ -358,5 +360,6 @@ def test_extract_gives_each_image_its_own_row(devices, n):
 
 
 def test_extract_refuses_a_batch_that_does_not_fit_the_devices():
+  small.need_devices(8)
   with pytest.raises(ValueError, match='multiple of the 8 devices, got 12'):
     probe.extract(None, [], batch_size=12, mesh=parallel.make_mesh())

@@ -8,6 +8,7 @@ import scipy.linalg
 import scipy.optimize
 
 from clop_jax import prototypes
+from tests import small
 
 DEVICES = 8
 # Compiled once for each size, not once for each operation.
@@ -80,6 +81,7 @@ def test_distribution_is_uniform_and_not_that_of_the_bare_qr_factor(k, dim):
   [prototypes.orthonormal_prototypes, prototypes.simplex_etf_prototypes],
 )
 def test_made_the_same_under_jit_vmap_and_pmap(make):
+  small.need_devices(DEVICES)
   make = functools.partial(make, num_classes=5, dim=8)
   keys = jax.random.split(jax.random.key(2), DEVICES)
   compiled = jax.jit(make)
@@ -112,6 +114,7 @@ def test_orthonormalize_is_idempotent():
 
 
 def test_orthonormalize_the_same_under_jit_vmap_and_pmap():
+  small.need_devices(DEVICES)
   stack = random_rows((DEVICES, 4, 6))
   expected = np.stack([polar(rows) for rows in stack])
   make = prototypes.orthonormalize

@@ -71,6 +71,7 @@ def with_true_labels(resident, batch):
 @functools.cache
 def run_on(devices, bn_scope='global', **changes):
   """States and metrics of a few steps on so many devices."""
+  small.need_devices(devices)
   mesh = parallel.make_mesh(jax.devices()[:devices])
   create, step = _parts(bn_scope=bn_scope, **changes)
   data = loader.ResidentLoader(*_data(), batch_size=BATCH, seed=0, mesh=mesh)
@@ -125,6 +126,7 @@ def test_prototypes_move_alike_on_one_and_eight_devices(rule):
 
 
 def test_learned_prototypes_move_alike_under_pmap():
+  small.need_devices(8)
   rule = RULES['learned']
   create, step = _parts(pmean_gradients=True, prototype_rule=rule)
   images, labels = _data()
@@ -204,6 +206,8 @@ def test_no_pseudo_label_is_no_accuracy():
 def test_views_and_labels_are_exactly_the_same_on_any_number_of_devices(
   devices,
 ):
+  small.need_devices(devices)
+
   def outputs(count):
     mesh = parallel.make_mesh(jax.devices()[:count])
     data = loader.ResidentLoader(*_data(), batch_size=BATCH, seed=0, mesh=mesh)
@@ -232,6 +236,7 @@ def test_views_and_labels_are_exactly_the_same_on_any_number_of_devices(
 
 
 def test_pmap_with_averaged_gradients_equals_shard_map():
+  small.need_devices(8)
   create, step = _parts(pmean_gradients=True)
   images, labels = _data()
   mesh = parallel.make_mesh()
@@ -350,6 +355,7 @@ def test_diagnostics_are_made_on_logged_steps_only():
 
 
 def test_a_batch_that_devices_cannot_share_is_refused():
+  small.need_devices(8)
   mesh = parallel.make_mesh()
   with pytest.raises(ValueError, match='multiple of the 8 devices, got 12'):
     parallel.check_batch_size(12, mesh)
