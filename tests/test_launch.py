@@ -184,7 +184,7 @@ def gone(records, within=0.0):
   [
     *LAUNCH.glob('*.sh'),
     *LAUNCH.glob('*.sbatch'),
-    *LAUNCH.glob('../tests/*.sh'),
+    *LAUNCH.glob('../tests/**/*.sh'),
   ],
   ids=lambda path: path.name,
 )

@@ -1,0 +1,253 @@
+#!/usr/bin/env bash
+# Measures and tests clop_jax on one GPU, in less than ten minutes and without
+# network access. Needs jax for the GPU, PyTorch and pytest-xdist, and what
+# clop_jax.train and clop_jax.evaluate import.
+#
+#   bash tests/benchmarks/gpu.sh [--small] [--parts=NAME,...] [--seconds=N] \
+#     OUT [DATA.npz]
+#
+# The parts, in the order in which they run unless --parts names others:
+#
+#   steps18   two ceilings (matrix product, copy), and training steps of
+#             ResNet-18 at 32 px in turns with PyTorch's expert form
+#   training  ResNet-18 on DATA.npz (glyphs100) without and with CLOP, then a
+#             linear probe and kNN of both; left out without DATA.npz
+#   losses    NT-Xent at batch 4,096 to 65,536 in turns with PyTorch
+#   steps50   as steps18, with ResNet-50
+#   tests     the tests of losses, prototypes, networks and the training step on
+#             the GPU; those that need eight devices are skipped
+#
+# Each part has processes and a time limit of its own. One that fails or takes
+# too long is reported, and the next one starts; after --seconds (default: 570)
+# none does. OUT gets at most seven files, each as soon as there is something
+# to write, so the script can be stopped at any time:
+#
+#   log.txt                  all output, as it comes
+#   summary.md               all results so far; printed at the end
+#   gpu.json, gpu.md         the benchmarks, see tests/benchmarks/run.py
+#   without_clop.jsonl, with_clop.jsonl   metrics of the two trainings
+#   evaluation.json          both evaluations
+#
+# --small tries all of it on a CPU at the smallest sizes. PYTHON names the
+# interpreter (default: python3), EPOCHS the length of each training (default:
+# 20), COMMIT the commit where the files are a copy without their history.
+set -uo pipefail
+
+usage() {
+  sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+}
+
+SMALL=''
+PARTS=steps18,training,losses,steps50,tests
+TOTAL_SECONDS=570
+while [ $# -gt 0 ]; do
+  case "$1" in
+  --small) SMALL=1 ;;
+  --parts=*) PARTS="${1#*=}" ;;
+  --seconds=*) TOTAL_SECONDS="${1#*=}" ;;
+  -h | --help)
+    usage
+    exit
+    ;;
+  -*)
+    echo "error: $1 is no flag of this script; see --help" >&2
+    exit 2
+    ;;
+  *) break ;;
+  esac
+  shift
+done
+if [ $# -lt 1 ] || [ $# -gt 2 ]; then
+  usage >&2
+  exit 2
+fi
+mkdir -p "$1" || exit 2
+OUT="$(realpath "$1")"
+DATA="${2:+$(realpath "$2")}"
+PYTHON="${PYTHON:-python3}"
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
+
+# Seconds that each part may take. A training that is stopped saves what it has.
+STEPS18_SECONDS=150
+TRAINING_SECONDS=110 # each of the two
+EVALUATION_SECONDS=60
+LOSSES_SECONDS=100
+STEPS50_SECONDS=140
+TESTS_SECONDS=100
+
+# Each turn costs a second, and the compilation before them much more.
+BENCHMARK=("$PYTHON" -m tests.benchmarks.run --suite=gpu --out="$OUT" --turns=5)
+STEPS18='ResNet-18 at 32 px, batch (512|1,024)$'
+STEPS50='ResNet-50 at 32 px, batch 256$'
+LOSSES='batch (4,096|16,384|65,536),'
+TRAIN=(
+  "$PYTHON" -m clop_jax.train --config=configs/npz.py
+  --config.data.data_dir="$DATA"
+  --config.data.num_workers=0 # the evaluation reads an array in memory
+  --config.watch.images_every_epochs=0
+)
+EPOCHS="${EPOCHS:-20}"
+# The most telling first. XLA need not try which algorithm is the fastest for
+# programs that run once.
+TESTS=(tests/test_{loss,prototypes,train_step,models,collapse,probe}.py)
+PYTEST=(--numprocesses=12 --dist=worksteal)
+export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
+TESTS_XLA_FLAGS=--xla_gpu_autotune_level=0
+
+if [ -n "$SMALL" ]; then
+  export JAX_PLATFORMS=cpu
+  BENCHMARK+=(--small)
+  STEPS18='' STEPS50='' LOSSES='' EPOCHS=1
+  # To see that all of it works, however slow the machine.
+  TOTAL_SECONDS=3600 STEPS18_SECONDS=600 TRAINING_SECONDS=600
+  EVALUATION_SECONDS=600 LOSSES_SECONDS=600 STEPS50_SECONDS=600
+  TESTS_SECONDS=600
+  TRAIN+=(
+    --config.model.depth=8 --config.model.width_multiplier=0.25
+    --config.augment.size=8 --config.train.batch_size=16
+    --config.train.log_every_steps=1 --config.train.steps_per_dispatch=1
+    '--config.eval.knn_neighbours=(1,)' '--config.eval.probe_l2=(0.1,)'
+    --config.eval.probe_iterations=2
+  )
+  TESTS=(tests/test_prototypes.py -k 'polar_factor or pmap')
+  PYTEST=()
+else
+  # Not a CPU where the GPU's library is missing.
+  export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
+fi
+# One program compiled for a training: its epochs are whole dispatches.
+TRAIN+=(
+  --config.train.num_epochs="$EPOCHS"
+  --config.train.checkpoint_every_epochs="$EPOCHS"
+)
+
+# Runs a command for at most so many seconds, or as many as are left.
+#   limited SECONDS SIGNAL COMMAND...
+limited() {
+  local seconds="$1" signal="$2" left=$((TOTAL_SECONDS - SECONDS))
+  shift 2
+  ((seconds < left)) || seconds=$left
+  if ((seconds <= 0)); then
+    echo "not started: the $TOTAL_SECONDS seconds are over"
+    return 124
+  fi
+  timeout --foreground --kill-after=15 --signal="$signal" "$seconds" "$@"
+}
+
+steps() {
+  limited "$1" TERM "${BENCHMARK[@]}" --only="$2" --case="$3" \
+    --contestants='ours|expert'
+}
+
+losses() {
+  # Optax's form has an array of this size for each row.
+  limited "$LOSSES_SECONDS" TERM "${BENCHMARK[@]}" --only=losses \
+    --case="$LOSSES" --contestants='ours|PyTorch'
+}
+
+training() {
+  local name weight status=0 separator='{' runs="$WORK/runs"
+  if [ -z "$DATA" ]; then
+    echo 'left out: it needs DATA.npz'
+    return 1
+  fi
+  for name in without_clop with_clop; do
+    echo "== $name"
+    weight=1
+    [ "$name" = with_clop ] || weight=0
+    limited "$TRAINING_SECONDS" TERM "${TRAIN[@]}" --workdir="$runs/$name" \
+      --config.loss.clop_weight="$weight" 2>&1 |
+      tee "$WORK/$name.txt" || status=$?
+    cp "$runs/$name/metrics.jsonl" "$OUT/$name.jsonl" 2>/dev/null
+  done
+  echo '== both, restored from their checkpoints'
+  # The folder: a run that has no checkpoint is left out of it.
+  limited "$EVALUATION_SECONDS" TERM "$PYTHON" -m clop_jax.evaluate \
+    --workdir="$runs" --table="$WORK/evaluation.md" || status=${status/#0/$?}
+  for name in without_clop with_clop; do
+    [ -f "$runs/$name/eval.json" ] || continue
+    printf '%s\n"%s": ' "$separator" "$name"
+    cat "$runs/$name/eval.json"
+    separator=,
+  done >"$WORK/evaluation.json"
+  [ ! -s "$WORK/evaluation.json" ] ||
+    { cat "$WORK/evaluation.json" && echo '}'; } >"$OUT/evaluation.json"
+  return "$status"
+}
+
+tests() {
+  # Without what setup.cfg asks for: other libraries than ours warn here.
+  CLOP_TEST_PLATFORM="$JAX_PLATFORMS" \
+    XLA_FLAGS="${XLA_FLAGS:-} $TESTS_XLA_FLAGS" \
+    limited "$TESTS_SECONDS" INT "$PYTHON" -m pytest --override-ini=addopts= \
+    -p no:cacheprovider -W default --basetemp="$WORK/pytest" --verbose \
+    --tb=short -rf "${PYTEST[@]}" "${TESTS[@]}" 2>&1 | tee "$WORK/tests.txt"
+}
+
+# The parts so far as the lines of a table, and all results.
+ROWS=''
+summarize() {
+  {
+    echo '# clop_jax on a GPU'
+    echo
+    printf '| part | result | seconds |\n| --- | --- | --- |\n%s' "$ROWS"
+    if [ -f "$WORK/without_clop.txt" ]; then
+      printf '\n## training, %s epochs\n\n' "$EPOCHS"
+      for name in without_clop with_clop; do
+        echo "- $name: $(grep '^step ' "$WORK/$name.txt" | tail -n 1)"
+      done
+      echo
+      cat "$WORK/evaluation.md"
+    fi
+    if [ -f "$WORK/tests.txt" ]; then
+      printf '\n## tests\n\n```\n'
+      grep -E '^(FAILED|ERROR) |^=+ .* in .* =+$' "$WORK/tests.txt" |
+        cut -c 1-200 | tail -n 25
+      echo '```'
+    fi
+    if [ -f "$OUT/gpu.md" ]; then
+      echo
+      sed 's/^#/##/' "$OUT/gpu.md"
+    fi
+  } >"$WORK/summary.md" 2>/dev/null
+  cp "$WORK/summary.md" "$OUT/summary.md"
+}
+
+main() {
+  local part began status result failures=0
+  WORK="$(mktemp -d)"
+  trap 'rm -rf "$WORK"' EXIT
+  # What one process has compiled serves the next one.
+  : "${JAX_COMPILATION_CACHE_DIR:=$WORK/jax_cache}"
+  export JAX_COMPILATION_CACHE_DIR
+  export TORCHINDUCTOR_CACHE_DIR="$WORK/torch_cache"
+  for part in ${PARTS//,/ }; do
+    echo
+    echo "=== $part (after $SECONDS s)"
+    began=$SECONDS
+    case "$part" in
+    steps18) steps "$STEPS18_SECONDS" ceilings,steps "$STEPS18" ;;
+    steps50) steps "$STEPS50_SECONDS" steps "$STEPS50" ;;
+    training | losses | tests) "$part" ;;
+    *)
+      echo "--parts must be of steps18, training, losses, steps50, tests"
+      false
+      ;;
+    esac
+    status=$?
+    case "$status" in
+    0) result=finished ;;
+    124 | 137) result='stopped: out of time' ;;
+    *) result="failed (exit status $status)" ;;
+    esac
+    ((status == 0)) || failures=$((failures + 1))
+    ROWS+="| $part | $result | $((SECONDS - began)) |"$'\n'
+    echo "=== $part: $result"
+    summarize
+  done
+  echo
+  cat "$OUT/summary.md"
+  ((failures == 0))
+}
+
+main 2>&1 | tee "$OUT/log.txt"
