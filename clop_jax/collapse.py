@@ -193,10 +193,7 @@ def embedding_std(
     Chen and He, "Exploring simple siamese representation learning", arXiv
     2011.10566, section 4.1.
   """
-  unit = normalize(_rows(embeddings))
-  # Of the centred rows: a difference of squares would lose a small spread.
-  centred = unit - _mean(unit, axis_name)
-  return jnp.mean(jnp.sqrt(_mean(centred**2, axis_name)))
+  return _std(normalize(_rows(embeddings)), axis_name)
 
 
 def class_means(
@@ -427,14 +424,51 @@ def prototype_cosine(
   Reference:
     One minus the CLOP loss, arXiv 2403.18699.
   """
-  rows, one_hot = _rows_and_classes(embeddings, labels, prototypes.shape[0])
-  cosines = jnp.matmul(
-    normalize(rows), normalize(prototypes).T, precision=_PRECISION
-  )
-  total = jnp.stack([jnp.sum(cosines * one_hot), jnp.sum(one_hot)])
-  if axis_name is not None:
-    total = lax.psum(total, axis_name)
-  return total[0] / jnp.maximum(total[1], 1.0)
+  rows = _rows(embeddings)
+  if jnp.shape(labels) != jnp.shape(embeddings)[:-1]:
+    _rows_and_classes(embeddings, labels, prototypes.shape[0])  # raises
+  return _own_cosine(normalize(rows), labels, prototypes, axis_name)
+
+
+def batch_measures(
+  embeddings: jax.Array,
+  labels: jax.Array,
+  prototypes: jax.Array,
+  *,
+  axis_name: str | None = None,
+) -> dict[str, jax.Array]:
+  """Measures of a training batch that share one normalization.
+
+  A training step logs these. They are equal to those of the functions of the
+  same names, of the normalized embeddings, and cheaper together.
+
+  Args:
+    embeddings: `[..., dim]`.
+    labels: Integers of the leading shape, -1 is left out.
+    prototypes: `[num_classes, dim]`.
+    axis_name: The mapped axis over which the examples are spread, or None.
+
+  Returns:
+    `effective_rank`, `embedding_std` and `prototype_cosine`, scalars.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import collapse
+    >>> z = jnp.array([[2.0, 0.0], [0.0, 1.0]])
+    >>> measures = collapse.batch_measures(z, jnp.array([0, 1]), jnp.eye(2))
+    >>> print(*(f'{name} {x:.1f}' for name, x in measures.items()))
+    effective_rank 2.0 embedding_std 0.5 prototype_cosine 1.0
+  """
+  unit = normalize(_rows(embeddings))
+  if axis_name is None:
+    spectrum = linalg.singular_values(unit)
+  else:
+    spectrum = linalg.spectrum_of_parts(unit, axis_name=axis_name)
+  return {
+    'effective_rank': effective_rank_of_spectrum(spectrum),
+    'embedding_std': _std(unit, axis_name),
+    'prototype_cosine': _own_cosine(unit, labels, prototypes, axis_name),
+  }
 
 
 def prototype_energy_share(
@@ -535,6 +569,25 @@ def principal_angles(
   both = (present[:, None] * present[None, :]) > 0
   angles = jnp.arccos(jnp.clip(cosines, 0.0, 1.0))
   return jnp.where(both[..., None], angles, jnp.nan)
+
+
+def _std(unit, axis_name):
+  # Of the centred rows: a difference of squares would lose a small spread.
+  centred = unit - _mean(unit, axis_name)
+  return jnp.mean(jnp.sqrt(_mean(centred**2, axis_name)))
+
+
+def _own_cosine(unit, labels, prototypes, axis_name):
+  """Mean cosine of unit rows to the prototype of their class."""
+  labels = jnp.ravel(labels)
+  own = jnp.asarray(prototypes, jnp.float32)[jnp.maximum(labels, 0)]
+  norms = jnp.linalg.norm(own, axis=-1)
+  cosines = jnp.sum(unit * own, axis=-1) / jnp.where(norms == 0.0, 1.0, norms)
+  known = (labels >= 0) & (labels < len(prototypes))
+  total = jnp.stack([jnp.sum(jnp.where(known, cosines, 0.0)), jnp.sum(known)])
+  if axis_name is not None:
+    total = lax.psum(total, axis_name)
+  return total[0] / jnp.maximum(total[1], 1.0)
 
 
 def _mean(rows, axis_name):

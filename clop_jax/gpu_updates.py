@@ -125,24 +125,24 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def global_norms(trees) -> jax.Array:
+def global_norms(trees) -> list[jax.Array]:
   """As `optax.tree.norm` of each tree, with `leaf_norms`.
 
   Args:
     trees: Sequence of trees of floating arrays.
 
   Returns:
-    Norms `[trees]`.
+    The norm of each tree.
   """
   leaves = [jax.tree.leaves(tree) for tree in trees]
-  squares = leaf_norms(leaves) ** 2
+  squares = leaf_norms(leaves, leaves_per_kernel=90) ** 2
   ends = np.cumsum([len(x) for x in leaves])
-  return jnp.sqrt(
-    jnp.stack([jnp.sum(x) for x in jnp.split(squares, ends[:-1])])
-  )
+  return [jnp.sqrt(jnp.sum(x)) for x in jnp.split(squares, ends[:-1])]
 
 
-def leaf_norms(tree) -> jax.Array:
+def leaf_norms(
+  tree, *, leaves_per_kernel: int = _LEAVES_PER_KERNEL
+) -> jax.Array:
   """Returns the Euclidean norm of every leaf.
 
   The leaves are cut into rows of equal length, so that one kernel reduces the
@@ -150,6 +150,7 @@ def leaf_norms(tree) -> jax.Array:
 
   Args:
     tree: Tree with at least one floating array.
+    leaves_per_kernel: Number of leaves that one kernel can read.
 
   Returns:
     Norms `[leaves]`, in the order of `jax.tree.leaves`.
@@ -164,8 +165,8 @@ def leaf_norms(tree) -> jax.Array:
   leaves = [jnp.ravel(x) for x in jax.tree.leaves(tree)]
   width = min(_ROW_WIDTH, max(x.size for x in leaves))
   row_sums = []
-  for start in range(0, len(leaves), _LEAVES_PER_KERNEL):
-    part = leaves[start : start + _LEAVES_PER_KERNEL]
+  for start in range(0, len(leaves), leaves_per_kernel):
+    part = leaves[start : start + leaves_per_kernel]
     rows = jnp.concatenate([_rows(x, width) for x in part])
     row_sums.append(jnp.sum(rows * rows, axis=1))
   row_sums = jnp.concatenate(row_sums)

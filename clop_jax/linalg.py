@@ -94,23 +94,40 @@ def singular_values(
     return lax.platform_dependent(
       rows, tpu=lambda x: _svd_by_eigh(x)[1], default=_singular_values
     )
-  dim = rows.shape[1]
+  spectrum = spectrum_of_parts(rows, axis_name=axis_name)
+  return -jnp.sort(-spectrum)[: rows.shape[1]]
+
+
+def spectrum_of_parts(rows: jax.Array, *, axis_name: str) -> jax.Array:
+  """Singular values of spread rows, in no order and with zeros between them.
+
+  Args:
+    rows: See `singular_values`.
+    axis_name: The mapped axis over which the rows are spread.
+
+  Returns:
+    `[2 * dim]`: the singular values, and at least `dim` zeros.
+  """
   # `_gram` is the same on all devices, so JAX's own `eigh` lowers everywhere.
-  rotated = _matmul(rows, jnp.linalg.eigh(_gram(rows, axis_name))[1])
+  rotated = _matmul(rows, _eigenvectors(_gram(rows, axis_name)))
   gram = _gram(rotated, axis_name)
   energy = jnp.diagonal(gram)
   weak = energy <= _WEAK * jnp.max(energy)
   block = jnp.where(weak[:, None] & weak, gram, 0.0)
-  rotated = _matmul(jnp.where(weak, rotated, 0.0), jnp.linalg.eigh(block)[1])
+  rotated = _matmul(jnp.where(weak, rotated, 0.0), _eigenvectors(block))
   weak_energy = lax.psum(jnp.sum(rotated**2, axis=0), axis_name)
-  energy = jnp.concatenate([jnp.where(weak, 0.0, energy), weak_energy])
-  # The columns that the mask emptied are zeros, which come last.
-  return jnp.sqrt(-jnp.sort(-energy)[:dim])
+  return jnp.sqrt(jnp.concatenate([jnp.where(weak, 0.0, energy), weak_energy]))
 
 
 # Of the largest eigenvalue of Z^T Z. Rounding in `eigh` is 1e-7 of it, which is
 # a thousandth of this.
 _WEAK = 1e-4
+
+
+def _eigenvectors(matrix):
+  # It is symmetric already: each entry and its mirror are the same sum.
+  vectors, _ = lax.linalg.eigh(matrix, symmetrize_input=False)
+  return vectors
 
 
 def _gram(rows, axis_name):

@@ -153,25 +153,49 @@ def create(
   return optax.GradientTransformation(plain.init, update)
 
 
-def global_norms(*trees) -> jax.Array:
+def in_row_order(gradients):
+  """Returns the same gradients, on GPUs in the parameters' memory layout.
+
+  The gradient of a convolution's kernel comes in another layout. What reads it
+  several times, as the optimizer and the norms do, would transpose it each
+  time.
+
+  Args:
+    gradients: Tree of arrays.
+
+  Returns:
+    The tree.
+  """
+
+  def reorder(tree):
+    return jax.tree.map(
+      lambda x: lax.optimization_barrier(jnp.ravel(x)).reshape(x.shape), tree
+    )
+
+  return lax.platform_dependent(
+    gradients, cuda=reorder, rocm=reorder, default=lambda tree: tree
+  )
+
+
+def global_norms(*trees) -> list[jax.Array]:
   """Returns the Euclidean norm of each tree, in few kernels on GPUs.
 
   Args:
     *trees: Trees of floating arrays.
 
   Returns:
-    Norms `[trees]`.
+    The norm of each tree.
 
   Example:
     >>> import jax.numpy as jnp
     >>> from clop_jax import optimizer
     >>> tree = {'bias': jnp.array([3.0, 4.0]), 'kernel': jnp.ones((2, 2))}
-    >>> print(optimizer.global_norms(tree, tree['kernel']).round(3))
-    [5.385 2.   ]
+    >>> print(*optimizer.global_norms(tree, tree['kernel']))
+    5.3851647 2.0
   """
 
   def plain(trees):
-    return jnp.stack([optax.tree.norm(tree) for tree in trees])
+    return [optax.tree.norm(tree) for tree in trees]
 
   return lax.platform_dependent(
     trees,

@@ -139,6 +139,7 @@ def train_step(
   if bn_scope == 'device' and axis_name is not None:
     batch_stats = lax.pmean(batch_stats, axis_name)
   with jax.named_scope('optimizer'):
+    gradients = optimizer.in_row_order(gradients)
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
   step = state.step + 1
@@ -161,20 +162,17 @@ def train_step(
     )
 
   def diagnostics():
-    z = collapse.normalize(embeddings)
-    labels = jnp.broadcast_to(batch['label'], z.shape[:-1])
-    of_embeddings = {
-      'effective_rank': collapse.effective_rank(z, axis_name=axis_name),
-      'embedding_std': collapse.embedding_std(embeddings, axis_name=axis_name),
-      'prototype_cosine': collapse.prototype_cosine(
-        embeddings, labels, state.prototypes, axis_name=axis_name
-      ),
-    }
-    norms = optimizer.global_norms(gradients, updates, params)
+    labels = jnp.broadcast_to(batch['label'], embeddings.shape[:-1])
+    of_embeddings = collapse.batch_measures(
+      embeddings, labels, state.prototypes, axis_name=axis_name
+    )
+    gradient_norm, update_norm, parameter_norm = optimizer.global_norms(
+      gradients, updates, params
+    )
     return of_embeddings | {
-      'gradient_norm': norms[0],
-      'update_norm': norms[1],
-      'parameter_norm': norms[2],
+      'gradient_norm': gradient_norm,
+      'update_norm': update_norm,
+      'parameter_norm': parameter_norm,
       'orthonormality_error': prototypes_lib.orthonormality_error(prototypes),
     }
 

@@ -89,7 +89,10 @@ TRAIN=(
 EPOCHS="${EPOCHS:-20}"
 # The most telling first. XLA need not try which algorithm is the fastest for
 # programs that run once.
-TESTS=(tests/test_{loss,prototypes,train_step,models,collapse,probe}.py)
+TESTS=(
+  tests/test_{loss,linalg,optimizer,gpu_updates,prototypes,train_step}.py
+  tests/test_{models,collapse,probe}.py
+)
 PYTEST=(--numprocesses=12 --dist=worksteal)
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
 TESTS_XLA_FLAGS=--xla_gpu_autotune_level=0
