@@ -138,8 +138,9 @@ def train_step(
     gradients = lax.pmean(gradients, axis_name)
   if bn_scope == 'device' and axis_name is not None:
     batch_stats = lax.pmean(batch_stats, axis_name)
-  with jax.named_scope('optimizer'):
+  with jax.named_scope('gradients'):
     gradients = optimizer.in_row_order(gradients)
+  with jax.named_scope('optimizer'):
     updates, opt_state = tx.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
   step = state.step + 1

@@ -148,14 +148,16 @@ def _add_to(results, path):
 
 
 def _commit():
+  # A copy of the files may have another history, or none.
+  if 'COMMIT' in os.environ:
+    return os.environ['COMMIT']
   result = subprocess.run(
     ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
     cwd=pathlib.Path(__file__).parent,
     capture_output=True,
     text=True,
   )
-  # A copy of the files, without their history, cannot say.
-  return result.stdout.strip() or os.environ.get('COMMIT', 'not known')
+  return result.stdout.strip() or 'not known'
 
 
 def _finish(results, copied):
