@@ -58,8 +58,8 @@ def singular_values(
     axis_name: The mapped axis over which the examples are spread, or None.
 
   Returns:
-    `[min(n, dim)]`; with `axis_name` `[dim]`. The error is about 1e-6 of the
-    largest, see `linalg.singular_values` for the method.
+    `[min(n, dim)]`; with `axis_name` `[dim]`. See `linalg.singular_values` for
+    the method and its error.
 
   Example:
     >>> import jax.numpy as jnp
@@ -460,12 +460,10 @@ def batch_measures(
     effective_rank 2.0 embedding_std 0.5 prototype_cosine 1.0
   """
   unit = normalize(_rows(embeddings))
-  if axis_name is None:
-    spectrum = linalg.singular_values(unit)
-  else:
-    spectrum = linalg.spectrum_of_parts(unit, axis_name=axis_name)
   return {
-    'effective_rank': effective_rank_of_spectrum(spectrum),
+    'effective_rank': effective_rank_of_spectrum(
+      linalg.singular_values(unit, axis_name=axis_name)
+    ),
     'embedding_std': _std(unit, axis_name),
     'prototype_cosine': _own_cosine(unit, labels, prototypes, axis_name),
   }

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from clop_jax import collapse
+from clop_jax import hlo
 from clop_jax import linalg
 from clop_jax import parallel
+from tests import small
 
 ROWS, DIM = 256, 24
 
@@ -67,11 +69,11 @@ def test_spread_rows_have_the_spectrum_of_a_float64_svd(name):
   spectrum = on_devices(collapse.singular_values, rows)
   assert spectrum.shape == (DIM,)
   np.testing.assert_allclose(
-    spectrum[: len(expected)], expected, atol=3e-6 * expected[0]
+    spectrum[: len(expected)], expected, atol=2e-4 * expected[0]
   )
   rank = on_devices(collapse.effective_rank, rows)
   expected_rank = np_effective_rank(rows) if expected[0] else 0
-  assert rank == pytest.approx(expected_rank, rel=1e-3)
+  assert rank == pytest.approx(expected_rank, rel=0.015)
 
 
 def test_a_centred_spectrum_leaves_out_the_mean_of_all_devices():
@@ -116,8 +118,31 @@ def test_measures_of_spread_rows_equal_those_of_all_rows():
   assert together['embedding_std'] == pytest.approx(float(std), rel=1e-6)
   assert together['prototype_cosine'] == pytest.approx(float(cosine), rel=1e-6)
   assert together['effective_rank'] == pytest.approx(
-    float(on_devices(collapse.effective_rank, rows)), rel=1e-6
+    float(on_devices(collapse.effective_rank, rows)), rel=1e-5
   )
+
+
+def test_no_device_sends_more_than_a_dim_by_dim_matrix():
+  small.need_devices(8)
+
+  def measures(rows, labels, axis_name):
+    return collapse.batch_measures(
+      rows, labels, np.eye(3, DIM), axis_name=axis_name
+    )
+
+  mapped = jax.shard_map(
+    lambda *a: measures(*a, axis_name=parallel.DATA_AXIS),
+    mesh=parallel.make_mesh(),
+    in_specs=PartitionSpec(parallel.DATA_AXIS),
+    out_specs=PartitionSpec(),
+  )
+  rows = jax.ShapeDtypeStruct((8 * ROWS, DIM), np.float32)
+  labels = jax.ShapeDtypeStruct((8 * ROWS,), np.int32)
+  found = hlo.collectives(
+    jax.jit(mapped).lower(rows, labels).compile().as_text()
+  )
+  assert {c.kind for c in found} == {'all-reduce'}
+  assert max(c.payload for c in found) == 4 * DIM * DIM
 
 
 @pytest.mark.parametrize('shape', [(20, 7), (7, 20), (3, 9, 5)])
