@@ -134,9 +134,11 @@ def effective_rank_of_spectrum(spectrum: jax.Array) -> jax.Array:
     >>> print(f'{collapse.effective_rank_of_spectrum(spectrum):.3f}')
     2.000
   """
+  # Entropy from two sums of one pass: log T - sum(s log s) / T.
   total = jnp.sum(spectrum)
-  p = spectrum / jnp.where(total == 0.0, 1.0, total)
-  entropy = -jnp.sum(p * jnp.log(jnp.where(p == 0.0, 1.0, p)))
+  logs = jnp.log(jnp.where(spectrum == 0.0, 1.0, spectrum))
+  some = jnp.where(total == 0.0, 1.0, total)
+  entropy = jnp.log(some) - jnp.sum(spectrum * logs) / some
   return jnp.where(total == 0.0, 0.0, jnp.exp(entropy))
 
 
