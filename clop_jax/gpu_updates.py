@@ -164,12 +164,12 @@ def leaf_norms(
   """
   leaves = [jnp.ravel(x) for x in jax.tree.leaves(tree)]
   width = min(_ROW_WIDTH, max(x.size for x in leaves))
-  row_sums = []
+  parts = []
   for start in range(0, len(leaves), leaves_per_kernel):
     part = leaves[start : start + leaves_per_kernel]
     rows = jnp.concatenate([_rows(x, width) for x in part])
-    row_sums.append(jnp.sum(rows * rows, axis=1))
-  row_sums = jnp.concatenate(row_sums)
+    parts.append(jnp.sum(rows * rows, axis=1))
+  row_sums = jnp.concatenate(parts)
   # By leaf. A scatter-add would not be deterministic.
   numbers = np.arange(len(leaves))
   owners = np.repeat(numbers, [-(-x.size // width) for x in leaves])

@@ -335,24 +335,25 @@ def _too_large(error, topology, config):
   return f'the step does not fit on {where}: {said}. {_advice(config)}'
 
 
-def _advice(config):
+def _advice(config, memory=None, chip=None):
   """Fields that lower the memory of a step, the most effective first."""
-  fields = []
-  train_fields = config.train
-  if train_fields.batch_size > 1:
-    fields.append(
-      'raise config.train.num_micro_batches '
-      f'(now {train_fields.num_micro_batches})'
-    )
-    fields.append(
-      f'lower config.train.batch_size (now {config.train.batch_size})'
-    )
+  batch_size = config.train.batch_size
+  ways = [
+    'raise config.train.num_micro_batches '
+    f'(now {config.train.num_micro_batches})',
+    f'lower config.train.batch_size (now {batch_size})',
+  ]
   if config.model.dtype == 'float32':
-    fields.append("set config.model.dtype='bfloat16'")
-  if config.data.loader != 'stream':
-    fields.append("set config.data.loader='stream'")
-  fields.append('take more devices')
-  return 'To make it fit: ' + ', '.join(fields)
+    ways.append("set config.model.dtype='bfloat16'")
+  if memory is None or memory['data']:
+    ways.append("set config.data.loader='stream'")
+  if chip is not None and chip.usable < 1:
+    ways.append(
+      'raise XLA_PYTHON_CLIENT_MEM_FRACTION in the environment (JAX takes '
+      f'{chip.usable:g} of a GPU by default)'
+    )
+  ways.append('take more devices')
+  return f'To make it fit: {", ".join(ways)}'
 
 
 def to_text(plan_: Plan) -> str:
@@ -478,9 +479,10 @@ def report(
     print(to_text(result))
   if result.capacity is not None and not result.fits:
     lacking = (result.memory['total'] - result.capacity) / 2**30
+    chip = topologies.CHIPS.get((topology or '').split(':')[0])
     raise ValueError(
       f'the step needs {lacking:.2f} GiB more than a device of '
-      f'{result.topology} has. {_advice(config)}'
+      f'{result.topology} has. {_advice(config, result.memory, chip)}'
     )
 
 

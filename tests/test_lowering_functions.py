@@ -128,6 +128,14 @@ rows(
   prototype_cosine=('prototype_cosine', {}),
   prototype_energy_share=('prototype_energy_share', {}),
 )
+
+
+def batch_measures(*arguments, **keywords):
+  """Stacks them: the rows here have one array as their result."""
+  return jnp.stack([*collapse.batch_measures(*arguments, **keywords).values()])
+
+
+ROWS['batch_measures'] = (batch_measures, (Z, Y_OF_VIEWS, C))
 # JAX decomposes matrices of more than 256 rows by another algorithm.
 for n in (DIM, 300):
   square = jax.ShapeDtypeStruct((n, n), jnp.float32)
@@ -144,6 +152,7 @@ OF_GLOBAL_BATCH = {
   'effective_rank_centered': (1,),
   'embedding_std': (1,),
   'prototype_cosine': (1, 1, None),
+  'batch_measures': (1, 1, None),
   'singular_values_of_rows': (0,),
 }
 
