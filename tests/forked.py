@@ -118,3 +118,15 @@ class Process:
   def kill(self):
     with contextlib.suppress(ProcessLookupError):
       self.send_signal(signal.SIGKILL)
+
+
+def refused(name: str, *arguments: str, cwd=small.ROOT) -> str:
+  """The one line of a command of ours that is to refuse its arguments."""
+  process = Process(
+    ['-m', name, *arguments], environment=small.environment(), cwd=cwd
+  )
+  output, errors = process.communicate()
+  assert process.returncode == 1 and not output, output + errors
+  (line,) = errors.splitlines()
+  assert line.startswith('error: ')
+  return line

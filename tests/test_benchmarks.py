@@ -3,6 +3,7 @@
 Nothing here is timed.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import pytest
 from tests.benchmarks import contest
 from tests.benchmarks import losses
 from tests.benchmarks import run
+from tests.benchmarks import startup
 from tests.benchmarks import steps
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,7 +38,14 @@ PEERS = {
 @pytest.mark.filterwarnings(
   'ignore:.torch.jit.script_method:DeprecationWarning'
 )
-def test_the_suite_runs_at_its_smallest_size(tmp_path):
+def test_the_suite_runs_at_its_smallest_size(tmp_path, monkeypatch):
+  # Started is one process, for all turns of both contestants.
+  started = functools.cache(startup._start_in_process)
+  monkeypatch.setattr(
+    startup,
+    '_start_in_process',
+    lambda small, folder, part: started(small, str(tmp_path), part),
+  )
   run.run('cpu', str(tmp_path), small=True)
   results = json.loads((tmp_path / 'cpu.json').read_text())
   rows = results['rows']
@@ -126,6 +135,14 @@ def test_the_gpu_script_runs_on_a_cpu_and_keeps_what_it_has(tmp_path):
   assert len(list(out.iterdir())) <= 8
 
 
+@pytest.mark.parametrize('section', list(run.SECTIONS))
+def test_both_suites_have_contests_at_their_sizes(section):
+  # At the smallest size the suites are the same programs.
+  for suite in ('cpu', 'gpu'):
+    first = next(iter(run.SECTIONS[section](suite, False)))
+    assert first.section == section and first.contestants
+
+
 def test_the_benchmark_and_the_step_need_no_input_libraries(tmp_path):
   code = """
     import sys
@@ -133,6 +150,7 @@ def test_the_benchmark_and_the_step_need_no_input_libraries(tmp_path):
                  'matplotlib', 'orbax', 'tensorflow'):
       sys.modules[name] = None  # an import of it fails
     from tests.benchmarks import run
+from tests.benchmarks import startup
     run.run('cpu', sys.argv[1], sections=['ceilings', 'steps'], small=True)
   """
   code = '\n'.join(line[4:] for line in code.splitlines())

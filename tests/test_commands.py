@@ -23,19 +23,6 @@ SMALL = [
 ]
 
 
-def refused(name, *arguments, cwd):
-  """Calls a command that is to refuse; returns its one line."""
-  environment = os.environ | {'XLA_FLAGS': ''}
-  process = forked.Process(
-    ['-m', name, *arguments], environment=environment, cwd=cwd
-  )
-  output, errors = process.communicate()
-  assert process.returncode == 1 and not output
-  (line,) = errors.splitlines()
-  assert line.startswith('error: ')
-  return line
-
-
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
@@ -79,7 +66,7 @@ def refused(name, *arguments, cwd):
   ],
 )
 def test_train_refuses_in_one_clear_line(arguments, message, tmp_path):
-  assert message in refused('clop_jax.train', *arguments, cwd=tmp_path)
+  assert message in forked.refused('clop_jax.train', *arguments, cwd=tmp_path)
   assert not os.listdir(tmp_path)
 
 
@@ -155,7 +142,9 @@ def test_an_interrupt_is_one_line(tmp_path):
   ],
 )
 def test_prepare_refuses_in_one_clear_line(arguments, message, tmp_path):
-  assert message in refused('clop_jax.data.prepare', *arguments, cwd=tmp_path)
+  assert message in forked.refused(
+    'clop_jax.data.prepare', *arguments, cwd=tmp_path
+  )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +155,9 @@ def test_prepare_refuses_in_one_clear_line(arguments, message, tmp_path):
   ],
 )
 def test_evaluate_refuses_in_one_clear_line(arguments, message, tmp_path):
-  assert message in refused('clop_jax.evaluate', *arguments, cwd=tmp_path)
+  assert message in forked.refused(
+    'clop_jax.evaluate', *arguments, cwd=tmp_path
+  )
 
 
 def test_a_traceback_can_be_asked_for(tmp_path):
