@@ -92,8 +92,10 @@ def test_a_large_matrix_is_made_in_blocks_unless_the_config_says_otherwise(
 ):
   config, _ = build(loss__block_size=given)
 
+  fields = experiment._LossFields(config.loss, platform='cpu')
+
   def contrastive(z):
-    return experiment._nt_xent(config.loss, z, None, None)
+    return experiment._nt_xent(fields, z, None, None)
 
   z = jax.ShapeDtypeStruct((2, 1024, 16), np.float32)
   program = str(jax.make_jaxpr(contrastive)(z))
