@@ -54,7 +54,6 @@ class Part:
     name: One of `hlo.PARTS`.
     kernels: Number of kernels that the device launches.
     moved: Bytes that they read and write.
-    sent: Bytes that the device sends to others.
   """
 
   name: str
@@ -79,7 +78,8 @@ class Plan:
     images: Images of the whole run, each of which gives two views.
     dtype: Type that the networks compute in.
     flop: Multiplications and additions of convolutions and matrix products.
-    memory: Bytes by their use: `state`, `data`, `temporaries` and `total`.
+    memory: Bytes by their use: `state`, `data` (resident), `batch`,
+      `temporaries` and `total`.
     capacity: Bytes that the device offers, or None if it is not known.
     parts: Kernels and traffic of each part of a step that is not logged.
     logged: The same of what a logged step adds.
@@ -241,7 +241,9 @@ def _flop(jaxpr):
       depth = math.prod(shape[axis] for axis in contracted)
       total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
     elif name == 'cond':
-      continue  # what a step may skip
+      # A choice of the platform always runs; a step may skip other branches.
+      if params.get('branches_platforms'):
+        total += max(_flop(branch.jaxpr) for branch in params['branches'])
     else:
       times = params.get('length', 1) if name == 'scan' else 1
       for value in params.values():

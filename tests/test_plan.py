@@ -45,8 +45,24 @@ ONE_CONV = 2 * (2 * 4 * 4 * 5) * 27
     ),
     (jax.jit(lambda x: x @ x), [(4, 4)], 2 * 4**3),
     (lambda x: lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x), [(4, 4)], 0),
+    (
+      lambda x: lax.platform_dependent(
+        x, tpu=lambda x: x @ x, default=lambda x: x @ x
+      ),
+      [(4, 4)],
+      2 * 4**3,
+    ),
   ],
-  ids=['product', 'batched', 'conv', 'conv backward', 'loop', 'jit', 'branch'],
+  ids=[
+    'product',
+    'batched',
+    'conv',
+    'conv backward',
+    'loop',
+    'jit',
+    'branch',
+    'platform',
+  ],
 )
 def test_flop_of_known_programs(function, shapes, expected):
   arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
