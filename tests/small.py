@@ -4,6 +4,8 @@ import functools
 import importlib.util
 import os
 import pathlib
+import subprocess
+import sys
 
 from absl import flags
 import jax
@@ -52,6 +54,18 @@ def environment(devices=1):
   """Of a process that is to see so many CPU devices."""
   flags = f'--xla_force_host_platform_device_count={devices}'
   return os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+
+
+def call(*arguments, cwd=None):
+  """Runs a command of ours in a process of its own, on one device."""
+  environment = os.environ | {'XLA_FLAGS': ''}
+  return subprocess.run(
+    [sys.executable, '-m', *arguments],
+    capture_output=True,
+    text=True,
+    cwd=cwd,
+    env=environment,
+  )
 
 
 def need_devices(count):

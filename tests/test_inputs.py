@@ -16,7 +16,6 @@ from clop_jax.data import arrays
 from clop_jax.data import loader
 from clop_jax.data import sources
 from tests import small
-from tests.test_commands import call
 
 GLYPHS = small.ROOT.parent / 'shared' / 'data' / 'glyphs100.npz'
 
@@ -225,13 +224,13 @@ def test_a_corrupt_image_stops_the_command_unless_it_may_be_skipped(tmp_path):
     '--config.train.num_epochs=1',
   ]
   workdir = tmp_path / 'run'
-  result = call('clop_jax.train', *arguments, f'--workdir={workdir}')
+  result = small.call('clop_jax.train', *arguments, f'--workdir={workdir}')
   assert result.returncode == 1
   (line,) = result.stderr.splitlines()
   assert line.startswith(f'error: {broken} cannot be decoded as an image (')
   assert 'set config.data.skip_corrupt=True' in line
   assert not workdir.exists()
-  result = call(
+  result = small.call(
     'clop_jax.train',
     *arguments,
     f'--workdir={workdir}',
@@ -251,7 +250,7 @@ def test_a_corrupt_image_stops_the_command_unless_it_may_be_skipped(tmp_path):
 
 def test_a_streamed_run_with_workers_leaves_nothing_on_stderr(tmp_path):
   root = make_folder(tmp_path / 'data')
-  result = call(
+  result = small.call(
     'clop_jax.train',
     f'--config={small.ROOT}/configs/folder.py',
     f'--config.data.data_dir={root}',

@@ -10,7 +10,6 @@ from clop_jax.data import images as images_lib
 from clop_jax.data import loader
 from clop_jax.data import preview
 from tests import small
-from tests.test_commands import call
 
 GAP = 2
 BETWEEN = 10  # further, between triples
@@ -136,21 +135,21 @@ def test_the_command_writes_a_png_and_says_once_what_it_repeats(tmp_path):
     '--config.augment.std=(.2,.2,.2)',
   ]
   out = tmp_path / 'new folder' / 'sheet.png'
-  result = call('clop_jax.data.preview', *arguments, f'--out={out}')
+  result = small.call('clop_jax.data.preview', *arguments, f'--out={out}')
   assert result.returncode == 0, result.stderr
   assert result.stdout.count('note: grey images') == 1
   with Image.open(out) as sheet:
     assert sheet.size == (12 * 98 + 3 * BETWEEN + GAP, 8 * 98 + GAP)
-  result = call('clop_jax.data.preview', *arguments, '--count=-1')
+  result = small.call('clop_jax.data.preview', *arguments, '--count=-1')
   assert result.returncode == 1
   assert result.stderr == 'error: --count must be at least 1, got -1\n'
   # What training would refuse is refused here.
-  result = call(
+  result = small.call(
     'clop_jax.data.preview', *arguments, '--config.data.label_fraction=7'
   )
   assert result.returncode == 1
   assert 'label_fraction must be in [0, 1], got 7' in result.stderr
-  result = call('clop_jax.data.preview', *arguments, f'--out={tmp_path}')
+  result = small.call('clop_jax.data.preview', *arguments, f'--out={tmp_path}')
   assert f'--out must be the PNG to write, got the folder {tmp_path}' in (
     result.stderr
   )
