@@ -150,7 +150,6 @@ def test_the_benchmark_and_the_step_need_no_input_libraries(tmp_path):
                  'matplotlib', 'orbax', 'tensorflow'):
       sys.modules[name] = None  # an import of it fails
     from tests.benchmarks import run
-from tests.benchmarks import startup
     run.run('cpu', sys.argv[1], sections=['ceilings', 'steps'], small=True)
   """
   code = '\n'.join(line[4:] for line in code.splitlines())
