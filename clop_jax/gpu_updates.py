@@ -32,7 +32,7 @@ def on_flat_leaves(
   is transposed.
 
   Args:
-    tx: Transformation that treats all elements of a leaf alike.
+    tx: Transformation that updates each element of a leaf by one rule.
 
   Returns:
     The transformation. Its updates and its state have the shapes of `tx`.

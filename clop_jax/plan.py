@@ -63,7 +63,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a run needs; all numbers are of one step and one device.
+  """Needs of a run; numbers are for one step on one device.
 
   Attributes:
     config: Name of the data set and the backbone.

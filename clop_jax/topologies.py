@@ -41,7 +41,7 @@ class Chip:
   usable: float = 1.0
 
   def seconds_to_send(self, sent: float, devices: int) -> float:
-    """Seconds for a ring over so many devices: its slowest link decides."""
+    """Seconds that the slowest link of a ring of devices takes."""
     reached = 1.0
     bandwidth = math.inf
     for neighbours, link in self.links:

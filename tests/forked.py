@@ -96,7 +96,7 @@ class Process:
     return self.returncode
 
   def communicate(self, timeout=240):
-    """What it printed and the errors, when it has ended."""
+    """Returns its output and its errors after it has ended."""
     deadline = time.monotonic() + timeout
     while self.poll() is None:
       if time.monotonic() > deadline:

@@ -64,6 +64,8 @@ def on_devices(function, *arrays, devices=8):
 
 @pytest.mark.parametrize('name', SPECTRA)
 def test_spread_rows_have_the_spectrum_of_a_float64_svd(name):
+  # Its 3e-4 are where the method is least accurate.
+  weak = name == 'one weak direction'
   rows = SPECTRA[name].astype(np.float32)
   expected = np.linalg.svd(rows.astype(np.float64), compute_uv=False)
   spectrum = on_devices(collapse.singular_values, rows)
@@ -73,7 +75,7 @@ def test_spread_rows_have_the_spectrum_of_a_float64_svd(name):
   )
   rank = on_devices(collapse.effective_rank, rows)
   expected_rank = np_effective_rank(rows) if expected[0] else 0
-  assert rank == pytest.approx(expected_rank, rel=0.015)
+  assert rank == pytest.approx(expected_rank, rel=0.015 if weak else 1e-3)
 
 
 def test_a_centred_spectrum_leaves_out_the_mean_of_all_devices():

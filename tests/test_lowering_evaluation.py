@@ -1,4 +1,4 @@
-"""What evaluates, watches and embeds lowers for every platform."""
+"""Evaluation, watching and embedding lower for every platform."""
 
 import jax
 import jax.numpy as jnp
