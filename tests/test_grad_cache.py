@@ -199,11 +199,13 @@ def test_without_batch_norm_the_step_is_the_undivided_one(
   for (state, metrics), (expected, expected_metrics) in zip(
     history, _undivided(contrastive), strict=True
   ):
-    _assert_close(state.params, expected.params, 1e-6)
+    # The undivided step rounds as well, differently on each kind of CPU: up to
+    # 1.3e-6 for Barlow Twins, which divides by standard deviations.
+    _assert_close(state.params, expected.params, 5e-6)
     _assert_close(
       _gradient(initial, state.params),
       _gradient(initial, expected.params),
-      1e-5,
+      5e-5,
     )
     for name, value in expected_metrics.items():
       assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
