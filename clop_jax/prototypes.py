@@ -444,8 +444,8 @@ def _refine(rows):
 
 def _gram(rows):
   """Inner products of the rows, accurate to about one eps for unit rows."""
-  # A GPU adds the terms of a product one after the other, which over 1,024 terms
-  # rounds to 1e-6: more than the error that `_refine` removes.
+  # A GPU adds the terms of a product one after the other. Over 1,024 of them
+  # that rounds to 1e-6, more than the error that `_refine` removes.
   parts = [rows[:, i : i + 64] for i in range(0, rows.shape[1], 64)]
   return sum(jnp.matmul(x, x.T, precision=_PRECISION) for x in parts)
 
