@@ -51,20 +51,28 @@ def digits_config(digits_dir, **changes):
 
 
 def environment(devices=1):
-  """Of a process that is to see so many CPU devices."""
-  flags = f'--xla_force_host_platform_device_count={devices}'
-  return os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  """The environment of a process with that many CPU devices.
+
+  It compiles as the tests do, see tests/conftest.py: programs that run once
+  need not be fast.
+  """
+  flags = os.environ.get('XLA_FLAGS', '').split()
+  ours = [x for x in flags if 'device_count' not in x]
+  count = f'--xla_force_host_platform_device_count={devices}'
+  return os.environ | {
+    'XLA_FLAGS': ' '.join([count, *ours]),
+    'JAX_PLATFORMS': 'cpu',
+  }
 
 
 def call(*arguments, cwd=None):
   """Runs a command of ours in a process of its own, on one device."""
-  environment = os.environ | {'XLA_FLAGS': ''}
   return subprocess.run(
     [sys.executable, '-m', *arguments],
     capture_output=True,
     text=True,
     cwd=cwd,
-    env=environment,
+    env=environment(),
   )
 
 

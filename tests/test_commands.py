@@ -206,7 +206,7 @@ def test_quickstart_shortened_trains_evaluates_and_draws(digits_dir, tmp_path):
     capture_output=True,
     text=True,
     cwd=tmp_path,
-    env=os.environ | {'XLA_FLAGS': '', 'RUNS': str(runs)},
+    env=small.environment() | {'RUNS': str(runs)},
   )
   assert result.returncode == 0, result.stderr
   # Ten steps at a rate where the plain loss collapses: it says so, and no more.

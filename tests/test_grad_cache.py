@@ -176,16 +176,15 @@ def test_labels_differ_in_number_over_micro_batches_and_devices():
 
 
 @pytest.mark.parametrize(
-  ('mapping', 'num_micro_batches'),
+  ('contrastive', 'mapping', 'num_micro_batches'),
   [
-    ('jit', 2),
-    ('jit', 4),
-    ('shard_map8', 2),
-    ('shard_map8', 4),
-    ('pmap8', 4),
+    *[(contrastive, 'shard_map8', 4) for contrastive in CONTRASTIVE],
+    ('nt_xent', 'jit', 2),
+    ('nt_xent', 'jit', 4),
+    ('nt_xent', 'shard_map8', 2),
+    ('nt_xent', 'pmap8', 4),
   ],
 )
-@pytest.mark.parametrize('contrastive', CONTRASTIVE)
 def test_without_batch_norm_the_step_is_the_undivided_one(
   contrastive, mapping, num_micro_batches
 ):

@@ -220,6 +220,7 @@ def test_a_corrupt_image_stops_the_command_unless_it_may_be_skipped(tmp_path):
     '--config.data.image_size=8',
     '--config.augment.size=8',
     '--config.model.depth=8',
+    '--config.model.width_multiplier=0.25',
     '--config.train.batch_size=8',
     '--config.train.num_epochs=1',
   ]
@@ -260,6 +261,7 @@ def test_a_streamed_run_with_workers_leaves_nothing_on_stderr(tmp_path):
     '--config.data.image_size=8',
     '--config.augment.size=8',
     '--config.model.depth=8',
+    '--config.model.width_multiplier=0.25',
     '--config.train.batch_size=8',
     '--config.train.num_epochs=2',
   )

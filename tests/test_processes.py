@@ -31,14 +31,6 @@ def free_port():
     return listener.getsockname()[1]
 
 
-def environment(devices):
-  # As the tests themselves: what is compiled once need not be fast.
-  ours = [x for x in os.environ['XLA_FLAGS'].split() if 'device_count' not in x]
-  names = small.environment(devices)
-  names['XLA_FLAGS'] = ' '.join([names['XLA_FLAGS'], *ours])
-  return names
-
-
 def start(arguments, *, processes=1, devices=1, peer_timeout=60):
   """Processes of one run, with the arguments of each."""
   address = f'127.0.0.1:{free_port()}'
@@ -53,7 +45,9 @@ def start(arguments, *, processes=1, devices=1, peer_timeout=60):
         f'--peer_timeout_seconds={peer_timeout}',
       ]
     started.append(
-      forked.Process([*arguments, *flags], environment=environment(devices))
+      forked.Process(
+        [*arguments, *flags], environment=small.environment(devices)
+      )
     )
   return started
 
@@ -361,7 +355,7 @@ def test_ten_kills_cost_nothing_but_time(digits_dir, tmp_path):
     capture_output=True,
     text=True,
     cwd=small.ROOT,
-    env=environment(1),
+    env=small.environment(1),
     timeout=500,
   )
   assert result.returncode == 0, result.stdout + result.stderr

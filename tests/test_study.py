@@ -28,11 +28,7 @@ from clop_jax import workdir as workdir_lib
 from clop_jax import workers
 from tests import small
 
-# Compiles fast, as tests/conftest.py has it, on one device.
 ENVIRONMENT = small.environment()
-ENVIRONMENT['XLA_FLAGS'] += (
-  ' --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-)
 
 
 @pytest.mark.parametrize(
