@@ -203,7 +203,7 @@ def test_no_pseudo_label_is_no_accuracy():
 
 
 @pytest.mark.parametrize('devices', [2, 8])
-def test_views_and_labels_are_exactly_the_same_on_any_number_of_devices(
+def test_views_and_labels_are_the_same_on_any_number_of_devices(
   devices,
 ):
   small.need_devices(devices)
@@ -231,8 +231,11 @@ def test_views_and_labels_are_exactly_the_same_on_any_number_of_devices(
     )
     return jax.device_get(mapped(data.resident, batch))
 
-  for ours, expected in zip(outputs(devices), outputs(1), strict=True):
-    np.testing.assert_array_equal(ours, expected)
+  (views, *ours), (expected_views, *expected) = outputs(devices), outputs(1)
+  # The draws are equal; XLA may round a batch of another size differently.
+  np.testing.assert_allclose(views, expected_views, atol=2e-6)
+  for a, b in zip(ours, expected, strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_pmap_with_averaged_gradients_equals_shard_map():
