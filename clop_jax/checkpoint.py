@@ -35,6 +35,14 @@ class DamagedCheckpointError(Exception):
   """No checkpoint of a folder can be restored."""
 
 
+class SaveError(OSError):
+  """A checkpoint could not be saved; those before it are intact.
+
+  Threads of Orbax may wait for minutes for one that failed, and the process for
+  them where it does not end by `os._exit`.
+  """
+
+
 @contextlib.contextmanager
 def _without_warnings():
   """Without what Orbax warns of a folder that is to be read only."""
@@ -81,6 +89,7 @@ class Checkpoints:
     is_remote = '://' in directory
     self._directory = directory if is_remote else os.path.abspath(directory)
     self._read_only = read_only
+    self._save_failed = False
     policies = ocp.checkpoint_managers
     preserved = [policies.LatestN(keep)]
     score = None
@@ -96,6 +105,9 @@ class Checkpoints:
         best_fn=score,
         create=not read_only,
         read_only=read_only,
+        # Otherwise threads that are to write into a folder wait minutes for one
+        # that could not be made.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
       )
       self._manager = ocp.CheckpointManager(
         self._directory, options=self._options
@@ -105,8 +117,9 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, trace) -> None:
-    # Closing waits for the other processes, which may be what went wrong.
-    if error is None or jax.process_count() == 1:
+    # Closing waits for the other processes, or for Orbax's threads, which may
+    # be what went wrong.
+    if error is None or (jax.process_count() == 1 and not self._save_failed):
       self.close()
 
   def steps(self) -> list[int]:
@@ -131,10 +144,10 @@ class Checkpoints:
       metrics: by name; `best_metric` is taken from them.
 
     Raises:
-      OSError: if an earlier save failed, on a full disk for example.
+      SaveError: if it, or an earlier save, failed, on a full disk for example.
     """
     checkpoint = {'state': _fields(state), 'checksum': _checksum(state)}
-    with self._os_errors():
+    with self._save_errors():
       self._manager.save(
         step,
         args=ocp.args.StandardSave(checkpoint),
@@ -146,27 +159,43 @@ class Checkpoints:
     """Returns when everything that `save` was given is on disk.
 
     Raises:
-      OSError: if it cannot be written.
+      SaveError: if it cannot be written.
     """
-    with self._os_errors():
+    with self._save_errors():
       self._manager.wait_until_finished()
+
+  def raise_failure(self) -> None:
+    """Raises the error of a save that has failed, and waits for none.
+
+    Raises:
+      SaveError: if one could not be written.
+    """
+    if not self._manager.is_saving_in_progress():
+      self.wait()
 
   def close(self) -> None:
     """Waits, and lets go of the folder."""
-    with self._os_errors():
+    with self._save_errors():
       self._manager.close()
 
   @contextlib.contextmanager
-  def _os_errors(self):
-    """What the system refused is an OSError, which Orbax hides in its own."""
+  def _save_errors(self):
+    """Raises what the system refused, which Orbax may hide, as a SaveError."""
     try:
       yield
-    except ValueError as error:
-      code = re.search(r"os_error_code='(\d+)'", str(error))
-      if code is None:
+    except (OSError, ValueError) as error:
+      number, place = getattr(error, 'errno', None), self._directory
+      if isinstance(error, OSError):
+        place = error.filename or place
+      elif code := re.search(r"os_error_code='(\d+)'", str(error)):
+        number = int(code[1])
+      else:
         raise
-      number = int(code.group(1))
-      raise OSError(number, os.strerror(number), self._directory) from error
+      self._save_failed = True
+      reason = os.strerror(number) if number else ' '.join(str(error).split())
+      raise SaveError(
+        number, f'the checkpoint cannot be saved: {reason}', place
+      ) from error
 
   def restore(
     self, step: int, target: train_state.TrainState

@@ -138,9 +138,16 @@ def _guarded(main, joins):
       raise
     if values.traceback:
       traceback.print_exc()
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    save_failed = isinstance(error, checkpoint.SaveError)
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
       message += '; free some space and run the same command again'
-    _fail(message)
+    elif save_failed:
+      message += '; make the folder writable and run the same command again'
+    _fail(
+      message,
+      at_once=save_failed or isinstance(error.__cause__, checkpoint.SaveError),
+    )
 
 
 def _report(unraisable):
@@ -256,19 +263,20 @@ def _unknown_field(argv):
   return None
 
 
-def _fail(message, code=1):
+def _fail(message, code=1, at_once=False):
   whose = ''
   if jax.distributed.is_initialized():
     whose = f'process {jax.process_index()}: '
   print(
     f'error: {whose}{" ".join(message.split())}', file=sys.stderr, flush=True
   )
-  if whose:
-    if parallel.is_main():
-      # The end of this process ends the others roughly; those that are about to
-      # say the same get the time to.
-      time.sleep(3)
-    # Not by way of JAX's farewell, which waits for processes that may be dead.
+  if whose and parallel.is_main():
+    # The end of this process ends the others roughly; those that are about to
+    # say the same get the time to.
+    time.sleep(3)
+  if whose or at_once:
+    # Not by way of JAX's farewell, which waits for processes that may be dead,
+    # nor Python's, which waits for threads that may hang.
     sys.stdout.flush()
     os._exit(code)
   sys.exit(code)

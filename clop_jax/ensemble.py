@@ -176,8 +176,10 @@ def train_together(
     state = jax.jit(_stack, out_shardings=parallel.replicated(mesh))(*states)
     del states
     notice = stack.enter_context(preemption.Notice())
+    in_flight = train.InFlight()
     for steps in split(start):
       state, metrics = program(state, shared, _batch(orders, steps, mesh))
+      in_flight.add(metrics)
       done = steps.stop
       told = notice.reached(steps)
       logs = done % log_every == 0
@@ -234,6 +236,7 @@ class _Member:
       last = {name: x[-1] for name, x in self._metrics[-1].items()}
       self._logged.append(metrics_log.to_floats(last))
       self._log.write(step, self._logged[-1])
+      self.checkpoints.raise_failure()
 
   def save(self, state, step):
     """Saves what `state` gives, unless an earlier go has done so."""

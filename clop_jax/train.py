@@ -6,6 +6,12 @@ The same command again goes on from the last checkpoint; the result is bit for
 bit that of a run that was never stopped.
 """
 
+if __name__ == '__main__':
+  # SIGTERM may come during the imports below, which take seconds.
+  from clop_jax import preemption
+
+  preemption.listen()
+
 import contextlib
 import functools
 import json
@@ -182,6 +188,8 @@ def _run(
 ):
   """The steps of `chunks`, `(steps, batch)` each, logged and saved."""
   losses, due, logged = [], [], []
+  start = saved = done = int(state.step)
+  in_flight = InFlight()
 
   def write_due():
     """Waits for the metrics that are to be logged, and logs them."""
@@ -192,43 +200,88 @@ def _run(
       logged.append(metrics_log.to_floats(last))
       log.write(step, logged[-1])
       watch.logged(step, logged[-1])
+      checkpoints.raise_failure()
     due.clear()
 
+  def write_all(step):
+    """Logs what is due, and checks all losses up to `step`."""
+    write_due()
+    if losses:
+      check_finite(losses, step, checkpoints)
+      losses.clear()
+
+  def save(step, state):
+    write_all(step)
+    checkpoints.save(state, step, mean_metrics(logged))
+    logged.clear()
+
   with preemption.Notice() as notice:
-    for steps, batch in chunks:
+    for steps, batch in _until_notice(chunks, notice):
       state, metrics = program(len(steps))(state, shared, batch)
       recorder.dispatched(steps, state)
       # Only now: the devices have the next steps while the host waits for the
       # numbers of the last ones.
       write_due()
+      in_flight.add(metrics)
       losses.append(metrics['loss'])
       done = steps.stop
       told = notice.reached(steps)
-      saves = done % save_every == 0 or done == total_steps or told
       if done % log_every == 0:
-        due.append((done, losses, metrics))
-        losses = []
+        due.append((done, [*losses], metrics))
+        losses.clear()
       # Who is told to end has no time for it.
-      watches = watch.due(steps) and not told
-      if saves or watches:
-        write_due()
-        if losses:
-          check_finite(losses, done, checkpoints)
-          losses = []
-      if watches:
+      if watch.due(steps) and not told:
+        write_all(done)
         # Before the save: what is lost here is trained again.
         watch.reached(steps, state)
-      if saves:
-        checkpoints.save(state, done, mean_metrics(logged))
-        logged.clear()
-      if told and done < total_steps:
-        checkpoints.wait()
-        raise preemption.PreemptionError(
-          f'told to end: saved step {done} of {total_steps}; the same command '
-          'goes on from there'
-        )
+      if told or done % save_every == 0 or done == total_steps:
+        save(done, state)
+        saved = done
+      if told:
+        break
       recorder.finished(steps, state)
+    if saved < done:  # the data could not be read after the notice
+      save(done, state)
     checkpoints.wait()
+    if done < total_steps:
+      what = f'saved step {done}' if start < done else f'still at step {done}'
+      raise preemption.PreemptionError(
+        f'told to end: {what} of {total_steps}; the same command goes on from '
+        'there'
+      )
+
+
+def _until_notice(chunks, notice):
+  """Yields from `chunks`; a failure to read ends them if the notice came.
+
+  What ends a run often takes away what it reads from as well.
+  """
+  try:
+    yield from chunks
+  except Exception:
+    if not notice.came():
+      raise
+
+
+class InFlight:
+  """Dispatches that the devices have not done yet: two at most.
+
+  The host runs ahead of the devices, by tens of dispatches if nothing stops it.
+  What it has dispatched cannot be taken back, so a state to be saved after
+  SIGTERM is minutes away where a step takes one. Two are enough to keep the
+  devices busy: when one is done the next has been queued for as long as that
+  one took, and the host has as long again to queue another.
+  """
+
+  def __init__(self):
+    """Nothing has been dispatched yet."""
+    self._last = None
+
+  def add(self, results) -> None:
+    """Adds a dispatch by its results; waits for the one before it."""
+    if self._last is not None:
+      jax.block_until_ready(self._last)
+    self._last = results
 
 
 def _shared(config, true_labels):
@@ -449,14 +502,20 @@ def check_finite(losses, step, checkpoints):
   if not broken.size:
     return
   first = step - len(values) + 1 + int(broken[0])
-  checkpoints.wait()
+  failure = None
+  try:
+    checkpoints.wait()
+  except checkpoint.SaveError as error:
+    failure = error
   saved = checkpoints.steps()
   last = f'the one of step {saved[-1]}' if saved else 'none yet'
+  if failure is not None:
+    last += f' ({failure})'
   raise FloatingPointError(
     f'the loss is {values[broken[0]]} at step {first}; the last good '
     f'checkpoint is {last}. Lower config.optimizer.learning_rate or set '
     'config.optimizer.clip_norm, with a new --workdir'
-  )
+  ) from failure
 
 
 def _print_summary(config, state, compiled, mesh, total_steps):

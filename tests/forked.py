@@ -19,11 +19,13 @@ from tests import small
 
 _SERVER = """
 import importlib, json, os, sys
+from clop_jax import preemption
 import orbax.checkpoint, sklearn.linear_model, tensorboardX, tensorflow_datasets
 from clop_jax import command, evaluate, train
 from clop_jax.data import digits
 
 def become(arguments, cwd, environment, files):
+  os.setpgid(0, 0)
   os.chdir(cwd)
   os.environ.clear()
   os.environ.update(environment)
@@ -33,6 +35,8 @@ def become(arguments, cwd, environment, files):
   kind, what, *sys.argv[1:] = arguments
   if kind == '-m':
     module = importlib.import_module(what)
+    if what == 'clop_jax.train':
+      preemption.listen()
     command.run(module.main, module.define_flags)
   else:
     exec(compile(what, '-c', 'exec'), {'__name__': '__main__'})
@@ -72,7 +76,8 @@ def _ask(*question):
 class Process:
   """As `subprocess.Popen`, of `python -m` one of our commands or `python -c`.
 
-  Its two outputs are files, so it never waits for them to be read.
+  Its two outputs are files, so it never waits for them to be read. It leads a
+  process group.
   """
 
   def __init__(self, arguments, *, environment, cwd=small.ROOT):

@@ -1,6 +1,9 @@
+import contextlib
 import os
 import pathlib
+import resource
 import shutil
+import time
 from typing import Any
 
 import flax.struct
@@ -11,6 +14,7 @@ import pytest
 
 from clop_jax import checkpoint
 from clop_jax import parallel
+from clop_jax import train
 from clop_jax import train_state
 
 
@@ -230,6 +234,49 @@ def test_without_a_metric_there_is_no_best(tmp_path, mesh):
   assert save_all(tmp_path, mesh, [None, None]) == ([1, 2], None)
   with pytest.raises(ValueError, match=r"one of \['max', 'min'\], got 'most'"):
     checkpoint.Checkpoints(str(tmp_path), best_mode='most')
+
+
+@contextlib.contextmanager
+def folder_is_gone(path):
+  path.rename(f'{path}.before')
+  path.write_text('')
+  yield
+
+
+@contextlib.contextmanager
+def large_files_are_refused(path):
+  del path
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize('harm', [folder_is_gone, large_files_are_refused])
+@pytest.mark.parametrize('seen_by', ['the log', 'a diverged loss'])
+def test_a_failed_save_is_raised_before_the_next_one(
+  harm, seen_by, tmp_path, mesh
+):
+  path = tmp_path / 'checkpoints'
+  began = time.monotonic()
+  with (
+    pytest.raises(checkpoint.SaveError, match=str(path)),
+    checkpoint.Checkpoints(str(path)) as checkpoints,
+  ):
+    checkpoints.save(make_state(1, mesh), 1)
+    checkpoints.wait()
+    with harm(path):
+      checkpoints.save(make_state(2, mesh), 2)
+      if seen_by == 'a diverged loss':
+        with pytest.raises(FloatingPointError) as diverged:
+          train.check_finite([np.array([np.nan])], 3, checkpoints)
+        raise diverged.value.__cause__
+      while time.monotonic() - began < 30:
+        checkpoints.raise_failure()
+        time.sleep(0.01)
+  assert time.monotonic() - began < 30
 
 
 def test_verify_tells_what_is_there_and_whether_it_is_whole(tmp_path, mesh):

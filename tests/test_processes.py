@@ -1,5 +1,6 @@
 """Real processes over loopback: the same numbers, and nothing lost."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -7,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import jax
@@ -19,6 +19,7 @@ from clop_jax import evaluate
 from clop_jax import metrics_log
 from clop_jax import preemption
 from clop_jax import train
+from clop_jax.data import loader
 from tests import forked
 from tests import small
 
@@ -265,103 +266,53 @@ def unbroken_pair(digits_dir, tmp_path_factory):
   return workdir
 
 
-# A process that has imported everything and starts trainings by forking, which
-# spares each of them the imports; no thread of XLA's runs before the fork.
-_FORKING = """
-import os, signal, sys, time
-from absl import flags
-from clop_jax import train
-from tests import small
-import orbax.checkpoint, sklearn.linear_model, tensorboardX, tensorflow_datasets
-from clop_jax.data import digits
+def is_saving(workdir):
+  folder = workdir / 'checkpoints'
+  return folder.is_dir() and any('tmp' in name for name in os.listdir(folder))
 
-digits_dir, never, killed, kills = *sys.argv[1:4], int(sys.argv[4])
-config = small.digits_config(
-  digits_dir,
-  train__num_epochs=10,
-  train__log_every_steps=1,
-  train__keep_checkpoints=2,
-)
 
-def logged():
-  try:
-    with open(f'{killed}/metrics.jsonl') as file:
-      return len(file.readlines())
-  except FileNotFoundError:
-    return 0
+def system_state(pid):
+  """Parent and state (R, S, T: stopped, Z: ended, ...) of a process."""
+  text = pathlib.Path(f'/proc/{pid}/stat').read_text()
+  state, parent, *_ = text.rpartition(')')[2].split()
+  return int(parent), state
 
-def saving():
-  try:
-    return any('tmp' in x for x in os.listdir(f'{killed}/checkpoints'))
-  except FileNotFoundError:
-    return False
 
-def start(workdir):
-  pid = os.fork()
-  if pid:
-    return pid
-  os.dup2(2, 1)  # the parent's output is its own
-  flags.FLAGS.mark_as_parsed()
-  try:
-    train.train(config, workdir)
-  except BaseException as error:
-    print(repr(error), flush=True)
-    os._exit(1)
-  os._exit(0)
-
-def is_right(while_saving, target):
-  return saving() if while_saving else logged() >= target and not saving()
-
-def kill(pid, while_saving, target):
-  # Whether the moment is the one wanted is decided while nothing moves; where
-  # it has passed, the next one is waited for.
+def kill_when(condition, process):
+  """Kills a process while a condition holds, of which it misses none."""
   while True:
-    if is_right(while_saving, target):
-      os.kill(pid, signal.SIGSTOP)
-      _, status = os.waitpid(pid, os.WUNTRACED)
-      if not os.WIFSTOPPED(status):
-        sys.exit('it ended by itself before it was killed')
-      if is_right(while_saving, target):
-        break
-      os.kill(pid, signal.SIGCONT)
-    if os.waitpid(pid, os.WNOHANG)[0]:
-      sys.exit('it ended by itself before it was killed')
-    time.sleep(0.0005)
-  done = logged()
-  print(f'killed at {done} saving {saving()}', flush=True)
-  os.kill(pid, signal.SIGKILL)
-  os.waitpid(pid, 0)
-  return done
-
-def finish(pid):
-  code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-  if code:
-    sys.exit(code)
-
-finish(start(never))
-done = 0
-for i in range(kills):
-  # Every other one while a checkpoint is being written, and those between a few
-  # steps further than the last.
-  done = kill(start(killed), while_saving=i % 2 == 1, target=done + 2 + i % 3)
-finish(start(killed))
-"""
+    wait_until(condition, [process])
+    # The condition may have passed, which is decided while nothing moves.
+    process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: system_state(process.pid)[1] == 'T', [process])
+    if condition():
+      process.kill()
+      return
+    process.send_signal(signal.SIGCONT)
 
 
-def test_ten_kills_cost_nothing_but_time(digits_dir, tmp_path):
-  never, killed = tmp_path / 'never', tmp_path / 'killed'
-  result = subprocess.run(
-    [sys.executable, '-c', _FORKING, digits_dir, never, killed, '10'],
-    capture_output=True,
-    text=True,
-    cwd=small.ROOT,
-    env=small.environment(1),
-    timeout=500,
-  )
-  assert result.returncode == 0, result.stdout + result.stderr
-  kills = [line.split()[-1] for line in result.stdout.splitlines()]
-  assert kills == ['False', 'True'] * 5
-  assert_same_end(killed, never, 50)
+def test_five_kills_cost_nothing_but_time(digits_dir, unbroken, tmp_path):
+  flags, done = flags_of(digits_dir, tmp_path), 0
+  for i in range(5):
+    started = start(flags)
+    # Every other one while a checkpoint is being written, and those between a
+    # few steps further than the last.
+    if i % 2:
+      kill_when(lambda: is_saving(tmp_path), started[0])
+    else:
+      target = done + 2 + i % 3
+      kill_when(
+        lambda target=target: (
+          logged_step(tmp_path) >= target and not is_saving(tmp_path)
+        ),
+        started[0],
+      )
+    codes, _, errors = finish(started)
+    assert codes == [-signal.SIGKILL], errors
+    done = logged_step(tmp_path)
+  codes, _, errors = finish(start(flags))
+  assert codes == [0], errors
+  assert_same_end(tmp_path, unbroken, 30)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(
@@ -405,6 +356,97 @@ def test_a_second_sigterm_ends_at_once_without_harm(
   codes, _, errors = finish(start(flags))
   assert codes == [0], errors
   assert_same_end(tmp_path, unbroken, 30)
+
+
+def test_sigterm_before_the_first_step_leaves_a_run_to_begin(
+  digits_dir, tmp_path
+):
+  started = start(flags_of(digits_dir, tmp_path))
+  # Compiling, most of the time.
+  wait_until((tmp_path / 'labels.npz').exists, started)
+  started[0].send_signal(signal.SIGTERM)
+  codes, _, errors = finish(started)
+  assert codes == [75] and errors == ['']
+  assert not checkpoint.verify(str(tmp_path)) and not logged_step(tmp_path)
+
+
+def children(pid):
+  """The processes that a process has started, and that have not ended."""
+  found = []
+  for folder in pathlib.Path('/proc').iterdir():
+    if folder.name.isdigit():
+      with contextlib.suppress(OSError):
+        parent, state = system_state(folder.name)
+        if parent == pid and state != 'Z':
+          found.append(int(folder.name))
+  return found
+
+
+def shared_memory(pid):
+  """Files of the memory that a process may share with others."""
+  lines = pathlib.Path(f'/proc/{pid}/maps').read_text().splitlines()
+  names = {line.split(maxsplit=5)[-1] for line in lines if '/dev/shm/' in line}
+  return {pathlib.Path(name) for name in names if '(deleted)' not in name}
+
+
+@pytest.mark.parametrize(
+  ('sent', 'code'),
+  [
+    (signal.SIGTERM, 75),
+    (signal.SIGINT, 130),
+    (signal.SIGKILL, -signal.SIGKILL),
+  ],
+)
+def test_a_signal_to_a_streaming_run_leaves_nothing_behind(
+  sent, code, digits_dir, unbroken, tmp_path
+):
+  flags = flags_of(digits_dir, tmp_path)
+  flags += ['--config.data.loader=stream', '--config.data.num_workers=1']
+  started = start(flags)
+  trainer = started[0].pid
+  wait_until(lambda: logged_step(tmp_path) >= 7, started)
+  workers, memory = children(trainer), shared_memory(trainer)
+  assert len(workers) == 2 and memory  # one is the tracker of multiprocessing
+  if sent == signal.SIGKILL:
+    started[0].kill()
+  else:
+    os.killpg(trainer, sent)
+  codes, _, errors = finish(started)
+  assert codes == [code], errors
+  deadline = time.monotonic() + 10
+  while any(pathlib.Path(f'/proc/{pid}/maps').exists() for pid in workers):
+    assert time.monotonic() < deadline, 'a worker is left'
+    time.sleep(0.05)
+  assert not [path for path in memory if path.exists()]
+  if sent == signal.SIGINT:
+    assert errors == ['error: interrupted\n']
+  if sent == signal.SIGTERM:
+    assert errors == ['']
+    codes, _, errors = finish(start(flags))
+    assert codes == [0], errors
+    assert_same_end(tmp_path, unbroken, 30)
+
+
+def test_data_that_are_lost_after_sigterm_do_not_lose_the_state(
+  digits_dir, tmp_path, monkeypatch
+):
+  batches = loader.ResidentLoader.batches
+
+  def lost(data, chunks):
+    for number, batch in enumerate(batches(data, chunks)):
+      if number == 7:
+        signal.raise_signal(signal.SIGTERM)
+        raise OSError('stale file handle')
+      yield batch
+
+  monkeypatch.setattr(loader.ResidentLoader, 'batches', lost)
+  config = small.digits_config(
+    digits_dir, train__num_epochs=6, train__log_every_steps=1
+  )
+  with pytest.raises(preemption.PreemptionError, match='saved step 7 of 30'):
+    train.train(config, str(tmp_path))
+  saved = checkpoint.verify(str(tmp_path))[-1]
+  assert (saved.step, saved.fault) == (7, None)
 
 
 def test_sigterm_to_one_of_two_stops_both_which_go_on_together(
@@ -627,33 +669,52 @@ def test_what_only_some_processes_are_told_is_refused(digits_dir, tmp_path):
   assert 'got no --coordinator_address and no --process_id; give all' in line
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason='only root mounts a small disk')
-def test_a_full_disk_is_named_and_older_checkpoints_stay_whole(
-  digits_dir, tmp_path
-):
-  disk = tmp_path / 'disk'
-  disk.mkdir()
-  mounted = subprocess.run(
-    ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', str(disk)],
-    capture_output=True,
+@contextlib.contextmanager
+def mounted(folder, *options):
+  result = subprocess.run(
+    ['mount', *options, str(folder)], capture_output=True, text=True
   )
-  if mounted.returncode:
-    pytest.skip('this machine mounts no tmpfs')
+  if result.returncode:
+    pytest.skip(f'this machine mounts nothing: {result.stderr}')
   try:
-    workdir = disk / 'run'
-    flags = flags_of(digits_dir, workdir, epochs=1000)
-    flags.append('--config.train.keep_checkpoints=100')
-    codes, _, errors = finish(start(flags))
-    assert codes == [1], errors
-    lines = errors[0].splitlines()
-    assert len(lines) == 1, errors[0][:3000]
-    line = lines[0]
-    assert line.startswith('error: ') and 'No space left on device' in line
-    assert line.endswith('free some space and run the same command again')
-    found = checkpoint.verify(str(workdir))
-    assert found and all(entry.fault is None for entry in found)
+    yield
   finally:
-    subprocess.run(['umount', '-l', str(disk)], check=True)
+    subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+def assert_save_failed(started, reason, advice, workdir):
+  """It ends with a line, and the checkpoints from before are whole."""
+  codes, _, errors = finish(started, timeout=60)
+  assert codes == [1], errors
+  lines = errors[0].splitlines()
+  assert len(lines) == 1, errors[0][:3000]
+  assert lines[0].startswith('error: ') and reason in lines[0]
+  assert lines[0].endswith(f'{advice} and run the same command again')
+  found = checkpoint.verify(str(workdir))
+  assert found and all(entry.fault is None for entry in found)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root mounts a small disk')
+def test_a_full_disk_is_named(digits_dir, tmp_path):
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  flags = flags_of(digits_dir, workdir, epochs=1000)
+  flags.append('--config.train.keep_checkpoints=100')
+  with mounted(workdir, '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs'):
+    assert_save_failed(
+      start(flags), 'No space left on device', 'free some space', workdir
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root mounts a folder')
+def test_checkpoints_that_turn_read_only_are_named(digits_dir, tmp_path):
+  started = start(flags_of(digits_dir, tmp_path, epochs=1000))
+  wait_until(lambda: logged_step(tmp_path) >= 7, started)
+  folder = tmp_path / 'checkpoints'
+  with mounted(folder, '--bind', '-o', 'ro', str(folder)):
+    assert_save_failed(
+      started, 'Read-only file system', 'make the folder writable', tmp_path
+    )
 
 
 # --- what one process has read ----------------------------------------------

@@ -9,9 +9,16 @@ step sees what an unbroken one would have seen.
 import collections
 from collections.abc import Generator, Iterable
 from concurrent import futures
+import contextlib
 import copy
 import gc
+import multiprocessing
+from multiprocessing import resource_tracker
+import os
+import re
+import signal
 import sys
+import threading
 from typing import Protocol
 
 import jax
@@ -447,10 +454,18 @@ def _grain_batches(examples, batch_size, num_workers, prefetch):
     # Grain sometimes gives one back only when the process ends, with a warning.
     small = grain.experimental.DatasetOptions(min_shm_size=_LEAST_SHARED)
     iterator = grain.experimental.WithOptionsIterDataset(iterator, small)
-    iterator = iterator.mp_prefetch(options)
+    iterator = iterator.mp_prefetch(options, _begin_worker)
   iterator = iter(iterator)
   try:
+    with _signals_blocked():
+      # This starts the workers.
+      first = next(iterator, None)
+    if first is not None:
+      yield first
+    del first  # it is shared memory
     yield from iterator
+  except RuntimeError as error:
+    raise _death_of_worker(error) or error from error
   finally:
     iterator.close()
     if num_workers:
@@ -458,6 +473,60 @@ def _grain_batches(examples, batch_size, num_workers, prefetch):
       # batches, in shared memory that somebody has to give back.
       del iterator
       gc.collect()
+
+
+@contextlib.contextmanager
+def _signals_blocked():
+  """Processes and threads that are started here get no SIGTERM and no SIGINT.
+
+  A new process inherits the blocked signals of the thread that starts it, long
+  before it can run `_begin_worker`.
+  """
+  # Otherwise the first worker starts it, and it unblocks both signals.
+  resource_tracker.ensure_running()
+  before = signal.pthread_sigmask(
+    signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT)
+  )
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(index, count):
+  """Leaves it to the main process when to end, also if that is killed."""
+  del index, count
+  # Schedulers and terminals send these to all processes at the same time, and
+  # the main one needs its data to save, or ends the workers itself.
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+  parent = multiprocessing.parent_process()
+  assert parent is not None  # as in any worker
+  parent.join()
+  # The tracker of multiprocessing then frees what memory is still shared.
+  os._exit(1)
+
+
+def _death_of_worker(error):
+  """Describes the end of a worker that Grain reports; None: another error."""
+  code = re.search(r'Worker process was .* exit code (-?\d+)', str(error))
+  if code is None:
+    return None
+  number = int(code[1])
+  how = f'ended with exit code {number}; see its messages above'
+  if number == -signal.SIGKILL:
+    how = (
+      'was killed (SIGKILL), most often because memory has run out: lower '
+      'config.data.num_workers or config.data.prefetch, or use more memory, '
+      'and run the same command again'
+    )
+  elif number < 0:
+    how = f'was ended by signal {-number} ({signal.strsignal(-number)})'
+  return ChildProcessError(f'a worker process that reads images {how}')
 
 
 def unpack(
