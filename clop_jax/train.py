@@ -22,6 +22,7 @@ import numpy as np
 from clop_jax import checkpoint
 from clop_jax import command
 from clop_jax import experiment
+from clop_jax import files
 from clop_jax import inputs
 from clop_jax import metrics_log
 from clop_jax import parallel
@@ -377,7 +378,7 @@ def first_state(create, config, workdir, mesh, initial):
     # The path alone, which the config has, would not tell one file that was
     # there from another.
     record = {'path': initial.path, 'sha256': initial.sha256}
-    workdir_lib.write_whole(
+    files.write_whole(
       os.path.join(workdir, 'initial_weights.json'),
       f'{json.dumps(record, indent=2)}\n'.encode(),
     )
@@ -391,6 +392,7 @@ def count_steps(config, steps_per_epoch):
   for name in (
     'log_every_steps',
     'checkpoint_every_epochs',
+    'keep_checkpoints',
     'num_epochs',
     'num_micro_batches',
     'steps_per_dispatch',
@@ -480,8 +482,11 @@ def _say(message):
 def define_flags() -> None:
   """Defines the command's flags; importing this module defines none."""
   config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
-  flags.DEFINE_string(
-    'workdir', None, 'Folder of the run: config, checkpoints, metrics.'
+  flags.DEFINE(
+    command.PATH,
+    'workdir',
+    None,
+    'Folder of the run: config, checkpoints, metrics.',
   )
   flags.DEFINE_integer(
     'profile',
