@@ -64,12 +64,24 @@ class UnreadableCheckpointError(OSError):
 
 def check_directory(directory: str) -> None:
   """Raises ValueError if Orbax could not read checkpoints in a folder."""
+  temporary = tempfile.gettempdir()
+  if _needs_link(directory) and _UNUSABLE.search(temporary):
+    raise ValueError(
+      f'--workdir={files.as_text(directory)} needs a link in the folder for '
+      r'temporary files, whose own path must have none of [ ] * ? \, got '
+      f'{temporary!r}; set TMPDIR to another folder'
+    )
   wrong = _PATTERN.search(directory) if files.is_remote(directory) else None
   if wrong:
     raise ValueError(
       f'a remote --workdir must have none of [ ] * ? in its path, got '
       f'{wrong[0]!r} in {directory}; use another name'
     )
+
+
+def _needs_link(directory):
+  path = os.path.abspath(directory)
+  return not files.is_remote(directory) and bool(_UNUSABLE.search(path))
 
 
 def system_error(error: BaseException) -> OSError | None:
@@ -194,7 +206,10 @@ class Checkpoints:
       )
       self._place = self._usable()
       self._manager = self._open()
-    self._identity = self._identify()
+    self._folder = None
+    if not read_only and not is_remote and files.is_folder(self._directory):
+      # As long as it is open, no other folder can get its number.
+      self._folder = os.open(self._directory, os.O_RDONLY)
 
   def _open(self):
     """A manager of the folder.
@@ -218,36 +233,26 @@ class Checkpoints:
 
   def _usable(self):
     """The folder's path, or a link to it if Orbax cannot use the path."""
-    if files.is_remote(self._directory) or not _UNUSABLE.search(
-      self._directory
-    ):
+    if not _needs_link(self._directory):
       return self._directory
     if not self._read_only:
       os.makedirs(self._directory, exist_ok=True)
     self._link = tempfile.TemporaryDirectory(prefix='clop_jax_')
-    if _UNUSABLE.search(self._link.name):
-      raise ValueError(
-        f'{self._directory} needs a link in the folder for temporary files, '
-        r'whose own path must have none of [ ] * ? \, got '
-        f'{self._link.name}; set TMPDIR to another folder'
-      )
     link = os.path.join(self._link.name, FOLDER)
     os.symlink(self._directory, link)
     return link
-
-  def _identify(self):
-    """What tells the folder from another one of the same path."""
-    if files.is_remote(self._directory) or not files.exists(self._directory):
-      return None
-    status = os.stat(self._directory)
-    return status.st_dev, status.st_ino
 
   def _check_present(self):
     """Raises FileNotFoundError if the folder was removed since it was opened.
 
     Orbax would make it again, in a workdir without anything else in it.
     """
-    if self._identify() != self._identity:
+    if self._folder is None:
+      return
+    is_there = files.exists(self._directory)
+    if not is_there or not os.path.samestat(
+      os.stat(self._directory), os.fstat(self._folder)
+    ):
       raise FileNotFoundError(
         f'{files.as_text(self._directory)} was removed or replaced while the '
         'run was using it; put it back, or train again in a new workdir'
@@ -356,8 +361,7 @@ class Checkpoints:
     """
     with self._os_errors():
       self._manager.wait_until_finished()
-    if not self._read_only:
-      parallel.by_main(self._check_present)
+    parallel.by_main(self._check_present)
 
   def close(self) -> None:
     """Waits, and lets go of the folder."""
@@ -367,6 +371,9 @@ class Checkpoints:
     finally:
       if self._link is not None:
         self._link.cleanup()
+      if self._folder is not None:
+        os.close(self._folder)
+        self._folder = None
 
   @contextlib.contextmanager
   def _os_errors(self):

@@ -77,6 +77,9 @@ def claim(
 ) -> Iterator[None]:
   """Holds a workdir for one run, and puts its config and labels there.
 
+  If the run then fails before it has logged or saved a step, they are removed
+  again, so that they do not stand in the way of a corrected command.
+
   The lock is the main process's and ends with it, also when it is killed. (A
   remote folder has none.) The other processes wait here for the main one.
 
@@ -91,6 +94,7 @@ def claim(
       another config or other data; nothing was written then.
   """
   with contextlib.ExitStack() as stack:
+    made = []
 
     def begin():
       checkpoint.check_directory(workdir)
@@ -101,11 +105,27 @@ def claim(
       # Only now can no other run write there.
       _check_config(config, workdir)
       _check_labels(workdir, labels)
+      paths = [epath.Path(workdir) / name for name in (CONFIG, LABELS)]
+      made.extend(path for path in paths if not files.exists(path))
       _save_config(config, workdir)
       _save_labels(workdir, labels, true_labels)
 
     parallel.by_main(begin)
-    yield
+    try:
+      yield
+    except Exception:
+      with contextlib.suppress(OSError):
+        if made and not _has_begun(workdir):
+          for path in made:
+            path.unlink(missing_ok=True)
+      raise
+
+
+def _has_begun(workdir):
+  """Returns True if a run has logged or saved a step."""
+  log = epath.Path(workdir) / metrics_log.FILE
+  logged = files.exists(log) and bool(log.read_bytes())
+  return logged or has_checkpoint(workdir)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 import contextlib
 import errno
+import importlib
 import os
 import pathlib
 import re
 import shutil
+import tempfile
 from typing import Any
 
 import flax.struct
@@ -198,21 +200,26 @@ def test_what_the_system_refuses_is_told_from_damage(error, number):
     assert (found and found.errno) == number
 
 
-# Relative to the checkpoints: the step, what Orbax looks at, what TensorStore
-# reads.
+# A step, a file that Orbax looks for, and one that TensorStore reads.
 @pytest.mark.parametrize(
-  'name', ['3', '3/default/_METADATA', '3/default/manifest.ocdbt']
+  ('fault', 'name'),
+  [
+    ('permission', '3'),
+    ('permission', '3/default/manifest.ocdbt'),
+    ('loop', '3'),
+    ('loop', '3/default/_METADATA'),
+    ('loop', '3/default/manifest.ocdbt'),
+  ],
 )
-@pytest.mark.parametrize('fault', ['permission', 'loop'])
 def test_an_unreadable_checkpoint_stays_and_no_older_one_takes_its_place(
-  fault, name, folder, mesh, tmp_path_factory
+  fault, name, folder, mesh
 ):
   path = folder / name
   with contextlib.ExitStack() as stack:
     if fault == 'permission':
-      if name == '3/default/_METADATA':
-        pytest.skip('costs seconds, and is the same as a loop')
-      stack.enter_context(_without_permission(path, stack))
+      importlib.import_module('grp')  # as etils does, where it may not be able
+      path.chmod(0)
+      stack.enter_context(_without_privileges(path))
     else:
       path.rename(folder.parent / 'kept')
       path.symlink_to(path)
@@ -226,17 +233,17 @@ def test_an_unreadable_checkpoint_stays_and_no_older_one_takes_its_place(
 
 
 @contextlib.contextmanager
-def _without_permission(path, stack):
-  """Takes away the permission, and root's power to ignore that."""
-  path.chmod(0)
-  if os.geteuid() == 0:
-    for above in path.parents:
-      if above.stat().st_uid == 0 and 'pytest' in str(above):
-        stack.callback(above.chmod, above.stat().st_mode)
-        above.chmod(0o777)
-    os.seteuid(65534)
-    stack.callback(os.seteuid, 0)
-  yield
+def _without_privileges(path):
+  """As a user who is not root, but can reach the path."""
+  with contextlib.ExitStack() as stack:
+    if os.geteuid() == 0:
+      for above in path.parents:
+        if 'pytest' in str(above):
+          stack.callback(above.chmod, above.stat().st_mode)
+          above.chmod(0o777)
+      os.seteuid(65534)
+      stack.callback(os.seteuid, 0)
+    yield
 
 
 @pytest.mark.parametrize(
@@ -253,6 +260,13 @@ def test_any_name_of_a_local_folder_will_do(name, tmp_path, mesh):
     state, warnings = restore(folder, mesh, read_only=True)
     assert_equal(state, make_state(1, mesh))
     assert not warnings
+
+
+def test_a_link_needs_a_folder_with_a_plain_name(tmp_path, monkeypatch):
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / '[1]'))
+  with pytest.raises(ValueError, match=r'run\[1\] .*set TMPDIR'):
+    checkpoint.check_directory(str(tmp_path / 'run[1]'))
+  checkpoint.check_directory(str(tmp_path / 'run'))
 
 
 def test_a_first_checkpoint_that_cannot_be_opened_ends_the_run(

@@ -125,6 +125,7 @@ def test_the_home_folder_is_expanded_in_every_path(
     small.command(module, f'--{name}=~nobody-here/x')
 
 
+@pytest.mark.filterwarnings('ignore:the load_module')  # of ml_collections
 def test_the_home_folder_is_expanded_in_the_config(monkeypatch, tmp_path):
   monkeypatch.setenv('HOME', str(tmp_path))
   (tmp_path / 'mine.py').write_text(

@@ -175,6 +175,21 @@ def test_a_refused_run_writes_nothing(tmp_path):
   assert (tmp_path / 'config.json').read_bytes() == before
 
 
+@pytest.mark.parametrize('has_begun', [False, True])
+def test_a_run_that_fails_before_its_first_step_can_be_corrected(
+  has_begun, folder
+):
+  with (
+    pytest.raises(ValueError, match='not logged in'),
+    workdir.claim(config_of(), folder, LABELS, TRUE),
+  ):
+    if has_begun:
+      (epath.Path(folder) / 'metrics.jsonl').write_text('{"step": 1}\n')
+    raise ValueError('not logged in')
+  for name in ('config.json', 'labels.npz'):
+    assert (epath.Path(folder) / name).exists() is has_begun
+
+
 def test_a_remote_path_that_orbax_takes_for_a_pattern_is_refused():
   fsspec.register_implementation('s3', Bucket, clobber=True)
   with (
