@@ -109,7 +109,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 def _chain(error):
   """The error, and those that it comes from."""
-  waiting: list[BaseException | None] = [error]
+  waiting = [error]
   seen = set()
   while waiting:
     one = waiting.pop()

@@ -21,7 +21,7 @@ import numpy as np
 # About as many bytes as the files of an evaluation have.
 _PROBE = bytes(2**20)
 
-Path = str | epath.Path
+Path = str | os.PathLike[str]
 
 
 def is_remote(path: Path) -> bool:
