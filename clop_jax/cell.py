@@ -20,11 +20,11 @@ import numpy as np
 from clop_jax import ensemble
 from clop_jax import evaluate
 from clop_jax import experiment
+from clop_jax import files
 from clop_jax import inputs
 from clop_jax import parallel
 from clop_jax import preemption
 from clop_jax import train
-from clop_jax import workdir as workdir_lib
 from clop_jax import workers
 from clop_jax.data import loader
 from clop_jax.data import sources
@@ -32,6 +32,8 @@ from clop_jax.data import sources
 # In a cell's workdir: what it printed, and how it ended.
 LOG = 'log.txt'
 RECORD = 'cell.json'
+# The fields of `RECORD` and their types, but for times, which may be missing.
+FIELDS = {'status': str, 'error': str | None, 'commit': str | None}
 _LONGEST_ERROR = 300
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
@@ -186,7 +188,7 @@ def run(cells: dict[str, tuple[dict, str]]) -> dict[str, dict]:
 def record(workdir: str, outcome: dict) -> None:
   """Writes how a cell ended, and the commit, into its workdir."""
   text = json.dumps(outcome | {'commit': experiment.commit()}) + '\n'
-  workdir_lib.write_whole(os.path.join(workdir, RECORD), text.encode())
+  files.write_whole(os.path.join(workdir, RECORD), text.encode())
 
 
 @contextlib.contextmanager

@@ -9,12 +9,14 @@ devices.
 from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
+import errno
 import functools
 import gc
 import math
 import os
 import re
 import sys
+import tempfile
 
 from absl import logging
 from etils import epath
@@ -23,12 +25,33 @@ from jax import lax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from clop_jax import files
 from clop_jax import parallel
 from clop_jax import train_state
 
 FOLDER = 'checkpoints'  # of a workdir
 
 MODES = ('max', 'min')
+
+# Orbax finds files of a checkpoint by a pattern that the folder's path is in.
+_PATTERN = re.compile(r'[\[\]*?]')
+# TensorStore takes a backslash for a slash and only UTF-8, and Orbax takes ':/'
+# for the start of a remote path.
+_UNUSABLE = re.compile(r'[\[\]*?\\\ud800-\udfff]|:/')
+
+# What the system says of a file that is missing or another kind of file.
+# Anything else (a permission, a disk, a network) tells nothing of its content.
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+# The same among the statuses of TensorStore, with what they mean.
+_STATUSES = {
+  'PERMISSION_DENIED': errno.EACCES,
+  'UNAUTHENTICATED': errno.EACCES,
+  'RESOURCE_EXHAUSTED': errno.ENOMEM,
+  'UNAVAILABLE': errno.EIO,
+  'DEADLINE_EXCEEDED': errno.ETIMEDOUT,
+  'ABORTED': errno.EIO,
+  'CANCELLED': errno.EIO,
+}
 
 
 class DamagedCheckpointError(Exception):
@@ -41,6 +64,87 @@ class SaveError(OSError):
   Threads of Orbax may wait for minutes for one that failed, and the process for
   them where it does not end by `os._exit`.
   """
+
+
+class UnreadableCheckpointError(OSError):
+  """A checkpoint may be intact, but the system cannot read it now."""
+
+
+def check_directory(directory: str) -> None:
+  """Raises ValueError if Orbax could not read checkpoints in a folder."""
+  temporary = tempfile.gettempdir()
+  if _needs_link(directory) and _UNUSABLE.search(temporary):
+    raise ValueError(
+      f'--workdir={files.as_text(directory)} needs a link in the folder for '
+      r'temporary files, whose own path must have none of [ ] * ? \, got '
+      f'{temporary!r}; set TMPDIR to another folder'
+    )
+  wrong = _PATTERN.search(directory) if files.is_remote(directory) else None
+  if wrong:
+    raise ValueError(
+      f'a remote --workdir must have none of [ ] * ? in its path, got '
+      f'{wrong[0]!r} in {directory}; use another name'
+    )
+
+
+def _needs_link(directory):
+  path = os.path.abspath(directory)
+  return not files.is_remote(directory) and bool(_UNUSABLE.search(path))
+
+
+def system_error(error: BaseException) -> OSError | None:
+  """Returns what the system refused, if an error comes from that.
+
+  Orbax and TensorStore wrap such errors in others, some of them only as text.
+
+  Args:
+    error: Error of a read.
+
+  Returns:
+    The system's error, or None if the error says that data are damaged or
+    missing.
+  """
+  for one in _chain(error):
+    if isinstance(one, MemoryError):
+      return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    if isinstance(one, OSError) and one.errno not in _DAMAGE:
+      return one
+    found = _in_text(str(one))
+    if found is not None:
+      return found
+  return None
+
+
+def _chain(error):
+  """The error, and those that it comes from."""
+  waiting = [error]
+  seen = set()
+  while waiting:
+    one = waiting.pop()
+    if one is None or id(one) in seen:
+      continue
+    seen.add(id(one))
+    yield one
+    waiting += [one.__context__, one.__cause__, *getattr(one, 'exceptions', ())]
+
+
+def _in_text(text):
+  """The system's error in a message of TensorStore."""
+  code = re.search(r"os_error_code='(\d+)'", text)
+  status = re.search(rf'\b({"|".join(_STATUSES)}):', text)
+  if code:
+    number = int(code[1])
+    if number in _DAMAGE:
+      return None
+    reason = os.strerror(number)
+  elif status:
+    number, reason = _STATUSES[status[1]], status[1]
+  else:
+    return None
+  names = re.findall(
+    r'(?:local file|opening file:?|GCS object) "([^"]+)"', text
+  )
+  return OSError(number, reason, names[-1] if names else None)
 
 
 @contextlib.contextmanager
@@ -78,18 +182,21 @@ class Checkpoints:
       read_only: for evaluation: nothing in the folder is changed.
 
     Raises:
-      ValueError: if `keep` is below 1 or `best_mode` is unknown.
+      ValueError: if `keep` is below 1, `best_mode` is unknown, or Orbax could
+        not read checkpoints in such a folder.
     """
+    check_directory(directory)
     if keep < 1:
       raise ValueError(f'keep must be at least 1, got {keep}')
     if best_mode not in MODES:
       raise ValueError(
         f'best_mode must be one of {list(MODES)}, got {best_mode!r}'
       )
-    is_remote = '://' in directory
+    is_remote = files.is_remote(directory)
     self._directory = directory if is_remote else os.path.abspath(directory)
     self._read_only = read_only
-    self._save_failed = False
+    self._save_failed = self._opened = False
+    self._link = None
     policies = ocp.checkpoint_managers
     preserved = [policies.LatestN(keep)]
     score = None
@@ -109,8 +216,58 @@ class Checkpoints:
         # that could not be made.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
       )
-      self._manager = ocp.CheckpointManager(
-        self._directory, options=self._options
+      self._place = self._usable()
+      self._manager = self._open()
+    self._folder = None
+    if not read_only and not is_remote and files.is_folder(self._directory):
+      # As long as it is open, no other folder can get its number.
+      self._folder = os.open(self._directory, os.O_RDONLY)
+
+  def _open(self):
+    """A manager of the folder.
+
+    Raises:
+      OSError: If the system refuses it.
+    """
+    with _quiet():
+      try:
+        return ocp.CheckpointManager(self._place, options=self._options)
+      except Exception as error:
+        refusal = system_error(error)
+        if refusal is None:
+          raise
+        failure = OSError(
+          f'{files.as_text(self._directory)} cannot be opened '
+          f'({self._brief(refusal)})'
+        )
+        failure.errno = refusal.errno
+        raise failure from error
+
+  def _usable(self):
+    """The folder's path, or a link to it if Orbax cannot use the path."""
+    if not _needs_link(self._directory):
+      return self._directory
+    if not self._read_only:
+      os.makedirs(self._directory, exist_ok=True)
+    self._link = tempfile.TemporaryDirectory(prefix='clop_jax_')
+    link = os.path.join(self._link.name, FOLDER)
+    os.symlink(self._directory, link)
+    return link
+
+  def _check_present(self):
+    """Raises FileNotFoundError if the folder was removed since it was opened.
+
+    Orbax would make it again, in a workdir without anything else in it.
+    """
+    if self._folder is None:
+      return
+    is_there = files.exists(self._directory)
+    if not is_there or not os.path.samestat(
+      os.stat(self._directory), os.fstat(self._folder)
+    ):
+      raise FileNotFoundError(
+        f'{files.as_text(self._directory)} was removed or replaced while the '
+        'run was using it; put it back, or train again in a new workdir'
       )
 
   def __enter__(self) -> 'Checkpoints':
@@ -123,8 +280,36 @@ class Checkpoints:
       self.close()
 
   def steps(self) -> list[int]:
-    """Steps with a checkpoint, oldest first."""
+    """Steps with a checkpoint, oldest first.
+
+    Raises:
+      OSError: if the system does not say whether a step has one.
+    """
+    hidden = self._hidden()
+    if hidden is not None:
+      raise self._unreadable(*hidden)
     return sorted(self._manager.all_steps())
+
+  def _hidden(self):
+    """`(step, error)` of a checkpoint that cannot be looked at, or None.
+
+    Orbax leaves it out of its list, as if an older one were the newest.
+    """
+    if files.is_remote(self._directory) or not files.exists(self._directory):
+      return None
+    for name in sorted(filter(str.isdigit, os.listdir(self._directory))):
+      try:
+        files.is_folder(os.path.join(self._directory, name))
+      except OSError as error:
+        return int(name), error
+    return None
+
+  def _agreed_steps(self):
+    """As `steps`. All processes raise if one of them does."""
+    hidden = self._hidden()
+    if not parallel.all_agree(hidden is None):
+      raise self._unreadable(*(hidden or (None, None)))
+    return self.steps()
 
   def best_step(self) -> int | None:
     """The step of the best checkpoint by `best_metric`, if there is one."""
@@ -145,7 +330,10 @@ class Checkpoints:
 
     Raises:
       SaveError: if it, or an earlier save, failed, on a full disk for example.
+      OSError: if the folder was removed, or the first checkpoint, once written,
+        cannot be opened.
     """
+    parallel.by_main(self._check_present)
     checkpoint = {'state': _fields(state), 'checksum': _checksum(state)}
     with self._save_errors():
       self._manager.save(
@@ -154,15 +342,41 @@ class Checkpoints:
         metrics=dict(metrics) if metrics else None,
         force=True,
       )
+    if not self._opened:
+      self.wait()
+      self._check_opens(step)
+      self._opened = True
+
+  def _check_opens(self, step):
+    """Raises OSError, on all processes, if a new checkpoint cannot be opened.
+
+    Only metadata are read. What no later run could read would be noticed much
+    too late otherwise.
+    """
+    fault = None
+    with _quiet():
+      try:
+        self._manager.item_metadata(step)
+      except Exception as error:
+        fault = self._brief(error)
+    if not parallel.all_agree(fault is None):
+      raise OSError(
+        f'the checkpoint of step {step} was written to '
+        f'{files.as_text(self._directory)} but cannot be opened there '
+        f'({fault or "another process cannot open it"}); try a new --workdir '
+        'on another file system'
+      )
 
   def wait(self) -> None:
     """Returns when everything that `save` was given is on disk.
 
     Raises:
       SaveError: if it cannot be written.
+      OSError: if the folder was removed.
     """
     with self._save_errors():
       self._manager.wait_until_finished()
+    parallel.by_main(self._check_present)
 
   def raise_failure(self) -> None:
     """Raises the error of a save that has failed, and waits for none.
@@ -171,12 +385,21 @@ class Checkpoints:
       SaveError: if one could not be written.
     """
     if not self._manager.is_saving_in_progress():
-      self.wait()
+      # Not `wait`: the processes come here at different times.
+      with self._save_errors():
+        self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and lets go of the folder."""
-    with self._save_errors():
-      self._manager.close()
+    try:
+      with self._save_errors():
+        self._manager.close()
+    finally:
+      if self._link is not None:
+        self._link.cleanup()
+      if self._folder is not None:
+        os.close(self._folder)
+        self._folder = None
 
   @contextlib.contextmanager
   def _save_errors(self):
@@ -205,17 +428,19 @@ class Checkpoints:
     Raises:
       ValueError: if there is no such checkpoint (those that exist are listed).
       DamagedCheckpointError: if it is damaged, or another model's.
+      UnreadableCheckpointError: if the system cannot read it.
     """
-    if step not in self.steps():
+    steps = self._agreed_steps()
+    if step not in steps:
       raise ValueError(
         f'there is no checkpoint of step {step} in {self._directory}; there '
-        f'are {self.steps()}'
+        f'are {steps}'
       )
     state, fault = self._restore(step, target)
     if fault is not None:
       raise DamagedCheckpointError(
         f'the checkpoint of step {step} in {self._directory} is damaged, or of '
-        f'another version of the model ({fault}); there are {self.steps()}'
+        f'another version of the model ({fault}); there are {steps}'
       )
     return state
 
@@ -243,8 +468,10 @@ class Checkpoints:
     Raises:
       DamagedCheckpointError: if there are checkpoints and none fits: all are
         damaged, or `target` is another model's state.
+      UnreadableCheckpointError: if the system cannot read one. It may be
+        intact, so it stays where it is and no older one takes its place.
     """
-    steps = self.steps()
+    steps = self._agreed_steps()
     if not steps:
       return None
     damaged = []
@@ -279,17 +506,61 @@ class Checkpoints:
     return dataclasses.replace(target, **restored['state']), None
 
   def _read(self, step, arguments):
-    """`(what Orbax gives, None)`, or `(None, what is wrong)`."""
+    """`(what Orbax gives, None)`, or `(None, what is wrong)`.
+
+    Raises:
+      UnreadableCheckpointError: On all processes, if the system of one of them
+        cannot read it.
+    """
+    restored = fault = refusal = None
     with _quiet():
       try:
-        return self._manager.restore(step, args=arguments), None
+        restored = self._manager.restore(step, args=arguments)
       except Exception as error:
         # Damage surfaces as whatever the broken layer raises, a bare Exception
         # from Orbax's array reader included.
-        lines = str(error).strip().splitlines()
-        fault = (lines[0] if lines else type(error).__name__)[:200]
+        fault = self._brief(error)
+        refusal = system_error(error) or self._refusal(step)
       gc.collect()  # so that what it left behind complains here, unheard
-    return None, fault
+    if not parallel.all_agree(refusal is None):
+      raise self._unreadable(step, refusal)
+    return restored, fault
+
+  def _refusal(self, step):
+    """The system's error at a file of a checkpoint, if there is one.
+
+    Orbax takes a file that it cannot look at for one that does not exist.
+    """
+    if files.is_remote(self._directory):
+      return None
+    try:
+      _open_all(os.path.join(self._directory, str(step)))
+    except OSError as error:
+      return system_error(error)
+    return None
+
+  def _unreadable(self, step, refusal):
+    reason, place = 'another process cannot read it', self._directory
+    if refusal is not None:
+      reason = refusal.strerror or str(refusal) or type(refusal).__name__
+      place = self._named(refusal.filename or os.path.join(place, str(step)))
+    which = 'a checkpoint' if step is None else f'the checkpoint of step {step}'
+    error = UnreadableCheckpointError(
+      f'{which} cannot be read ({reason}: '
+      f'{files.as_text(place)}); nothing was changed. Make it readable and run '
+      'the same command again'
+    )
+    error.errno = None if refusal is None else refusal.errno
+    return error
+
+  def _brief(self, error):
+    """The first line of an error."""
+    lines = self._named(str(error)).strip().splitlines()
+    return files.as_text((lines[0] if lines else type(error).__name__)[:200])
+
+  def _named(self, text):
+    """A text with the folder's own path instead of that of the link."""
+    return str(text).replace(self._place, self._directory)
 
   def check(self, step: int) -> str | None:
     """What is wrong with a checkpoint, or None; needs no model to compare."""
@@ -324,12 +595,22 @@ class Checkpoints:
           place = aside / f'{step}.{attempt}'
         (epath.Path(self._directory) / str(step)).rename(place)
     parallel.all_agree(True)  # the others must not look before it is done
-    self._manager = ocp.CheckpointManager(
-      self._directory, options=self._options
-    )
+    self._manager = self._open()
 
 
 _WRONG_CHECKSUM = 'its arrays do not have the checksum they were saved with'
+
+
+def _open_all(folder):
+  """Opens every file below a folder, and raises what the system refuses."""
+
+  def fail(error):
+    raise error
+
+  for place, _, names in os.walk(folder, onerror=fail):
+    for name in names:
+      with open(os.path.join(place, name), 'rb') as file:
+        file.read(1)
 
 
 def _score(name, mode, metrics):
@@ -367,9 +648,10 @@ def verify(workdir: str) -> list[Found]:
 
   Raises:
     ValueError: if the workdir has no folder of checkpoints.
+    UnreadableCheckpointError: if the system cannot read a checkpoint.
   """
   directory = os.path.join(workdir, FOLDER)
-  if not epath.Path(directory).is_dir():
+  if not files.is_folder(directory):
     raise ValueError(f'workdir={workdir} has no folder {FOLDER}')
   with Checkpoints(directory, read_only=True) as checkpoints:
     found = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import errno
+import io
 import os
 import pathlib
 import re
@@ -17,6 +18,7 @@ import jax
 from clop_jax import checkpoint
 from clop_jax import compilation_cache
 from clop_jax import defaults
+from clop_jax import files
 from clop_jax import parallel
 from clop_jax import preemption
 
@@ -28,6 +30,22 @@ _USER_ERRORS = (
   FloatingPointError,
   checkpoint.DamagedCheckpointError,
 )
+
+
+class _PathParser(flags.ArgumentParser):
+  """Parses a path, in which a leading `~` is the home folder."""
+
+  syntactic_help = 'a path'
+
+  def parse(self, argument: str) -> str:
+    return files.expanded(argument)
+
+  def flag_type(self) -> str:
+    return 'path'
+
+
+# For `flags.DEFINE(command.PATH, name, default, help)`.
+PATH = _PathParser()
 
 
 def run(
@@ -47,6 +65,9 @@ def run(
     joins: False for a command of one process, which joins no others even
       inside a cluster's job.
   """
+  # Names of files need not be UTF-8. Standard error escapes them by itself.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')
   sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
   define_flags()
   flags.DEFINE_bool('traceback', False, 'Print the traceback of an error.')
@@ -163,7 +184,7 @@ def _parse(argv):
   if {'-h', '-help', '--help'} & {*argv[1:]}:
     _print_help()
     sys.exit(0)
-  argv = [_packaged(argument) for argument in argv]
+  argv = [_packaged(_expanded(argument)) for argument in argv]
   for argument in argv:
     path = re.match(r'--?config=([^:]*)', argument)
     if path and not os.path.exists(path[1]):
@@ -178,6 +199,7 @@ def _parse(argv):
     rest = flags.FLAGS([a for a in argv if a not in unset])
     for override in unset:
       _unset(override)
+    _expand_config()
     return rest
   except (AttributeError, KeyError) as error:
     # ml_collections tells of an unknown config field in this way.
@@ -200,6 +222,22 @@ def _print_help():
       'clop_jax/defaults.py has them all.'
     )
   print('--helpfull shows the flags of all libraries too.')
+
+
+def _expanded(argument):
+  """`--config=~/mine.py` with the home folder's path."""
+  match = re.fullmatch(r'(--?config=)(~.*)', argument, re.DOTALL)
+  return match[1] + files.expanded(match[2]) if match else argument
+
+
+def _expand_config():
+  """Expands the paths that the config holds, if there is one."""
+  config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
+  for field in defaults.PATHS if config is not None else ():
+    group, name = field.split('.')
+    value = config.get(group, {}).get(name)
+    if isinstance(value, str):
+      config[group][name] = files.expanded(value)
 
 
 def _packaged(argument):

@@ -6,6 +6,9 @@ nothing else gives a field a default. The defaults train on `digits`.
 
 import ml_collections
 
+# Fields that hold a path, in which commands expand a leading `~`.
+PATHS = ('data.data_dir', 'model.initial_weights')
+
 
 def get_config() -> ml_collections.ConfigDict:
   """All fields, unlocked; lists of what a name may be stand in the comments."""

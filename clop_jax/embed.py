@@ -26,6 +26,7 @@ import tqdm
 
 from clop_jax import column_files
 from clop_jax import command
+from clop_jax import files
 from clop_jax import inputs
 from clop_jax import parallel
 from clop_jax import probe
@@ -87,6 +88,7 @@ def embed(
     ValueError: if the workdir is missing or holds no run or no such checkpoint,
       `out` cannot be written or is there, or an image does not fit or cannot be
       decoded; no file is written then.
+    OSError: if the system refuses to write `out`.
     FloatingPointError: if an output is not finite: the training diverged.
     checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
   """
@@ -272,6 +274,7 @@ def _check_out(out, overwrite):
     raise ValueError(
       f'--out={out} is there already; give another name, or --overwrite'
     )
+  parallel.by_main(lambda: files.check_writable(out, f'--out={out}'))
 
 
 @contextlib.contextmanager
@@ -292,11 +295,12 @@ def _writer(out, names, step):
 
 def define_flags() -> None:
   """Defines the command's flags; importing this module defines none."""
-  flags.DEFINE_string('workdir', None, 'Workdir of a run.')
+  flags.DEFINE(command.PATH, 'workdir', None, 'Workdir of a run.')
   flags.DEFINE_string(
     'checkpoint', 'latest', 'latest, best (by train.keep_best) or a step.'
   )
-  flags.DEFINE_string(
+  flags.DEFINE(
+    command.PATH,
     'source',
     None,
     'A folder of images, at any depth; a file *.npz with <split>_images; or a '
@@ -305,10 +309,15 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'split', None, 'Of the data set, the npz file or FOLDER/<split>/<class>.'
   )
-  flags.DEFINE_string(
-    'data_dir', None, 'Of a data set in --source, as config.data.data_dir.'
+  flags.DEFINE(
+    command.PATH,
+    'data_dir',
+    None,
+    'Of a data set in --source, as config.data.data_dir.',
   )
-  flags.DEFINE_string('out', None, 'The file to write: *.npz or *.parquet.')
+  flags.DEFINE(
+    command.PATH, 'out', None, 'The file to write: *.npz or *.parquet.'
+  )
   flags.DEFINE_list('what', list(WHAT), 'features, embeddings or both.')
   flags.DEFINE_integer(
     'batch_size',

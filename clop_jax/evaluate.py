@@ -10,8 +10,9 @@ python -m clop_jax.evaluate --workdir=runs/digits --data=folder \\
 
 Prints one table. The evaluation of the run's own data with all labels is
 written into each workdir as `eval.json`, `embeddings.npz` and
-`figures/embeddings.png`, anything else as a file of `evaluations/`; see
-docs/evaluation.md. Nothing but the workdir is needed: the config is in it.
+`figures/embeddings.png`, anything else as a file of `evaluations/`; --out names
+another folder for them. See docs/evaluation.md. Nothing but the workdir is
+needed: the config is in it.
 """
 
 import ast
@@ -27,6 +28,7 @@ from clop_jax import checkpoint
 from clop_jax import command
 from clop_jax import evaluation_files
 from clop_jax import figures
+from clop_jax import files
 from clop_jax import measurement
 from clop_jax import parallel
 from clop_jax import protocol
@@ -42,6 +44,8 @@ measure = measurement.measure
 write = evaluation_files.write
 write_measurement = evaluation_files.write_measurement
 
+_FIGURE = os.path.join('figures', 'embeddings.png')
+
 # What one run can fail by while others can be measured: it diverged, its
 # checkpoint is damaged, its data are gone.
 _OF_ONE_RUN = (
@@ -54,37 +58,74 @@ _OF_ONE_RUN = (
 
 def _is_everywhere(error):
   """Whether all processes have this error, and go on to the next run alike."""
-  alike = (FloatingPointError, checkpoint.DamagedCheckpointError)
+  alike = (
+    FloatingPointError,
+    checkpoint.DamagedCheckpointError,
+    checkpoint.UnreadableCheckpointError,
+  )
   return jax.process_count() == 1 or isinstance(error, alike)
 
 
-def _keep(workdir, which, newest, told, found):
-  """Writes a part of what was measured of a checkpoint into its workdir.
+class _Results:
+  """Writes the results of one run into a folder.
 
-  And tells of it under the name `told`, unless that is None.
+  What cannot be written is kept in `failures`: it must not end the work, whose
+  figures the table still has.
   """
-  if not parallel.is_main():
-    return
-  complete = found.complete
-  # 'latest' is the newest that is whole.
-  if complete is not None and (which == 'latest' or found.step == newest):
-    write(workdir, complete, found.arrays)
-    path = os.path.join(workdir, 'figures', 'embeddings.png')
-    _draw(path, [workdir], [complete], [found.arrays])
-  elif complete is not None:
-    evaluation_files.write_older(workdir, complete)
-  else:
-    for made in found.measurements:
-      write_measurement(workdir, made)
-  if told is not None:
-    for made in found.measurements:
-      mode, fraction = made['mode'], made['label_fraction']
-      print(
-        f'{told}, step {found.step}: {mode} with {fraction:.4g} of the labels: '
-        f'top-1 {made[f"{mode}_top1"]:.4f}',
-        file=sys.stderr,
-        flush=True,
-      )
+
+  def __init__(self, folder, workdir):
+    self._folder, self._workdir = folder, workdir
+    self.failures = []
+
+  def check(self, is_plain):
+    """Raises OSError if a file of the results could not be written."""
+    flag = f'--out={self._folder}'
+    if self._folder == self._workdir:
+      flag = f'--workdir={self._folder} (--out=FOLDER takes another one)'
+    names = [os.path.join(evaluation_files.FOLDER, 'x.json')]
+    if is_plain:
+      names = ['eval.json', 'embeddings.npz', _FIGURE]
+    for name in names:
+      files.check_writable(os.path.join(self._folder, name), flag)
+
+  def keep(self, which, newest, name, found):
+    """Writes a part of what was measured of a checkpoint.
+
+    Args:
+      which: Checkpoint that was asked for.
+      newest: Newest step of the run.
+      name: Name of the run in a line of progress, or None for no such line.
+      found: Part of the result.
+    """
+    if not parallel.is_main():
+      return
+    try:
+      self._write(which, newest, found)
+    except OSError as error:
+      parallel.warn(f'{self._folder}: {error}')
+      self.failures.append(error)
+    if name is not None:
+      for made in found.measurements:
+        mode, fraction = made['mode'], made['label_fraction']
+        print(
+          f'{name}, step {found.step}: {mode} with {fraction:.4g} of the '
+          f'labels: top-1 {made[f"{mode}_top1"]:.4f}',
+          file=sys.stderr,
+          flush=True,
+        )
+
+  def _write(self, which, newest, found):
+    complete = found.complete
+    # 'latest' is the newest that is whole.
+    if complete is not None and (which == 'latest' or found.step == newest):
+      write(self._folder, complete, found.arrays)
+      path = os.path.join(self._folder, _FIGURE)
+      _draw(path, [self._workdir], [complete], [found.arrays])
+    elif complete is not None:
+      evaluation_files.write_older(self._folder, complete)
+    else:
+      for made in found.measurements:
+        write_measurement(self._folder, made)
 
 
 def _draw(path, workdirs, results, arrays):
@@ -100,7 +141,8 @@ def _draw(path, workdirs, results, arrays):
 
 
 def _name(path):
-  return os.path.basename(os.path.abspath(path)) if path else ''
+  name = os.path.basename(os.path.abspath(path)) if path else ''
+  return files.as_text(name)
 
 
 def _named(paths):
@@ -125,11 +167,11 @@ def _named(paths):
   try:
     shared = os.path.commonpath(workdirs)
   except ValueError:  # some are remote and some are not
-    return [(workdir, workdir) for workdir in workdirs.values()]
+    return [(files.as_text(x), x) for x in workdirs.values()]
   # One may be within another one.
   names = [os.path.relpath(place, shared) for place in workdirs]
   return [
-    (_name(workdir) if name == '.' else name, workdir)
+    (_name(workdir) if name == '.' else files.as_text(name), workdir)
     for name, workdir in zip(names, workdirs.values(), strict=True)
   ]
 
@@ -161,14 +203,19 @@ def _rows(name, found):
 
 def define_flags() -> None:
   """Defines the command's flags; importing this module defines none."""
-  flags.DEFINE_multi_string(
+  flags.DEFINE_multi(
+    command.PATH,
+    flags.ArgumentSerializer(),
     'workdir',
     None,
     'Workdir of a run, a folder of workdirs (of a study, for example) or a '
     "pattern ('runs/*'); repeat it to compare runs.",
   )
-  flags.DEFINE_string(
-    'figure', None, 'PNG that compares the runs (several workdirs).'
+  flags.DEFINE(
+    command.PATH,
+    'figure',
+    None,
+    'PNG that compares the runs (several workdirs).',
   )
   flags.DEFINE_string(
     'checkpoint',
@@ -186,7 +233,9 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'data', None, 'Another data set than the one of the training, by name.'
   )
-  flags.DEFINE_string('data_dir', None, 'Of --data, as config.data.data_dir.')
+  flags.DEFINE(
+    command.PATH, 'data_dir', None, 'Of --data, as config.data.data_dir.'
+  )
   flags.DEFINE_string('train_split', None, 'Of --data; default: train.')
   flags.DEFINE_string('test_split', None, 'Of --data; default: test.')
   flags.DEFINE_multi_string(
@@ -195,7 +244,16 @@ def define_flags() -> None:
     "Another value than the run's of a field of config.eval, as "
     'finetune_epochs=5 or finetune_learning_rates=0.01,0.1; may be repeated.',
   )
-  flags.DEFINE_string('table', None, 'The table as a file, too: .csv or .md.')
+  flags.DEFINE(
+    command.PATH, 'table', None, 'The table as a file, too: .csv or .md.'
+  )
+  flags.DEFINE(
+    command.PATH,
+    'out',
+    None,
+    'Folder for eval.json, figures and the other results instead of the '
+    'workdir; of several runs each has a folder of its name in it.',
+  )
 
 
 def _asked():
@@ -263,18 +321,23 @@ def main() -> None:
   if table:
     report.check_table(table)
   runs = _named(paths)
-  jobs = []
+  jobs, outputs = [], []
   for name, workdir in runs:
     protocol.with_settings(workdir_lib.load_config(workdir), settings)
     steps = restored.check(workdir, which)
+    outputs.append(
+      _Results(_folder(flags.FLAGS.out, name, runs, workdir), workdir)
+    )
     for chosen in steps if which == 'all' else [which]:
-      jobs.append((name, workdir, str(chosen), steps[-1]))
+      keep = functools.partial(
+        outputs[-1].keep, str(chosen), steps[-1], None if is_plain else name
+      )
+      jobs.append((name, workdir, str(chosen), keep))
+  parallel.by_main(lambda: _check_outputs(outputs, is_plain, figure, table))
 
-  # What takes long says how far it is; the plain one does by its figures.
-  tells = not is_plain
   names, done, rows, failures = [], [], [], []
   try:
-    for name, workdir, checkpoint_name, newest in jobs:
+    for name, workdir, checkpoint_name, keep in jobs:
       try:
         found = measure(
           workdir,
@@ -283,9 +346,7 @@ def main() -> None:
           data=data,
           settings=settings,
           which=checkpoint_name,
-          keep=functools.partial(
-            _keep, workdir, checkpoint_name, newest, name if tells else None
-          ),
+          keep=keep,
         )
       except _OF_ONE_RUN as error:
         if len(jobs) == 1 or not _is_everywhere(error):
@@ -312,12 +373,41 @@ def main() -> None:
       raise ValueError('--figure compares runs on one data set only')
     # The runs' folders by name, as the table has them.
     _draw(figure, names, [found.complete for found in done], arrays)
+  parallel.by_main(lambda: _raise_first(outputs))
   if failures:
     diverged = isinstance(failures[0], FloatingPointError)
     raise (FloatingPointError if diverged else ValueError)(
       f'{len(failures)} of {len(jobs)} checkpoints could not be evaluated, the '
       f'first because {failures[0]}'
     )
+
+
+def _folder(out, name, runs, workdir):
+  """The folder that gets the results of a run."""
+  if out is None:
+    return workdir
+  return out if len(runs) == 1 else os.path.join(out, name.replace('://', '/'))
+
+
+def _check_outputs(outputs, is_plain, figure, table):
+  """Raises OSError for a result that could not be written after the work."""
+  for output in outputs:
+    output.check(is_plain)
+  for flag, path in (('figure', figure), ('table', table)):
+    if path:
+      files.check_writable(path, f'--{flag}={path}')
+
+
+def _raise_first(outputs):
+  """Raises OSError if results could not be written."""
+  failed = [error for output in outputs for error in output.failures]
+  if failed:
+    failure = OSError(
+      f'{len(failed)} results could not be written, the first because of '
+      f'{failed[0]}; the table above is complete'
+    )
+    failure.errno = failed[0].errno
+    raise failure
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ import re
 from etils import epath
 import numpy as np
 
-from clop_jax import workdir as workdir_lib
+from clop_jax import files
 from clop_jax.data import sources
 
 _MAX_ROWS = 2000  # of the embeddings that are kept for figures
@@ -24,7 +24,7 @@ def write(workdir: str, result: dict, arrays: dict) -> None:
   """Writes what `evaluate` returned: `eval.json` and `embeddings.npz`.
 
   Args:
-    workdir: of the run.
+    workdir: of the run, or another folder, which is made if it is missing.
     result: for `eval.json`.
     arrays: for `embeddings.npz`: all as they are, but of the `embeddings`
       (as float16) and `labels` at most 2,000 rows, evenly spaced.
@@ -40,12 +40,11 @@ def write(workdir: str, result: dict, arrays: dict) -> None:
     class_mean_cosines=arrays['class_mean_cosines'].astype(np.float32),
     prototypes=arrays['prototypes'].astype(np.float32),
   )
-  workdir_lib.write_whole(
-    os.path.join(workdir, 'embeddings.npz'), packed.getvalue()
-  )
+  epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+  files.write_whole(os.path.join(workdir, 'embeddings.npz'), packed.getvalue())
   # Last: where it is, the rest is as well.
   text = json.dumps(result, indent=2) + '\n'
-  workdir_lib.write_whole(os.path.join(workdir, 'eval.json'), text.encode())
+  files.write_whole(os.path.join(workdir, 'eval.json'), text.encode())
 
 
 def write_measurement(workdir: str, measurement: dict) -> None:
@@ -85,4 +84,4 @@ def _name(path):
 def _write_json(path, content):
   epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
   text = json.dumps(content, indent=2) + '\n'
-  workdir_lib.write_whole(path, text.encode())
+  files.write_whole(path, text.encode())

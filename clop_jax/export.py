@@ -15,13 +15,13 @@ import os
 from typing import Any
 
 from absl import flags
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import clop_jax
 from clop_jax import command
+from clop_jax import files
 from clop_jax import restored
 from clop_jax import torchvision_weights
 from clop_jax import workdir as workdir_lib
@@ -70,7 +70,7 @@ def export(
     raise ValueError(
       f'--out must name a file ending in {" or ".join(ENDINGS)}, got {out!r}'
     )
-  if epath.Path(out).exists() and not overwrite:
+  if files.exists(out) and not overwrite:
     raise ValueError(
       f'--out={out} is there already; give another name, or --overwrite'
     )
@@ -99,6 +99,7 @@ def export(
       'export runs in one process, and this is one of several; start it '
       'without a cluster'
     )
+  files.check_writable(out, f'--out={out}')
   # What is exported for several devices can be called on as many only.
   run = restored.load(workdir, which=which, devices=jax.devices()[:1])
   if serves:
@@ -109,7 +110,7 @@ def export(
     weights, metadata = to_weights(run, with_head=with_head)
     data = _pack(weights, metadata)
     lines = _about_weights(out, weights, metadata)
-  workdir_lib.write_whole(out, data)
+  files.write_whole(out, data)
   return [f'{out}: step {run.step} of {workdir}, {_megabytes(data)}', *lines]
 
 
@@ -253,11 +254,13 @@ def _megabytes(data):
 
 def define_flags() -> None:
   """Defines the command's flags; importing this module defines none."""
-  flags.DEFINE_string('workdir', None, 'Workdir of the run.')
+  flags.DEFINE(command.PATH, 'workdir', None, 'Workdir of the run.')
   flags.DEFINE_string(
     'checkpoint', 'latest', 'latest, best (by train.keep_best) or a step.'
   )
-  flags.DEFINE_string('out', None, f'File to write: {" or ".join(ENDINGS)}.')
+  flags.DEFINE(
+    command.PATH, 'out', None, f'File to write: {" or ".join(ENDINGS)}.'
+  )
   flags.DEFINE_bool(
     'with_head', False, '.safetensors: projection head and prototypes too.'
   )

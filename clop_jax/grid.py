@@ -10,6 +10,7 @@ import urllib.parse
 import ml_collections
 
 from clop_jax import defaults
+from clop_jax import files
 
 _BOOLEANS = {'true': True, 'false': False}
 # Of the common file systems, in bytes.
@@ -104,7 +105,7 @@ def _value(field, given, kind, optional):
     float: 'a number like 1.0',
   }.get(kind)
   if expected is None:
-    return given
+    return files.expanded(given) if field in defaults.PATHS else given
   try:
     value = _BOOLEANS[given.lower()] if kind is bool else kind(given)
   except (KeyError, ValueError):

@@ -219,6 +219,10 @@ def _prepare(workdir, modes, fractions, data, given, settings, which, devices):
     fraction: protocol.labelled(config, examples['train'][1], fraction)
     for fraction in fractions
   }
+  # Before the long work: the file may be damaged.
+  trained_num_labels = 0
+  if config.loss.clop_weight or config.loss.contrastive == 'supcon':
+    trained_num_labels = workdir_lib.num_labels(workdir)
   run = restored.load(workdir, which=which, devices=devices)
   fingerprint = probe.fingerprint(_frozen_part(run))
   features, embeddings, labels, decoded = {}, {}, {}, {}
@@ -235,9 +239,6 @@ def _prepare(workdir, modes, fractions, data, given, settings, which, devices):
     fraction: _decoded(numbers, decoded['train'], fraction)
     for fraction, numbers in chosen.items()
   }
-  trained_num_labels = 0
-  if config.loss.clop_weight or config.loss.contrastive == 'supcon':
-    trained_num_labels = workdir_lib.num_labels(workdir)
   if is_own:
     _warn_of_labels(workdir, trained_num_labels, chosen)
   return _Subject(

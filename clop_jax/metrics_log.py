@@ -10,6 +10,8 @@ from etils import epath
 import jax
 import tqdm
 
+from clop_jax import files
+
 FILE = 'metrics.jsonl'
 
 
@@ -26,15 +28,17 @@ class JsonLines:
     Args:
       path: of the file; local, or remote as `epath` has it.
       start: the step to go on from.
+
+    Raises:
+      ValueError: If the file has a line of something else. It stays as it is.
     """
     self._path = path
-    self._lines = _lines_until(path, start)
-    self.last_step = json.loads(self._lines[-1])['step'] if self._lines else 0
+    entries = entries_until(path, start)
+    self._lines = [json.dumps(entry) + '\n' for entry in entries]
+    self.last_step = entries[-1]['step'] if entries else 0
     self._file = None
-    if not _is_remote(path):
-      partial = epath.Path(f'{path}.partial')
-      partial.write_text(''.join(self._lines))
-      partial.replace(path)
+    if not files.is_remote(path):
+      files.write_whole(path, ''.join(self._lines).encode())
       self._file = open(path, 'a')  # noqa: SIM115 (closed by close)
 
   def write(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -154,26 +158,25 @@ def to_floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
   return {k: float(v) for k, v in jax.device_get(metrics).items()}
 
 
+def check(path: str) -> None:
+  """Checks that a file of `JsonLines` can be read, if it exists.
+
+  Raises:
+    ValueError: If a line holds something else.
+  """
+  _entries(path)
+
+
 def entries_until(path: str, step: int) -> list[dict]:
-  """The lines of a file of `JsonLines` up to a step; none if it is missing."""
-  return [json.loads(line) for line in _lines_until(path, step)]
+  """The lines of a file of `JsonLines` up to a step; none if it is missing.
+
+  Raises:
+    ValueError: If a line holds something else.
+  """
+  return [entry for entry in _entries(path) if entry['step'] <= step]
 
 
-def _is_remote(path):
-  return '://' in str(path)
-
-
-def _lines_until(path, step):
-  """The lines of a log up to a step."""
-  path = epath.Path(path)
-  if not path.exists():
+def _entries(path):
+  if not files.exists(path):
     return []
-  kept = []
-  for line in path.read_text().splitlines(keepends=True):
-    try:
-      entry = json.loads(line)
-    except json.JSONDecodeError:
-      break  # a line that a kill cut short is the last one
-    if entry['step'] <= step:
-      kept.append(line)
-  return kept
+  return list(files.read_json_lines(path, fix='correct or remove that line'))

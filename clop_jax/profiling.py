@@ -12,6 +12,7 @@ import time
 import jax
 
 from clop_jax import breakdown
+from clop_jax import files
 
 
 class Off:
@@ -156,7 +157,9 @@ def check(num_steps: int, workdir: str) -> None:
   """Refuses what cannot be recorded.
 
   Raises:
-    ValueError: if `num_steps` is below 1 or `workdir` is not a local folder.
+    ValueError: if `num_steps` is below 1, or `workdir` is not a local folder
+      with a name in UTF-8.
+    OSError: if its `profile/` cannot be written to.
   """
   if num_steps < 1:
     raise ValueError(f'--profile must be at least 1 step, got {num_steps}')
@@ -165,3 +168,10 @@ def check(num_steps: int, workdir: str) -> None:
       f'--profile writes to local folders alone, got --workdir={workdir}; '
       'profile a short run in a local one'
     )
+  if files.as_text(workdir) != workdir:
+    raise ValueError(
+      '--profile writes to folders with names in UTF-8 alone, got '
+      f'--workdir={files.as_text(workdir)}; use another one'
+    )
+  path = os.path.join(workdir, 'profile', 'breakdown.txt')
+  files.check_writable(path, f'--profile={num_steps}')

@@ -15,6 +15,7 @@ import statistics
 
 import numpy as np
 
+from clop_jax import files
 from clop_jax import results
 from clop_jax import study_figures
 
@@ -563,6 +564,4 @@ def _page(title, body):
 
 def _write(path, text):
   """Never there in part: a page may be open while the study goes on."""
-  with open(f'{path}.partial', 'w', encoding='utf-8') as file:
-    file.write(text)
-  os.replace(f'{path}.partial', path)
+  files.write_whole(path, text.encode('utf-8', 'backslashreplace'))

@@ -14,6 +14,7 @@ import ml_collections
 from clop_jax import augment
 from clop_jax import checkpoint
 from clop_jax import experiment as experiment_lib
+from clop_jax import files
 from clop_jax import parallel
 from clop_jax import train_state
 from clop_jax import workdir as workdir_lib
@@ -94,7 +95,7 @@ def steps(workdir: str) -> list[int]:
   """
   config = workdir_lib.load_config(workdir)
   found = []
-  if (epath.Path(workdir) / checkpoint.FOLDER).is_dir():
+  if files.is_folder(epath.Path(workdir) / checkpoint.FOLDER):
     with workdir_lib.open_checkpoints(
       config, workdir, read_only=True
     ) as checkpoints:
@@ -178,7 +179,7 @@ def _check_images(images, channels):
 def _restore(config, workdir, run, mesh, which):
   directory = epath.Path(workdir) / checkpoint.FOLDER
   state = None
-  if directory.is_dir():
+  if files.is_folder(directory):
     with workdir_lib.open_checkpoints(
       config, workdir, read_only=True
     ) as checkpoints:

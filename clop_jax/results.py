@@ -19,8 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from clop_jax import files
+
 RATE, BATCH = 'optimizer.learning_rate', 'train.batch_size'
 WEIGHT = 'loss.clop_weight'
+# Advice for a damaged file of a cell.
+_AGAIN = 'evaluate that run again'
 STATUSES = ('done', 'diverged', 'failed')
 _CLASSES = 'data.num_classes'
 # What decides how many classes there are if the config does not.
@@ -194,8 +198,8 @@ class Study:
 
   def evaluation(self, cell: Cell) -> dict | None:
     """A cell's eval.json by dotted names, or None with a note."""
-    with self._noting(cell, 'eval.json') as path, open(path) as file:
-      return _flat(_object(file.read()))
+    with self._noting(cell, 'eval.json') as path:
+      return _flat(files.read_json(path, fix=_AGAIN))
     return None
 
   def evaluations(self) -> list[dict]:
@@ -205,17 +209,12 @@ class Study:
 
   def arrays(self, cell: Cell) -> dict[str, np.ndarray] | None:
     """The arrays of a cell's embeddings.npz, or None with a note."""
-    # np.load, given the path, would leave a damaged file open.
-    with (
-      self._noting(cell, 'embeddings.npz') as path,
-      open(path, 'rb') as file,
-      np.load(file) as archive,
-    ):
+    names = ('embeddings', 'labels', 'spectrum', 'class_mean_cosines')
+    with self._noting(cell, 'embeddings.npz') as path:
+      arrays = files.read_npz(path, names, fix=_AGAIN)
       return {
-        'embeddings': archive['embeddings'].astype(np.float32),
-        'labels': archive['labels'],
-        'spectrum': archive['spectrum'].astype(np.float32),
-        'class_mean_cosines': archive['class_mean_cosines'].astype(np.float32),
+        name: array if name == 'labels' else array.astype(np.float32)
+        for name, array in arrays.items()
       }
     return None
 
@@ -227,9 +226,10 @@ class Study:
     From a damaged line on it is left out, with a note; None: nothing is left.
     """
     entries = []
-    with self._noting(cell, 'metrics.jsonl') as path, open(path) as file:
-      for line in file:
-        entries.append(_object(line))
+    with self._noting(cell, 'metrics.jsonl') as path:
+      fix = 'the lines before it are used'
+      for entry in files.read_json_lines(path, fix=fix):
+        entries.append(entry)
     if not entries:
       return None
     return {
@@ -249,8 +249,8 @@ class Study:
     """The config that a cell ran with, by dotted names."""
     if cell.row.get('config'):
       try:
-        return _flat(_object(cell.row['config']))
-      except ValueError as error:
+        return _flat(json.loads(cell.row['config']))
+      except (ValueError, AttributeError) as error:
         self.notes.append(f'config of cell {cell.name}: {error}')
     return self.config | cell.settings
 
@@ -261,9 +261,8 @@ class Study:
       yield self.path(cell, file)
     except FileNotFoundError:
       self.notes.append(f'{file} of cell {cell.name}: there is none')
-    # What np.load raises for a damaged file depends on where the damage is.
-    except Exception as error:
-      reason = f'cannot be read ({type(error).__name__}: {error})'[:200]
+    except (ValueError, OSError) as error:
+      reason = f'cannot be read ({type(error).__name__}: {error})'[:300]
       self.notes.append(f'{file} of cell {cell.name}: {reason}')
 
 
@@ -280,15 +279,14 @@ def read_study(workdir: str) -> Study:
     ValueError: if the folder is no study's, or its files cannot be read.
   """
   path = os.path.join(workdir, 'study.json')
-  if not os.path.exists(path):
+  if not files.exists(path):
     raise ValueError(
       f'workdir={workdir} holds no study.json, so it is not the folder of a '
       'study; make one: python -m clop_jax.study --config=... '
       f'--workdir={workdir} --grid ...'
     )
   try:
-    with open(path) as file:
-      content = json.load(file)
+    content = files.read_json(path, fix='put an intact copy back')
     config = _flat(content['config'])
     grid = {field: list(values) for field, values in content['grid'].items()}
   except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -297,7 +295,7 @@ def read_study(workdir: str) -> Study:
       f'field; got {error!r}'
     ) from error
   path = os.path.join(workdir, 'results.csv')
-  cells = _read_cells(path, grid) if os.path.exists(path) else []
+  cells = _read_cells(path, grid) if files.exists(path) else []
   return Study(workdir, config, grid, cells, [])
 
 
@@ -420,9 +418,16 @@ def settings_name(settings: dict) -> str:
 
 
 def _read_cells(path, grid):
-  with open(path, newline='') as file:
-    reader = csv.DictReader(file)
-    rows = list(reader)
+  try:
+    with open(path, newline='', encoding='utf-8') as file:
+      reader = csv.DictReader(file)
+      rows = list(reader)
+    if any(None in row or None in row.values() for row in rows):
+      raise ValueError('a line has more or fewer columns than the first one')
+  except (ValueError, csv.Error) as error:
+    raise ValueError(
+      f'{path} is damaged ({error}); run the study again, which writes it anew'
+    ) from error
   missing = {'cell', 'status', *grid} - set(reader.fieldnames or ())
   if missing:
     raise ValueError(
@@ -455,14 +460,6 @@ def _grid_value(text, values):
   except ValueError:
     return text
   return next((v for v in values if _is_number(v) and v == number), text)
-
-
-def _object(text):
-  """The object of a JSON text; anything else is as bad as none."""
-  value = json.loads(text)
-  if not isinstance(value, dict):
-    raise ValueError(f'must be a JSON object, got {text.strip()[:40]}')
-  return value
 
 
 def _source(config):

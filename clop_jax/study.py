@@ -29,6 +29,7 @@ from clop_jax import cell
 from clop_jax import command
 from clop_jax import ensemble
 from clop_jax import experiment
+from clop_jax import files
 from clop_jax import grid as grid_lib
 from clop_jax import preemption
 from clop_jax import report
@@ -39,6 +40,10 @@ _WORKER = cell.__name__
 _FILE = 'study.json'
 # What a kill can leave of a study that had not begun.
 _NOTHING = {'.lock', f'{_FILE}.partial'}
+# What a line about a cell shows of its eval.json.
+_SHOWN = dict.fromkeys(
+  ('linear_top1', 'knn_top1', 'effective_rank'), int | float
+)
 # Diverged is a result: the same cell would diverge again.
 _THROUGH = ('done', 'diverged')
 
@@ -79,7 +84,7 @@ def study(
       'on one machine without a cluster, or SLURM with one task'
     )
   plan = _Plan(workdir, config, grid)
-  _check_writable(workdir)
+  files.check_writable(os.path.join(workdir, _FILE), f'--workdir={workdir}')
   todo = plan.todo()
   with contextlib.ExitStack() as stack:
     notice = stack.enter_context(preemption.Notice())
@@ -352,12 +357,12 @@ class _Plan:
     return [self._row(name) for name in self.cells if name in self._outcomes]
 
   def _read(self, name):
-    outcome = self._load_of(name, cell.RECORD, {'status', 'error', 'commit'})
+    outcome = self._load_of(name, cell.RECORD, cell.FIELDS)
     if outcome is None:
       return
     self._results[name] = {}
     if outcome['status'] == 'done':
-      result = self._load_of(name, 'eval.json', {'linear_top1'})
+      result = self._load_of(name, 'eval.json', _SHOWN)
       if result is None:
         return
       self._results[name] = {
@@ -370,11 +375,13 @@ class _Plan:
   def _load_of(self, name, file, fields):
     """What a cell's file holds, or None if it is missing or cut."""
     path = os.path.join(self.folder(name), file)
+    if not files.exists(path):
+      return None
     try:
-      found = _load_json(path)
+      found = files.read_json(path, fix='that cell runs again')
     except ValueError:
       found = {}
-    if found is None or (isinstance(found, dict) and fields <= set(found)):
+    if all(isinstance(found.get(x, ()), kind) for x, kind in fields.items()):
       return found
     self._broken.append(path)
     return None
@@ -421,10 +428,10 @@ def _load(workdir):
       f'--workdir of a study must be a local folder, got {workdir}'
     )
   path = os.path.join(workdir, _FILE)
-  if not os.path.exists(path):
-    if os.path.exists(workdir) and not os.path.isdir(workdir):
+  if not files.exists(path):
+    if files.exists(workdir) and not files.is_folder(workdir):
       raise ValueError(f'--workdir={workdir} is a file, not a folder')
-    names = os.listdir(workdir) if os.path.exists(workdir) else []
+    names = os.listdir(workdir) if files.exists(workdir) else []
     names = sorted({*names} - _NOTHING)
     if 'config.json' in names:
       raise ValueError(
@@ -437,37 +444,17 @@ def _load(workdir):
         f'study; it has: {", ".join(names)}. Use another --workdir'
       )
     return None
-  saved = _load_json(path)
-  if not isinstance(saved, dict) or {'config', 'grid'} - set(saved):
-    raise ValueError(f'{path} is not that of a study: it lacks config or grid')
-  return saved | {'config': workdir_lib.completed(saved['config'])}
-
-
-def _load_json(path):
-  """What a file holds, or None if there is no such file."""
-  if not os.path.exists(path):
-    return None
-  with open(path) as file:
-    try:
-      return json.load(file)
-    except ValueError as error:
-      raise ValueError(f'{path} is not JSON ({error})') from error
-
-
-def _check_writable(workdir):
-  """Refuses a folder that cannot be written to, and leaves nothing there."""
-  folder = os.path.abspath(workdir)
-  while not os.path.exists(folder):
-    folder = os.path.dirname(folder)
-  try:
-    # Permissions do not tell of file systems that cannot be written to.
-    with tempfile.TemporaryDirectory(dir=folder):
-      pass
-  except OSError as error:
+  fix = 'put an intact copy back, or use another --workdir'
+  saved = files.read_json(path, fix=fix)
+  grid = saved.get('grid')
+  if not isinstance(grid, dict) or not all(
+    isinstance(values, list) and values for values in grid.values()
+  ):
     raise ValueError(
-      f'--workdir={workdir} cannot be written to ({error.strerror}: {folder}); '
-      'use another --workdir'
-    ) from error
+      f'{path}: grid must be an object of lists, got {grid!r:.40}; {fix}'
+    )
+  config = workdir_lib.completed(saved.get('config'), path)
+  return saved | {'config': config}
 
 
 def _check_same(workdir, saved, config, grid):
@@ -490,7 +477,7 @@ def _check_same(workdir, saved, config, grid):
 
 
 def _write(folder, name, text):
-  workdir_lib.write_whole(os.path.join(folder, name), text.encode())
+  files.write_whole(os.path.join(folder, name), text.encode())
 
 
 def _warn(message):
@@ -504,7 +491,7 @@ def _say(message):
 def define_flags() -> None:
   """Defines the command's flags; importing this module defines none."""
   config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
-  flags.DEFINE_string('workdir', None, 'Folder of the study.')
+  flags.DEFINE(command.PATH, 'workdir', None, 'Folder of the study.')
   flags.DEFINE_multi_string(
     'grid', [], 'FIELD=VALUE,VALUE of the config; repeat it for more fields.'
   )

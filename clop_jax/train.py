@@ -28,6 +28,7 @@ import numpy as np
 from clop_jax import checkpoint
 from clop_jax import command
 from clop_jax import experiment
+from clop_jax import files
 from clop_jax import inputs
 from clop_jax import metrics_log
 from clop_jax import parallel
@@ -430,7 +431,7 @@ def first_state(create, config, workdir, mesh, initial):
     # The path alone, which the config has, would not tell one file that was
     # there from another.
     record = {'path': initial.path, 'sha256': initial.sha256}
-    workdir_lib.write_whole(
+    files.write_whole(
       os.path.join(workdir, 'initial_weights.json'),
       f'{json.dumps(record, indent=2)}\n'.encode(),
     )
@@ -444,6 +445,7 @@ def count_steps(config, steps_per_epoch):
   for name in (
     'log_every_steps',
     'checkpoint_every_epochs',
+    'keep_checkpoints',
     'num_epochs',
     'num_micro_batches',
     'steps_per_dispatch',
@@ -539,8 +541,11 @@ def _say(message):
 def define_flags() -> None:
   """Defines the command's flags; importing this module defines none."""
   config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
-  flags.DEFINE_string(
-    'workdir', None, 'Folder of the run: config, checkpoints, metrics.'
+  flags.DEFINE(
+    command.PATH,
+    'workdir',
+    None,
+    'Folder of the run: config, checkpoints, metrics.',
   )
   flags.DEFINE_integer(
     'profile',

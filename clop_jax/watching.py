@@ -143,11 +143,17 @@ class Watch:
 
     Raises:
       OSError: if there is such a place.
-      ValueError: on the other processes, if the main process raises.
+      ValueError: if `probe.jsonl` is damaged; on the other processes, if the
+        main process raises.
     """
+    parallel.by_main(lambda: self._check(workdir))
+
+  def _check(self, workdir):
     if self._config.watch.tensorboard:
       folder = os.path.join(workdir, FOLDER)
-      parallel.by_main(lambda: _naming_events(event_files.check, folder))
+      _naming_events(event_files.check, folder)
+    if self._probe_every:
+      metrics_log.check(os.path.join(workdir, PROBES_FILE))
 
   def prepare(self, steps: range) -> None:
     """Begins to compile what draws, if anything will be drawn.

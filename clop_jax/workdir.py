@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import socket
+from typing import Any
 
 from etils import epath
 import ml_collections
@@ -18,12 +19,27 @@ import numpy as np
 
 from clop_jax import checkpoint
 from clop_jax import defaults
+from clop_jax import files
+from clop_jax import metrics_log
 from clop_jax import parallel
 from clop_jax.data import labels as label_policy
 
 
 # Groups of the config that have no say in what is trained.
 _NOT_TRAINED = ('watch', 'eval')
+
+CONFIG, LABELS = 'config.json', 'labels.npz'
+_CONFIG_FIX = 'put an intact copy back, or use another --workdir'
+_LABELS_FIX = 'delete it, and the command that trained the run writes it again'
+
+# How each type of a field is called in JSON.
+_KINDS = {
+  bool: 'true or false',
+  int: 'a whole number',
+  float: 'a number',
+  str: 'a text',
+  tuple: 'a list of numbers',
+}
 
 
 def open_checkpoints(
@@ -42,7 +58,9 @@ def open_checkpoints(
 def has_checkpoint(workdir: str) -> bool:
   """Whether a run in this folder has saved a step, so that it would go on."""
   folder = epath.Path(workdir) / checkpoint.FOLDER
-  return folder.is_dir() and any(x.name.isdigit() for x in folder.iterdir())
+  return files.is_folder(folder) and any(
+    x.name.isdigit() for x in folder.iterdir()
+  )
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict:
@@ -59,6 +77,9 @@ def claim(
 ) -> Iterator[None]:
   """Holds a workdir for one run, and puts its config and labels there.
 
+  If the run then fails before it has logged or saved a step, they are removed
+  again, so that they do not stand in the way of a corrected command.
+
   The lock is the main process's and ends with it, also when it is killed. (A
   remote folder has none.) The other processes wait here for the main one.
 
@@ -73,15 +94,38 @@ def claim(
       another config or other data; nothing was written then.
   """
   with contextlib.ExitStack() as stack:
+    made = []
 
     def begin():
+      checkpoint.check_directory(workdir)
       _check_config(config, workdir)
+      _check_labels(workdir, labels)
+      metrics_log.check(os.path.join(workdir, metrics_log.FILE))
       stack.enter_context(locked(workdir))
+      # Only now can no other run write there.
+      _check_config(config, workdir)
+      _check_labels(workdir, labels)
+      paths = [epath.Path(workdir) / name for name in (CONFIG, LABELS)]
+      made.extend(path for path in paths if not files.exists(path))
       _save_config(config, workdir)
       _save_labels(workdir, labels, true_labels)
 
     parallel.by_main(begin)
-    yield
+    try:
+      yield
+    except Exception:
+      with contextlib.suppress(OSError):
+        if made and not _has_begun(workdir):
+          for path in made:
+            path.unlink(missing_ok=True)
+      raise
+
+
+def _has_begun(workdir):
+  """Returns True if a run has logged or saved a step."""
+  log = epath.Path(workdir) / metrics_log.FILE
+  logged = files.exists(log) and bool(log.read_bytes())
+  return logged or has_checkpoint(workdir)
 
 
 @contextlib.contextmanager
@@ -114,7 +158,7 @@ def locked(workdir: str) -> Iterator[None]:
 
 def _check_config(config, workdir):
   """Refuses a workdir of another config."""
-  if not (epath.Path(workdir) / 'config.json').exists():
+  if not files.exists(epath.Path(workdir) / CONFIG):
     return
   unlike = differences(
     _trained(to_json(load_config(workdir))), _trained(to_json(config))
@@ -134,24 +178,24 @@ def _trained(config):
 
 
 def _save_config(config, workdir):
-  path = epath.Path(workdir) / 'config.json'
+  path = epath.Path(workdir) / CONFIG
   content = to_json(config)
-  if path.exists():
-    _check_config(config, workdir)
+  if files.exists(path):
     if to_json(load_config(workdir))['eval'] == content['eval']:
       return
     # Evaluation takes its settings from here: those of the last training.
-    content = json.loads(path.read_text()) | {'eval': content['eval']}
+    saved = files.read_json(path, fix=_CONFIG_FIX)
+    content = saved | {'eval': content['eval']}
   text = json.dumps(content, indent=2) + '\n'
-  write_whole(path, text.encode())
+  files.write_whole(path, text.encode())
 
 
-def _save_labels(workdir, labels, true_labels):
-  path = epath.Path(workdir) / 'labels.npz'
-  if not path.exists():
-    write_whole(path, label_policy.pack(labels, true_labels))
+def _check_labels(workdir, labels):
+  """Refuses a workdir of other data."""
+  path = epath.Path(workdir) / LABELS
+  if not files.exists(path):
     return
-  before = label_policy.unpack(path.read_bytes())
+  before = _read_labels(path)
   if not np.array_equal(before, labels):
     raise ValueError(
       f'{path} was made from other data than config.data gives now '
@@ -160,16 +204,32 @@ def _save_labels(workdir, labels, true_labels):
     )
 
 
+def _save_labels(workdir, labels, true_labels):
+  path = epath.Path(workdir) / LABELS
+  if not files.exists(path):
+    files.write_whole(path, label_policy.pack(labels, true_labels))
+
+
+def _read_labels(path):
+  """The labels that the training of a workdir saw, `[n]`."""
+  labels = files.read_npz(path, ['labels'], fix=_LABELS_FIX)['labels']
+  if labels.ndim != 1 or labels.dtype.kind != 'i':
+    raise ValueError(
+      f'{path}: labels must be integers [n], got {labels.dtype} '
+      f'{list(labels.shape)}; {_LABELS_FIX}'
+    )
+  return labels
+
+
 def num_labels(workdir: str) -> int | None:
   """How many examples the training of a workdir had the labels of.
 
   None: the workdir does not say.
   """
-  path = epath.Path(workdir) / 'labels.npz'
-  if not path.exists():
+  path = epath.Path(workdir) / LABELS
+  if not files.exists(path):
     return None
-  labels = label_policy.unpack(path.read_bytes())
-  return int(np.sum(labels != label_policy.UNLABELLED))
+  return int(np.sum(_read_labels(path) != label_policy.UNLABELLED))
 
 
 def find(path: str) -> list[str]:
@@ -186,37 +246,52 @@ def find(path: str) -> list[str]:
   Raises:
     ValueError: if it is a pattern that no workdir matches.
   """
-  if '://' in path or os.path.exists(path) or not glob.has_magic(path):
+  if files.is_remote(path) or files.exists(path) or not glob.has_magic(path):
     return _within(path) or [path]
-  found = [
-    inner for match in sorted(glob.glob(path)) for inner in _within(match)
-  ]
+  found = [inner for match in _matches(path) for inner in _within(match)]
   if not found:
     raise ValueError(
       f'--workdir={path} matches no workdir of a run (a folder with '
       'config.json, or with such folders in it)'
     )
-  return found
+  return list(dict.fromkeys(found))
+
+
+def _matches(pattern):
+  """The paths that match a pattern, sorted.
+
+  Leading folders that exist by that very name may also be meant literally, as
+  in `runs/[2024]/*`.
+  """
+  found = {*glob.glob(pattern)}
+  folder, rest = '', pattern
+  while '/' in rest:
+    name, rest = rest.split('/', 1)
+    folder += f'{name}/'
+    if not files.is_folder(folder):
+      break
+    found |= {*glob.glob(glob.escape(folder) + rest)}
+  return sorted(found)
 
 
 def _within(path):
   """The workdirs at or below a local path."""
-  if '://' in path:
+  if files.is_remote(path):
     return []
   found = []
-  for folder, folders, files in os.walk(path):
-    if 'config.json' in files:
+
+  def fail(error):
+    if os.path.normpath(error.filename) == os.path.normpath(path):
+      raise error
+    parallel.warn(f'{error.filename} is left out: {error.strerror}')
+
+  onerror = fail if files.is_folder(path) else None
+  for folder, folders, names in os.walk(path, onerror=onerror):
+    if CONFIG in names:
       found.append(folder)
       folders.clear()  # what a run keeps is no run
     folders[:] = [name for name in folders if not name.startswith('.')]
   return sorted(found)
-
-
-def write_whole(path: str | epath.Path, data: bytes) -> None:
-  """Writes a file so that it is never there in part."""
-  partial = epath.Path(f'{path}.partial')
-  partial.write_bytes(data)
-  partial.replace(path)
 
 
 def load_config(workdir: str) -> ml_collections.ConfigDict:
@@ -230,38 +305,75 @@ def load_config(workdir: str) -> ml_collections.ConfigDict:
       cannot be read.
   """
   folder = epath.Path(workdir)
-  if not folder.is_dir():
+  if not files.is_folder(folder):
     raise ValueError(
       f'--workdir={workdir} does not exist; train first: python -m '
       f'clop_jax.train --config=configs/digits.py --workdir={workdir}'
     )
-  path = folder / 'config.json'
-  if not path.exists():
+  path = folder / CONFIG
+  if not files.exists(path):
     raise ValueError(
       f'--workdir={workdir} holds no config.json, so it is not the workdir of '
       'a run; it has: '
       + (', '.join(sorted(x.name for x in folder.iterdir())) or 'nothing')
     )
-  try:
-    saved = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{path} is not JSON ({error})') from error
-  if not isinstance(saved, dict):
-    raise ValueError(f'{path} is not a config: it holds {saved!r:.50}')
+  saved = completed(files.read_json(path, fix=_CONFIG_FIX), str(path))
   # Dictionaries become groups by themselves; lists stay lists.
-  return ml_collections.ConfigDict(completed(saved)).lock()
+  return ml_collections.ConfigDict(saved).lock()
 
 
-def completed(saved: dict) -> dict:
-  """A config of `to_json`, and the defaults of the fields it does not have."""
-  return _completed(saved, to_json(defaults.get_config()))
+def completed(saved: Any, path: str) -> dict:
+  """Completes a config that was read from a file.
+
+  Args:
+    saved: Config as `to_json` returns it, perhaps of another version of the
+      code.
+    path: Path of the file, for errors.
+
+  Returns:
+    The config, with the defaults of the fields that it does not have.
+
+  Raises:
+    ValueError: If a field has the wrong type.
+  """
+  default = defaults.get_config()
+  if not isinstance(saved, dict):
+    raise ValueError(f'{path}: config must be an object, got {saved!r:.40}')
+  _check_types(saved, default, f'{path}: ')
+  return _completed(saved, to_json(default))
+
+
+def _check_types(saved, default, where):
+  for name, value in saved.items():
+    if name not in default:
+      continue  # a later version's
+    kind, optional = default.get_type(name), default[name] is None
+    if isinstance(default[name], ml_collections.ConfigDict):
+      fits, expected = isinstance(value, dict), 'an object'
+    else:
+      fits = optional if value is None else _has_type(value, kind)
+      expected = _KINDS[kind] + (' or null' if optional else '')
+    if not fits:
+      raise ValueError(
+        f'{where}{name} must be {expected}, got {value!r:.40}; {_CONFIG_FIX}'
+      )
+    # What a source's options may be is the source's own matter.
+    if isinstance(value, dict) and name != 'options':
+      _check_types(value, default[name], f'{where}{name}.')
+
+
+def _has_type(value, kind):
+  if kind is tuple:
+    return isinstance(value, list) and all(_has_type(x, float) for x in value)
+  if kind is float:
+    return _has_type(value, int) or isinstance(value, float)
+  return type(value) is kind
 
 
 def _completed(saved, default):
   """The saved fields, and those of the defaults that are missing there."""
   fields = default | saved
   for name, value in saved.items():
-    # What a source's options may be is the source's own matter.
     if isinstance(value, dict) and name in default and name != 'options':
       fields[name] = _completed(value, default[name])
   return fields

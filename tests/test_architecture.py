@@ -13,6 +13,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'clop_jax'
 # module may use fewer libraries than the others of its layer, they are listed.
 LAYERS = {
   'linalg': -1,
+  'files': -1,
   'loss': 0,
   'prototypes': 0,
   'collapse': 0,
@@ -88,6 +89,7 @@ LAYERS = {
 LIBRARIES = {
   'hlo': set(),
   'topologies': {'jax'},
+  'files': {'etils', 'numpy'},
   'linalg': {'jax'},
   'loss': {'jax'},
   'prototypes': {'jax', 'optax'},

@@ -1,8 +1,12 @@
 import contextlib
+import errno
+import importlib
 import os
 import pathlib
+import re
 import resource
 import shutil
+import tempfile
 import time
 from typing import Any
 
@@ -162,6 +166,136 @@ def test_the_damaged_step_can_be_saved_again(folder, mesh):
     checkpoints.save(make_state(3, mesh), 3)
   state, _ = restore(folder, mesh)
   assert_equal(state, make_state(3, mesh))
+
+
+# As TensorStore words them; of `ABORTED` it is a folder's name.
+_TEXTS = [
+  ("PERMISSION_DENIED: Error opening \"zarr\" driver: Error reading local file "
+   "\"/a/manifest.ocdbt\" [os_error_code='13']", errno.EACCES),
+  ("ABORTED: Error reading local file \"/a/b\" [os_error_code='116']",
+   errno.ESTALE),
+  ("UNKNOWN: Error reading local file \"/a/b\" [os_error_code='5']", errno.EIO),
+  ('UNAVAILABLE: Error reading "gs://b/x": HTTP 503', errno.EIO),
+  ('RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes', errno.ENOMEM),
+  ("NOT_FOUND: \"/a\" does not exist [os_error_code='2']", None),
+  ('NOT_FOUND: "/runs/ABORTED/1" does not exist', None),
+  ('DATA_LOSS: Error decoding "zarr" chunk: truncated', None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('error', 'number'),
+  [
+    *[(ValueError(text), number) for text, number in _TEXTS],
+    (OSError(errno.EIO, 'x'), errno.EIO),
+    (OSError(errno.EMFILE, 'x'), errno.EMFILE),
+    (OSError(errno.ENOENT, 'x'), None),
+    (OSError(errno.ENOTDIR, 'x'), None),
+    (MemoryError(), errno.ENOMEM),
+    (KeyError('state'), None),
+  ],
+)
+def test_what_the_system_refuses_is_told_from_damage(error, number):
+  wrapped = ValueError('outer')
+  wrapped.__cause__ = ExceptionGroup('several', [KeyError('x'), error])
+  for one in (error, wrapped):
+    found = checkpoint.system_error(one)
+    assert (found and found.errno) == number
+
+
+# A step, a file that Orbax looks for, and one that TensorStore reads.
+@pytest.mark.parametrize(
+  ('fault', 'name'),
+  [
+    ('permission', '3'),
+    ('permission', '3/default/manifest.ocdbt'),
+    ('loop', '3'),
+    ('loop', '3/default/_METADATA'),
+    ('loop', '3/default/manifest.ocdbt'),
+  ],
+)
+def test_an_unreadable_checkpoint_stays_and_no_older_one_takes_its_place(
+  fault, name, folder, mesh
+):
+  path = folder / name
+  with contextlib.ExitStack() as stack:
+    if fault == 'permission':
+      importlib.import_module('grp')  # as etils does, where it may not be able
+      path.chmod(0)
+      stack.enter_context(_without_privileges(path))
+    else:
+      path.rename(folder.parent / 'kept')
+      path.symlink_to(path)
+    with pytest.raises(
+      checkpoint.UnreadableCheckpointError,
+      match=rf'step 3 .*(denied|levels).*{name}',
+    ):
+      restore(folder, mesh)
+  assert not pathlib.Path(f'{folder}_damaged').exists()
+  assert sorted(os.listdir(folder)) == ['1', '2', '3']
+
+
+@contextlib.contextmanager
+def _without_privileges(path):
+  """As a user who is not root, but can reach the path."""
+  with contextlib.ExitStack() as stack:
+    if os.geteuid() == 0:
+      for above in path.parents:
+        if 'pytest' in str(above):
+          stack.callback(above.chmod, above.stat().st_mode)
+          above.chmod(0o777)
+      os.seteuid(65534)
+      stack.callback(os.seteuid, 0)
+    yield
+
+
+@pytest.mark.parametrize(
+  'name', ['run[1]', '[2024] a/b', 'a*b', 'x\\y', 'l\udcff', 'gs:/y']
+)
+def test_any_name_of_a_local_folder_will_do(name, tmp_path, mesh):
+  folder = os.path.join(tmp_path, name, 'checkpoints')
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    checkpoints.save(make_state(1, mesh), 1)
+    link = pathlib.Path(checkpoints._place)
+    assert link.is_symlink()
+  assert os.listdir(folder) == ['1'] and not link.parent.exists()
+  if name == 'run[1]':  # what follows is the same for all
+    state, warnings = restore(folder, mesh, read_only=True)
+    assert_equal(state, make_state(1, mesh))
+    assert not warnings
+
+
+def test_a_link_needs_a_folder_with_a_plain_name(tmp_path, monkeypatch):
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / '[1]'))
+  with pytest.raises(ValueError, match=r'run\[1\] .*set TMPDIR'):
+    checkpoint.check_directory(str(tmp_path / 'run[1]'))
+  checkpoint.check_directory(str(tmp_path / 'run'))
+
+
+def test_a_first_checkpoint_that_cannot_be_opened_ends_the_run(
+  tmp_path, mesh, monkeypatch
+):
+  # What keeps it from that does not matter; here Orbax looks for a pattern.
+  monkeypatch.setattr(checkpoint, '_UNUSABLE', re.compile('$.'))
+  folder = tmp_path / 'run[1]'
+  with (
+    checkpoint.Checkpoints(str(folder)) as checkpoints,
+    pytest.raises(OSError, match=r'step 1 .*run\[1\].* cannot be opened'),
+  ):
+    checkpoints.save(make_state(1, mesh), 1)
+
+
+@pytest.mark.parametrize('replaced', [False, True])
+def test_a_removed_folder_ends_the_run_and_is_not_made_again(
+  replaced, folder, mesh
+):
+  with checkpoint.Checkpoints(str(folder)) as checkpoints:
+    shutil.rmtree(folder)
+    if replaced:
+      folder.mkdir()
+    with pytest.raises(OSError, match=rf'{folder} was removed'):
+      checkpoints.save(make_state(4, mesh), 4)
+  assert not folder.exists() or not os.listdir(folder)
 
 
 def test_all_damaged_is_an_error_that_names_them_and_changes_nothing(

@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import os
 import shutil
@@ -518,6 +519,63 @@ def test_the_table_of_what_was_measured_survives_any_error(
     )
   assert '| copy | 5    | digits | 9      ' in capsys.readouterr().out
   assert [row['step'] for row in rows_of(tmp_path / 't.csv')] == ['5']
+
+
+@pytest.mark.parametrize('name', ['eval.json', 'embeddings.npz', 'figures'])
+def test_what_could_not_be_written_is_refused_before_the_work(
+  name, copy, monkeypatch
+):
+  place = copy / name
+  shutil.rmtree(place, ignore_errors=True)
+  place.unlink(missing_ok=True)
+  place.symlink_to(name)
+  before = sorted(copy.rglob('*'))
+  monkeypatch.setattr(evaluate, 'measure', lambda *_, **__: pytest.fail('ran'))
+  with pytest.raises(OSError, match=rf'--workdir={copy} .*--out=.*{name}'):
+    small.command(evaluate, f'--workdir={copy}')
+  assert sorted(copy.rglob('*')) == before
+
+
+def complete_of(step):
+  figures = ('linear_top1', 'knn_top1', 'effective_rank', 'prototype_cosine')
+  result = dict.fromkeys(figures, 0.5) | {'step': step}
+  arrays = {'labels': np.arange(4) % 2, 'prototypes': np.eye(4)}
+  arrays |= {'embeddings': np.eye(4), 'spectrum': np.ones(4)}
+  arrays['class_mean_cosines'] = np.eye(2)
+  return evaluate.Evaluation(step, [], result, arrays)
+
+
+def measured_at_once(*_, keep, **__):
+  keep(complete_of(10))
+  return complete_of(10)
+
+
+def test_results_go_to_another_folder(copy, tmp_path, monkeypatch):
+  monkeypatch.setattr(evaluate, 'measure', measured_at_once)
+  shutil.copytree(copy, tmp_path / 'runs' / 'a')
+  shutil.move(copy, tmp_path / 'runs' / 'b')
+  before = sorted((tmp_path / 'runs').rglob('*'))
+  out = tmp_path / 'out'
+  small.command(evaluate, f'--workdir={tmp_path}/runs', f'--out={out}')
+  small.command(evaluate, f'--workdir={tmp_path}/runs/a', f'--out={out}/c')
+  expected = {'eval.json', 'embeddings.npz', 'figures'}
+  for name in 'abc':
+    assert {*os.listdir(out / name)} == expected
+  assert sorted((tmp_path / 'runs').rglob('*')) == before
+
+
+def test_the_table_is_printed_if_the_results_cannot_be_written(
+  copy, capsys, monkeypatch
+):
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device', 'eval.json')
+
+  monkeypatch.setattr(evaluate, 'measure', measured_at_once)
+  monkeypatch.setattr(evaluate, 'write', full)
+  with pytest.raises(OSError, match=r'No space left .*eval.json') as caught:
+    small.command(evaluate, f'--workdir={copy}')
+  assert caught.value.errno == errno.ENOSPC
+  assert '| copy   | 0.500 ' in capsys.readouterr().out
 
 
 def test_other_settings_are_used_and_kept_apart(copy, monkeypatch):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from clop_jax import results
+from clop_jax import study
 from tests import studies
 
 K, RATE, WEIGHT = studies.K, studies.RATE, studies.WEIGHT
@@ -29,6 +30,26 @@ def test_a_damaged_study_is_refused(tmp_path, text):
   (tmp_path / 'study.json').write_text(text)
   with pytest.raises(ValueError, match=r'study\.json must hold "config" and'):
     results.read_study(str(tmp_path))
+
+
+@pytest.mark.parametrize('data', [b'\xff', b'only one', b'a' * 200_000])
+def test_damaged_results_are_named(tmp_path, data):
+  studies.make_study(tmp_path)
+  path = tmp_path / 'results.csv'
+  path.write_bytes(path.read_bytes() + data)
+  with pytest.raises(ValueError, match=r'results\.csv is damaged'):
+    results.read_study(str(tmp_path))
+
+
+@pytest.mark.parametrize('text', ['{"train": 5}', '5', 'null'])
+@pytest.mark.parametrize('field', ['config', 'grid'])
+def test_a_study_does_not_resume_from_a_damaged_file(tmp_path, field, text):
+  content = {'config': '{}', 'grid': '{"seed": [0]}'} | {field: text}
+  fields = ', '.join(f'"{name}": {value}' for name, value in content.items())
+  (tmp_path / 'study.json').write_text(f'{{{fields}}}')
+  with pytest.raises(ValueError, match=rf'study\.json: .*{field[:5]}|train'):
+    study.study(str(tmp_path))
+  assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_results_of_another_grid_or_status_are_refused(tmp_path):

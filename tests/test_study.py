@@ -563,7 +563,7 @@ def test_a_cell_of_a_cut_file_is_not_through(tmp_path, capsys, file, text):
 def test_a_folder_that_cannot_be_made_is_refused_first(monkeypatch):
   monkeypatch.setattr(study, '_Pool', None)
   with pytest.raises(
-    ValueError, match=r'^--workdir=/proc/xx cannot be written'
+    OSError, match=r'^--workdir=/proc/xx: .* cannot be written'
   ):
     study.study('/proc/xx', defaults.get_config(), {'seed': [0]})
 

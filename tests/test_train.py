@@ -12,6 +12,7 @@ from clop_jax import checkpoint
 from clop_jax import defaults
 from clop_jax import evaluate
 from clop_jax import experiment
+from clop_jax import files
 from clop_jax import parallel
 from clop_jax import train
 from clop_jax import workdir as workdir_lib
@@ -291,6 +292,7 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
     ({'train__batch_size': 100}, 'multiple of the 8 devices, got 100'),
     ({'train__batch_size': 1440}, 'at most the 1438 examples, got 1440'),
     ({'train__log_every_steps': 0}, 'log_every_steps must be at least 1'),
+    ({'train__keep_checkpoints': 0}, r'keep_checkpoints must .*got 0'),
     ({'train__num_micro_batches': 0}, 'num_micro_batches must be at least 1'),
     (
       {'train__num_micro_batches': 3},
@@ -354,15 +356,12 @@ def test_fields_that_are_newer_than_a_workdir_get_their_defaults(copy):
   config = config.copy_and_resolve_references()
   config.eval = defaults.get_config().eval
   run(config, workdir)
-  path.write_text('[]')
-  with pytest.raises(ValueError, match='is not a config'):
-    workdir_lib.load_config(str(workdir))
 
 
 def test_a_workdir_made_from_other_data_is_refused(copy):
   config, workdir = copy
   path = workdir / 'labels.npz'
-  labels = label_policy.unpack(path.read_bytes())
+  labels = files.read_npz(path, ['labels'], fix='')['labels']
   labels[0] = 9 - labels[0]
   path.write_bytes(label_policy.pack(labels, labels))
   with pytest.raises(ValueError, match=r'labels.npz was made from other data'):
@@ -449,7 +448,7 @@ def test_evaluation_of_a_folder_that_is_no_run_says_what_it_is(tmp_path, copy):
   with pytest.raises(ValueError, match='holds no checkpoint yet; train first'):
     evaluate.evaluate(str(workdir))
   (workdir / 'config.json').write_text('{')
-  with pytest.raises(ValueError, match='is not JSON'):
+  with pytest.raises(ValueError, match=r'config.json .*JSON object'):
     evaluate.evaluate(str(workdir))
 
 

@@ -1,5 +1,6 @@
 """A run's folder, here and remote."""
 
+import io
 import json
 import os
 
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 
 from clop_jax import defaults
+from clop_jax import files
 from clop_jax import metrics_log
 from clop_jax import workdir
-from clop_jax.data import labels as label_policy
 
 LABELS = np.array([0, -1, 2], np.int32)
 TRUE = np.array([0, 1, 2], np.int32)
@@ -46,8 +47,9 @@ def test_a_claimed_workdir_has_its_config_and_labels(folder):
   with workdir.claim(config_of(), folder, LABELS, TRUE):
     loaded = workdir.load_config(folder)
     assert workdir.to_json(loaded) == workdir.to_json(config_of())
-    data = (epath.Path(folder) / 'labels.npz').read_bytes()
-    np.testing.assert_array_equal(label_policy.unpack(data), LABELS)
+    path = epath.Path(folder) / 'labels.npz'
+    found = files.read_npz(path, ['labels'], fix='')['labels']
+    np.testing.assert_array_equal(found, LABELS)
   names = {path.name for path in epath.Path(folder).iterdir()}
   assert names - {'.lock'} == {'config.json', 'labels.npz'}
   # And again, with the same.
@@ -69,6 +71,153 @@ def test_another_config_or_other_data_are_refused(folder):
     workdir.claim(config_of(), folder, LABELS[:2], TRUE[:2]),
   ):
     pass
+
+
+def _half(data):
+  return data[: len(data) // 2]
+
+
+def _flipped(data):
+  return data[:80] + bytes([data[80] ^ 1]) + data[81:]
+
+
+def _npz(**arrays):
+  file = io.BytesIO()
+  np.savez(file, **arrays)
+  return file.getvalue()
+
+
+def _config(**fields):
+  return json.dumps(workdir.to_json(defaults.get_config()) | fields).encode()
+
+
+_DAMAGES = [
+  ('labels.npz', _half, 'damaged'),
+  ('labels.npz', lambda _: b'', 'damaged'),
+  ('labels.npz', _flipped, 'damaged'),
+  ('labels.npz', lambda _: _npz(labels=np.array([{}])), 'damaged'),
+  ('labels.npz', lambda _: _npz(other=LABELS), 'damaged'),
+  ('labels.npz', lambda _: _npz(labels=np.ones((2, 2))), 'float64'),
+  ('config.json', _half, 'damaged'),
+  ('config.json', lambda _: b'"caf\xe9"', 'damaged'),
+  ('config.json', lambda _: b'[' * 100_000, 'damaged'),
+  ('config.json', lambda _: b'17', 'damaged .*17'),
+  ('config.json', lambda _: _config(train=5), 'train .*5'),
+  ('config.json', lambda _: _config(model=None), 'model .*None'),
+  ('config.json', lambda _: _config(seed={}), 'seed .*{}'),
+  ('config.json', lambda _: _config(eval={'probe_l2': ['a']}), 'eval.probe_l2'),
+  ('config.json', lambda _: _config(data={'name': None}), 'data.name .*None'),
+  ('metrics.jsonl', lambda _: b'{"loss": 3}\n', 'line 1, .*step is None'),
+  ('metrics.jsonl', lambda _: b'{"step": 1}\n17\n', 'line 2, .*17'),
+  ('metrics.jsonl', lambda _: b'\xff\n{"step": 1}\n', 'line 1, .*damaged'),
+  ('metrics.jsonl', lambda _: b'{"step": 1}\nx\n{"step": 2}\n', 'line 2, '),
+  ('metrics.jsonl', lambda _: b'{"step": 1, "loss": "a"}\n', 'line 1, .*loss'),
+  ('metrics.jsonl', lambda _: b'\0\0', 'line 1, '),
+]
+
+
+@pytest.mark.parametrize(('name', 'damage', 'message'), _DAMAGES)
+def test_a_damaged_file_is_named_and_nothing_is_changed(
+  name, damage, message, tmp_path
+):
+  with workdir.claim(config_of(), str(tmp_path), LABELS, TRUE):
+    pass
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
+  path = tmp_path / name
+  path.write_bytes(damage(path.read_bytes()))
+  before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+  # Another value of `eval`, which would be written.
+  config = config_of()
+  config.eval.probe_iterations = 7
+  with (
+    pytest.raises(ValueError, match=f'{name}.*{message}'),
+    workdir.claim(config, str(tmp_path), LABELS, TRUE),
+  ):
+    pass
+  assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+  readers = {
+    'labels.npz': lambda: workdir.num_labels(str(tmp_path)),
+    'config.json': lambda: workdir.load_config(str(tmp_path)),
+    'metrics.jsonl': lambda: metrics_log.JsonLines(str(path), start=9),
+  }
+  with pytest.raises(ValueError, match=f'{name}.*{message}'):
+    readers[name]()
+  assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize('name', ['config.json', 'labels.npz', 'metrics.jsonl'])
+def test_a_file_that_the_system_refuses_does_not_count_as_missing(
+  name, tmp_path
+):
+  with workdir.claim(config_of(), str(tmp_path), LABELS, TRUE):
+    pass
+  (tmp_path / name).unlink(missing_ok=True)
+  (tmp_path / name).symlink_to(name)
+  with (
+    pytest.raises(OSError, match=f'Too many .*{name}'),
+    workdir.claim(config_of(), str(tmp_path), LABELS, TRUE),
+  ):
+    pass
+  assert (tmp_path / name).is_symlink()
+
+
+def test_a_refused_run_writes_nothing(tmp_path):
+  with workdir.claim(config_of(), str(tmp_path), LABELS, TRUE):
+    pass
+  before = (tmp_path / 'config.json').read_bytes()
+  config = config_of()
+  config.eval.probe_iterations = 7
+  with (
+    pytest.raises(ValueError, match='other data'),
+    workdir.claim(config, str(tmp_path), LABELS[:2], TRUE[:2]),
+  ):
+    pass
+  assert (tmp_path / 'config.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('has_begun', [False, True])
+def test_a_run_that_fails_before_its_first_step_can_be_corrected(
+  has_begun, folder
+):
+  with (
+    pytest.raises(ValueError, match='not logged in'),
+    workdir.claim(config_of(), folder, LABELS, TRUE),
+  ):
+    if has_begun:
+      (epath.Path(folder) / 'metrics.jsonl').write_text('{"step": 1}\n')
+    raise ValueError('not logged in')
+  for name in ('config.json', 'labels.npz'):
+    assert (epath.Path(folder) / name).exists() is has_begun
+
+
+def test_a_remote_path_that_orbax_takes_for_a_pattern_is_refused():
+  fsspec.register_implementation('s3', Bucket, clobber=True)
+  with (
+    pytest.raises(ValueError, match=r'--workdir .*s3://bucket/run\[1\]'),
+    workdir.claim(config_of(), 's3://bucket/run[1]', LABELS, TRUE),
+  ):
+    pass
+  assert not epath.Path('s3://bucket/run[1]').exists()
+
+
+@pytest.mark.parametrize(
+  ('pattern', 'expected'),
+  [
+    ('a[1]', ['a[1]']),
+    ('a*', ['a1', 'a[1]']),
+    ('[2]/*', ['2/b', '[2]/b']),
+    ('[2]', ['[2]/b']),
+    ('a[0-9]', ['a1']),
+  ],
+)
+def test_patterns_and_literal_brackets_are_found(
+  pattern, expected, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  for name in ('a1', 'a[1]', '2/b', '[2]/b'):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / 'config.json').touch()
+  assert workdir.find(pattern) == expected
 
 
 def test_other_settings_of_the_evaluation_go_on_and_hold(folder):

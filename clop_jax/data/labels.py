@@ -444,9 +444,3 @@ def pack(labels: np.ndarray, true_labels: np.ndarray) -> bytes:
     true_labels=true_labels,
   )
   return file.getvalue()
-
-
-def unpack(data: bytes) -> np.ndarray:
-  """The labels that training saw, `[n]` int32, from what `pack` made."""
-  with np.load(io.BytesIO(data)) as arrays:
-    return arrays['labels']

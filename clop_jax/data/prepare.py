@@ -20,8 +20,11 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'name', None, 'Data set: cifar10, tiny_imagenet, imagenet2012, ...'
   )
-  flags.DEFINE_string(
-    'data_dir', None, "Folder of the data sets; TFDS's default if not given."
+  flags.DEFINE(
+    command.PATH,
+    'data_dir',
+    None,
+    "Folder of the data sets; TFDS's default if not given.",
   )
 
 

@@ -62,7 +62,7 @@ def contact_sheet(
 def define_flags() -> None:
   """Defines the command's flags; importing this module defines none."""
   config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
-  flags.DEFINE_string('out', 'preview.png', 'The PNG to write.')
+  flags.DEFINE(command.PATH, 'out', 'preview.png', 'The PNG to write.')
   flags.DEFINE_integer('count', 32, 'Images to show.')
 
 
