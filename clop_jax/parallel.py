@@ -172,7 +172,6 @@ def _join(address, count, number, *, bind, devices, peer_timeout, join_timeout):
   if chosen:
     bind = peers.parse_address(chosen, 'JAX_COORDINATOR_BIND_ADDRESS')
   _peers = peers.meet(address, number, count, timeout=join_timeout, bind=bind)
-  _peers.watch(peer_timeout, _lose_peer)
   atexit.register(_leave_unless_failed)
   failures = []
 
@@ -199,6 +198,7 @@ def _join(address, count, number, *, bind, devices, peer_timeout, join_timeout):
   if number == 0:
     thread.join(_LISTENS_AFTER_SECONDS)
     _peers.release()
+  _peers.watch(peer_timeout, _lose_peer)
   thread.join(join_timeout)
   if thread.is_alive():
     raise TimeoutError(
