@@ -7,20 +7,20 @@ import os
 import pathlib
 import re
 import sys
-import time
 import traceback
 
 from absl import app
 from absl import flags
 from absl import logging
-import jax
 
 from clop_jax import checkpoint
 from clop_jax import compilation_cache
 from clop_jax import defaults
 from clop_jax import files
+from clop_jax import memory
 from clop_jax import parallel
 from clop_jax import preemption
+from clop_jax import remote
 
 # What a user can cause: wrong values, files and folders, a diverged run, a
 # damaged checkpoint. Anything else is our own fault and keeps its traceback.
@@ -30,6 +30,9 @@ _USER_ERRORS = (
   FloatingPointError,
   checkpoint.DamagedCheckpointError,
 )
+
+# Flags whose files cannot be remote.
+_LOCAL_FLAGS = ('figure', 'source', 'table')
 
 
 class _PathParser(flags.ArgumentParser):
@@ -88,6 +91,12 @@ def _define_process_flags():
     'After so long without a sign a process counts as dead.',
     lower_bound=1,
   )
+  flags.DEFINE_integer(
+    'join_timeout_seconds',
+    300,
+    'Seconds to wait for the other processes at the start.',
+    lower_bound=1,
+  )
 
 
 class _Output:
@@ -131,28 +140,40 @@ def _guarded(main, joins):
     # what they raise as well; --verbosity=0 shows it.
     logging.set_verbosity(logging.FATAL)
   try:
+    _check_paths()
     if joins:
       parallel.start(
         values.coordinator_address,
         values.num_processes,
         values.process_id,
         peer_timeout_seconds=values.peer_timeout_seconds,
+        join_timeout_seconds=values.join_timeout_seconds,
       )
     compilation_cache.enable()
     main()
+    parallel.leave()
   except KeyboardInterrupt:
     _fail('interrupted', code=130)
   except preemption.PreemptionError as notice:
     if parallel.is_main():
       print(notice, flush=True)
+    parallel.leave()
     sys.exit(preemption.EXIT_CODE)
   except Exception as error:
-    if parallel.is_lost_peer(error):
+    reason = f'{" ".join(str(error).split()):.200}'
+    if memory.is_exhausted(error):
+      advice = _advice(memory.device_advice)
+      message = f'the devices are out of memory ({reason}). {advice}'
+    elif parallel.is_lost_peer(error):
       message = (
         'another process of this run has ended or cannot be reached '
-        f'({" ".join(str(error).split()):.200}); start all of them again: '
-        'training goes on from the last checkpoint'
+        f'({reason}); start all processes again: training resumes from the '
+        'last checkpoint'
       )
+    elif isinstance(error, MemoryError):
+      advice = _advice(memory.host_advice)
+      details = f' ({reason})' if reason else ''
+      message = f'this machine is out of memory{details}. {advice}'
     elif isinstance(error, _USER_ERRORS):
       message = str(error)
     else:
@@ -169,6 +190,48 @@ def _guarded(main, joins):
       message,
       at_once=save_failed or isinstance(error.__cause__, checkpoint.SaveError),
     )
+
+
+def _check_paths():
+  """Checks the remote paths among the flags and the fields of the config."""
+  for name, value in _texts():
+    if name in _LOCAL_FLAGS:
+      remote.check_local(f'--{name}', value)
+    elif name != 'coordinator_address':
+      remote.check(f'--{name}', value)
+
+
+def _texts():
+  """`(flag or field, text)` of what the user has given."""
+  values = flags.FLAGS
+  for name in values:
+    # ml_collections makes a flag of each field that is given as one.
+    if values[name].present and not name.startswith('config'):
+      value = values[name].value
+      for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+          yield name, text
+  groups = [('config', values['config'].value)] if 'config' in values else []
+  while groups:
+    name, group = groups.pop()
+    for field, value in (group or {}).items():
+      if isinstance(value, str):
+        yield f'{name}.{field}', value
+      # What a source's options may be is the source's own matter.
+      elif hasattr(value, 'items') and field != 'options':
+        groups.append((f'{name}.{field}', value))
+
+
+def _advice(advise):
+  """Advice for the command's config, or for a command that has none."""
+  values = flags.FLAGS
+  if 'config' in values and values['config'].value is not None:
+    return advise(values['config'].value)
+  if 'batch_size' in values:
+    return 'Lower the batch size, for example --batch_size=64'
+  if 'eval' in values:
+    return 'Lower the batch size, for example --eval=batch_size=64'
+  return 'Use a machine with more memory'
 
 
 def _report(unraisable):
@@ -302,19 +365,10 @@ def _unknown_field(argv):
 
 
 def _fail(message, code=1, at_once=False):
-  whose = ''
-  if jax.distributed.is_initialized():
-    whose = f'process {jax.process_index()}: '
-  print(
-    f'error: {whose}{" ".join(message.split())}', file=sys.stderr, flush=True
-  )
-  if whose and parallel.is_main():
-    # The end of this process ends the others roughly; those that are about to
-    # say the same get the time to.
-    time.sleep(3)
-  if whose or at_once:
-    # Not by way of JAX's farewell, which waits for processes that may be dead,
-    # nor Python's, which waits for threads that may hang.
-    sys.stdout.flush()
-    os._exit(code)
+  message = ' '.join(message.split())
+  if at_once or parallel.is_joined():
+    # Not by way of Python's end, which waits for threads that may hang, nor
+    # JAX's, which waits for processes that may be dead.
+    parallel.end(message, code)
+  print(f'error: {message}', file=sys.stderr, flush=True)
   sys.exit(code)

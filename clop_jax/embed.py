@@ -30,6 +30,7 @@ from clop_jax import files
 from clop_jax import inputs
 from clop_jax import parallel
 from clop_jax import probe
+from clop_jax import remote
 from clop_jax import restored
 from clop_jax import workdir as workdir_lib
 from clop_jax.data import arrays
@@ -267,6 +268,7 @@ def _check_out(out, overwrite):
   if not out or not out.endswith(column_files.ENDINGS):
     endings = ' or *'.join(column_files.ENDINGS)
     raise ValueError(f'--out must be a file *{endings}, got {out or "none"}')
+  remote.check_local('--out', out)
   parent = os.path.dirname(os.path.abspath(out))
   if not os.path.isdir(parent):
     raise ValueError(f'--out={out}: there is no folder {parent}')

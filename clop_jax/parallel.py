@@ -4,12 +4,16 @@ The only file that knows how many devices there are. The mesh has one axis,
 `DATA_AXIS`: the batch is split over it, everything else is replicated.
 """
 
+import atexit
 from collections.abc import Callable, Sequence
+import contextlib
 import os
 import sys
-from typing import Any
+import threading
+import time
 
 import jax
+from jax._src import clusters
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
@@ -17,13 +21,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from clop_jax import peers
+
 DATA_AXIS = 'data'
 
-# What JAX says where there is no cluster that it knows.
-_NO_CLUSTER = 'coordinator_address should be defined'
+# Process 0 lets the others go on when JAX listens, or they wait for a second.
+_LISTENS_AFTER_SECONDS = 0.2
 
 # Of what the layers below raise when another process has gone.
 _LOST = ('gloo', 'nccl', 'connection', 'heartbeat', 'coordination', 'socket')
+
+# Of the run that this process has joined.
+_number: int | None = None
+_peers: peers.Peers | None = None
+_ending = threading.Lock()
 
 
 def start(
@@ -32,67 +43,212 @@ def start(
   process_id: int | None = None,
   *,
   peer_timeout_seconds: int = 60,
+  join_timeout_seconds: int = 300,
 ) -> None:
   """Joins the processes of one run; call it before anything else of JAX.
 
-  Without arguments JAX looks for SLURM, a TPU pod (Cloud or GKE), Open MPI and
-  others, and where it finds none there is one process and nothing to do.
+  Without arguments JAX looks for SLURM, a TPU pod (Cloud or GKE), a Job of
+  Kubernetes, Open MPI and others, and where it finds none there is one process
+  and nothing to do.
 
   Args:
-    coordinator_address: `host:port` of process 0, the same for all.
-    num_processes: how many there are.
-    process_id: which one this is, from 0.
-    peer_timeout_seconds: after which a process that is not heard of counts as
-      dead, which ends the others.
+    coordinator_address: `host:port` of process 0, the same for all. An IPv6
+      address needs brackets.
+    num_processes: Number of processes.
+    process_id: Number of this process, from 0.
+    peer_timeout_seconds: Seconds after which a process that gives no sign
+      counts as lost, which ends the others.
+    join_timeout_seconds: Seconds to wait for the other processes at the start.
 
   Raises:
-    ValueError: if only some of the three are given, or make no sense.
-    RuntimeError: if the others do not come, or a cluster cannot be joined.
+    ValueError: If only some of the three are given, or make no sense, or a
+      cluster cannot be understood.
+    TimeoutError: If the others do not come.
   """
-  timeouts: dict[str, Any] = {
-    'heartbeat_timeout_seconds': peer_timeout_seconds,
-    'shutdown_timeout_seconds': peer_timeout_seconds,
-  }
   given = {
     '--coordinator_address': coordinator_address,
     '--num_processes': num_processes,
     '--process_id': process_id,
   }
   missing = [name for name, value in given.items() if value is None]
-  if num_processes is not None and process_id is not None and not missing:
+  bind = devices = None
+  if coordinator_address is None or num_processes is None or process_id is None:
+    if len(missing) < len(given):
+      raise ValueError(
+        f'{", ".join(given)} go together, got no {" and no ".join(missing)}; '
+        'give all three, or none of them on one process and where JAX finds '
+        'the cluster'
+      )
+    found = _detect(join_timeout_seconds)
+    if found is None:
+      return
+    address, num_processes, process_id, devices = found
+  else:
+    address = peers.parse_address(coordinator_address)
+    bind = peers.bind_address(address)
     if not 0 <= process_id < num_processes:
       raise ValueError(
         f'--process_id must be in [0, --num_processes={num_processes}), got '
         f'{process_id}'
       )
-    if num_processes > 1:
-      jax.distributed.initialize(
-        coordinator_address,
-        num_processes,
-        process_id,
-        cluster_detection_method='deactivate',
-        **timeouts,
-      )
-    return
-  if len(missing) < len(given):
-    raise ValueError(
-      f'{", ".join(given)} go together, got no {" and no ".join(missing)}; '
-      'give all three, or none of them on one process and where JAX finds '
-      'the cluster'
+  if num_processes > 1:
+    _join(
+      address,
+      num_processes,
+      process_id,
+      bind=bind,
+      devices=devices,
+      peer_timeout=peer_timeout_seconds,
+      join_timeout=join_timeout_seconds,
     )
-  tasks = int(os.environ.get('SLURM_NTASKS', 0))
-  if tasks == 1:
-    return
-  devices = None
-  if tasks and tasks == int(os.environ.get('SLURM_STEP_NUM_NODES', 0)):
+
+
+def _detect(timeout):
+  """`(address, processes, number, local devices)` of a cluster, or None."""
+  environment = {}
+  # Slurm's interactive steps keep the number of tasks of the whole job, which
+  # is the one that JAX takes.
+  if tasks := os.environ.get('SLURM_STEP_NUM_TASKS'):
+    environment['SLURM_NTASKS'] = tasks
+  # Only indexed Jobs of Kubernetes have it; in all other pods JAX would fail.
+  if 'JOB_COMPLETION_INDEX' not in os.environ:
+    environment['KUBERNETES_SERVICE_HOST'] = None
+  given = os.environ.get('JAX_COORDINATOR_ADDRESS')
+  try:
+    with _changed_environment(environment):
+      found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        given, None, None, None, None, timeout
+      )
+  except Exception as error:
+    # As many kinds as there are clusters.
+    text = ' '.join(str(error).split())
+    raise ValueError(
+      f'JAX cannot find the processes of this cluster ({text:.500}); pass '
+      '--coordinator_address, --num_processes and --process_id (localhost:1, '
+      '1 and 0 for a single process)'
+    ) from error
+  address, count, number, devices = found
+  if count is None or number is None:
+    if given is None:
+      return None
+    raise ValueError(
+      f'JAX_COORDINATOR_ADDRESS={given} is set, but no cluster was found; '
+      'unset it, or pass --coordinator_address, --num_processes and '
+      '--process_id'
+    )
+  address = peers.parse_address(address, 'the address of process 0')
+  if 'JAX_LOCAL_DEVICE_IDS' in os.environ:
+    devices = None  # JAX reads it
+  elif str(count) == os.environ.get('SLURM_STEP_NUM_NODES'):
     # One task a node: JAX would take one device a task, and leave the others
     # of the node idle.
     devices = list(range(int(os.environ.get('SLURM_GPUS_ON_NODE', 1))))
+  return address, count, number, devices
+
+
+@contextlib.contextmanager
+def _changed_environment(changes):
+  """Sets variables of the environment; None unsets one."""
+  before = {name: os.environ.get(name) for name in changes}
+
+  def apply(values):
+    for name, value in values.items():
+      os.environ.pop(name, None)
+      if value is not None:
+        os.environ[name] = value
+
+  apply(changes)
   try:
-    jax.distributed.initialize(local_device_ids=devices, **timeouts)
-  except ValueError as error:
-    if _NO_CLUSTER not in str(error):
-      raise
+    yield
+  finally:
+    apply(before)
+
+
+def _join(address, count, number, *, bind, devices, peer_timeout, join_timeout):
+  """Meets the other processes, and then lets JAX join them."""
+  global _number, _peers
+  _number = number
+  chosen = os.environ.get('JAX_COORDINATOR_BIND_ADDRESS')
+  if chosen:
+    bind = peers.parse_address(chosen, 'JAX_COORDINATOR_BIND_ADDRESS')
+  _peers = peers.meet(address, number, count, timeout=join_timeout, bind=bind)
+  atexit.register(_leave_unless_failed)
+  failures = []
+
+  def initialize():
+    try:
+      jax.distributed.initialize(
+        str(address),
+        count,
+        number,
+        local_device_ids=devices,
+        cluster_detection_method='deactivate',
+        # JAX aborts when these are over, so ours are shorter.
+        initialization_timeout=join_timeout + 60,
+        heartbeat_timeout_seconds=peer_timeout + 30,
+        shutdown_timeout_seconds=peer_timeout,
+        coordinator_bind_address=None if bind is None else str(bind),
+      )
+    except BaseException as error:
+      failures.append(error)
+
+  # JAX does not return before all have come, not even for Ctrl-C.
+  thread = threading.Thread(target=initialize, daemon=True)
+  thread.start()
+  if number == 0:
+    thread.join(_LISTENS_AFTER_SECONDS)
+    _peers.release()
+  _peers.watch(peer_timeout, _lose_peer)
+  thread.join(join_timeout)
+  if thread.is_alive():
+    raise TimeoutError(
+      f'all {count} processes came, but JAX could not join them over {address} '
+      f'within {join_timeout} s; unset http_proxy, https_proxy and grpc_proxy '
+      'in the environment'
+    )
+  if failures:
+    raise failures[0]
+
+
+def leave() -> None:
+  """Says goodbye to the other processes of the run, if there are any."""
+  if _peers is not None:
+    _peers.leave()
+
+
+def _leave_unless_failed():
+  if not hasattr(sys, 'last_value'):
+    leave()
+
+
+def _lose_peer(message):
+  end(
+    f'{message}; start all processes again: training resumes from the last '
+    'checkpoint'
+  )
+
+
+def end(message: str, code: int = 1) -> None:
+  """Prints one line and ends this process, from any thread.
+
+  Not by way of JAX's farewell, which waits for processes that may be dead.
+  """
+  if not _ending.acquire(blocking=False):
+    threading.Event().wait()  # another thread is at it
+  whose = '' if _number is None else f'process {_number}: '
+  print(f'error: {whose}{message}', file=sys.stderr, flush=True)
+  if _number == 0:
+    # The end of process 0 ends the others roughly; those that are about to say
+    # the same get the time to.
+    time.sleep(3)
+  with contextlib.suppress(Exception):
+    sys.stdout.flush()
+  os._exit(code)
+
+
+def is_joined() -> bool:
+  """True if this process is one of several, or waits for the others."""
+  return _number is not None
 
 
 def is_main() -> bool:

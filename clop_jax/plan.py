@@ -26,6 +26,7 @@ from clop_jax import command
 from clop_jax import experiment
 from clop_jax import hlo
 from clop_jax import inputs
+from clop_jax import memory as memory_lib
 from clop_jax import parallel
 from clop_jax import topologies
 from clop_jax import train
@@ -323,7 +324,7 @@ def _roofline(chip, flop, parts, sent, devices):
 def _too_large(error, topology, config):
   """One line for what a compiler says of a program that does not fit."""
   text = ' '.join(str(error).split())
-  if 'RESOURCE_EXHAUSTED' not in text and 'memory' not in text.lower():
+  if not memory_lib.is_exhausted(error):
     raise error
   sizes = re.search(
     r'Used ([\d.]+\w) of ([\d.]+\w) hbm.*?Exceeded.*?by ([\d.]+\w)', text
@@ -334,28 +335,8 @@ def _too_large(error, topology, config):
     if sizes
     else f'the compiler says: {text:.200}'
   )
-  return f'the step does not fit on {where}: {said}. {_advice(config)}'
-
-
-def _advice(config, memory=None, chip=None):
-  """Fields that lower the memory of a step, the most effective first."""
-  batch_size = config.train.batch_size
-  ways = [
-    'raise config.train.num_micro_batches '
-    f'(now {config.train.num_micro_batches})',
-    f'lower config.train.batch_size (now {batch_size})',
-  ]
-  if config.model.dtype == 'float32':
-    ways.append("set config.model.dtype='bfloat16'")
-  if memory is None or memory['data']:
-    ways.append("set config.data.loader='stream'")
-  if chip is not None and chip.usable < 1:
-    ways.append(
-      'raise XLA_PYTHON_CLIENT_MEM_FRACTION in the environment (JAX takes '
-      f'{chip.usable:g} of a GPU by default)'
-    )
-  ways.append('take more devices')
-  return f'To make it fit: {", ".join(ways)}'
+  advice = memory_lib.device_advice(config)
+  return f'the step does not fit on {where}: {said}. {advice}'
 
 
 def to_text(plan_: Plan) -> str:
@@ -482,9 +463,14 @@ def report(
   if result.capacity is not None and not result.fits:
     lacking = (result.memory['total'] - result.capacity) / 2**30
     chip = topologies.CHIPS.get((topology or '').split(':')[0])
+    advice = memory_lib.device_advice(
+      config,
+      has_data=bool(result.memory['data']),
+      share=chip.usable if chip else 1.0,
+    )
     raise ValueError(
       f'the step needs {lacking:.2f} GiB more than a device of '
-      f'{result.topology} has. {_advice(config, result.memory, chip)}'
+      f'{result.topology} has. {advice}'
     )
 
 

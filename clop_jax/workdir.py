@@ -6,7 +6,6 @@ reach it.
 
 from collections.abc import Iterator
 import contextlib
-import fcntl
 import glob
 import json
 import os
@@ -20,6 +19,7 @@ import numpy as np
 from clop_jax import checkpoint
 from clop_jax import defaults
 from clop_jax import files
+from clop_jax import locks
 from clop_jax import metrics_log
 from clop_jax import parallel
 from clop_jax.data import labels as label_policy
@@ -132,6 +132,8 @@ def _has_begun(workdir):
 def locked(workdir: str) -> Iterator[None]:
   """Holds a folder, made if it is missing, for one process at a time.
 
+  A remote folder has no lock, nor has one on a file system without locks.
+
   Raises:
     ValueError: if another process holds it.
   """
@@ -142,7 +144,7 @@ def locked(workdir: str) -> Iterator[None]:
     return
   with open(path / '.lock', 'a+') as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      locks.take(file)
     except BlockingIOError:
       file.seek(0)
       who = file.read().strip() or 'unknown'

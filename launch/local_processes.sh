@@ -42,8 +42,6 @@ with socket.socket() as s:
   s.bind(("127.0.0.1", 0))
   print(s.getsockname()[1])
 ')"
-# JAX would listen on every interface of the machine.
-export JAX_COORDINATOR_BIND_ADDRESS="127.0.0.1:$port"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 # Of two equal flags XLA takes the later one.
 devices="--xla_force_host_platform_device_count=$DEVICES_PER_PROCESS"

@@ -100,13 +100,17 @@ class Process:
       self.returncode = _ask('poll', self.pid)
     return self.returncode
 
-  def communicate(self, timeout=240):
-    """Returns its output and its errors after it has ended."""
+  def wait(self, timeout=240):
+    """Waits for its end."""
     deadline = time.monotonic() + timeout
     while self.poll() is None:
       if time.monotonic() > deadline:
         raise subprocess.TimeoutExpired(str(self.pid), timeout)
       time.sleep(0.01)
+
+  def communicate(self, timeout=240):
+    """Returns its output and its errors after it has ended."""
+    self.wait(timeout)
     return self._printed
 
   @functools.cached_property

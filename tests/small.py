@@ -1,5 +1,6 @@
 """Small things to train: seconds, not minutes."""
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -107,18 +108,29 @@ def training(
   return create, step
 
 
-def command(module, *arguments):
-  """Calls a command of ours in this process, with the flags that it defines."""
+@contextlib.contextmanager
+def flags_of(module, *arguments):
+  """The flags of a command of ours, parsed while it is entered."""
   before = {*flags.FLAGS}
   module.define_flags()
   # Not those of a library that the command is the first to import.
   ours = {*flags.FLAGS} - before
+  # ml_collections looks for overrides there.
+  argv, sys.argv = sys.argv, ['command', *arguments]
   try:
-    flags.FLAGS(['command', *arguments])
-    module.main()
+    flags.FLAGS(sys.argv)
+    yield
   finally:
-    for name in ours:
-      delattr(flags.FLAGS, name)
+    sys.argv = argv
+    for name in {*flags.FLAGS} - before:
+      if name in ours or name.startswith('config.'):
+        delattr(flags.FLAGS, name)
+
+
+def command(module, *arguments):
+  """Calls a command of ours in this process, with the flags that it defines."""
+  with flags_of(module, *arguments):
+    module.main()
 
 
 def digits_arrays(digits_dir, split):

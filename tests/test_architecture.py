@@ -29,6 +29,9 @@ LAYERS = {
   'colours': 0,
   'column_files': 0,
   'parallel': 0,
+  'peers': -1,
+  'locks': 0,
+  'remote': 0,
   'preemption': 0,
   'compilation_cache': 0,
   'hlo': 0,
@@ -63,10 +66,11 @@ LAYERS = {
   'study_figures': 2.5,  # chooses what figures draws of results
   'report': 3,
   'defaults': 2,
+  'memory': 3,
   'experiment': 3,
   'workdir': 3,
   'inputs': 3,
-  'command': 3,
+  'command': 3.2,
   'grid': 3,
   'restored': 3.5,  # a workdir's checkpoint as what its experiment builds
   'protocol': 3.5,  # what inputs reads, measured
@@ -112,6 +116,9 @@ LIBRARIES = {
   'gpu_updates': {'jax', 'numpy', 'optax'},
   'optimizer': {'jax', 'optax'},
   'parallel': {'jax', 'numpy'},
+  'peers': set(),
+  'locks': set(),
+  'remote': {'fsspec'},
   'preemption': {'jax'},
   'compilation_cache': {'jax'},
   'breakdown': {'jax'},

@@ -320,8 +320,6 @@ def test_every_process_gets_the_flags_and_the_same_coordinator(checkout):
     assert environ['XLA_FLAGS'] == (
       '--xla_flag_of_the_user=1 --xla_force_host_platform_device_count=5'
     )
-    bind = environ['JAX_COORDINATOR_BIND_ADDRESS']
-    assert address == f'--coordinator_address={bind}'
   (address,) = addresses
   assert re.fullmatch(r'--coordinator_address=127\.0\.0\.1:\d{4,5}', address)
 

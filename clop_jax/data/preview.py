@@ -17,6 +17,7 @@ from PIL import Image
 from clop_jax import command
 from clop_jax import experiment
 from clop_jax import inputs
+from clop_jax import remote
 from clop_jax.data import loader
 from clop_jax.data import sources
 from clop_jax.data import views
@@ -71,6 +72,7 @@ def main() -> None:
   if flags.FLAGS.config is None:
     raise ValueError('--config must name a file of configs/, got none')
   out = flags.FLAGS.out
+  remote.check_local('--out', out)
   if os.path.isdir(out):
     raise ValueError(f'--out must be the PNG to write, got the folder {out}')
   if not out.endswith('.png'):

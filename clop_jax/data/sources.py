@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import tqdm
 
+from clop_jax import remote
 from clop_jax.data import arrays
 from clop_jax.data import folder
 from clop_jax.data import images
@@ -53,6 +54,10 @@ def load(
     ValueError: for an unknown name, split or option, or unreadable data.
   """
   make = _SOURCES.get(name)
+  if data_dir is not None:
+    # The config of a workdir has not been checked by a command.
+    check = remote.check if make is None else remote.check_local
+    check('config.data.data_dir', data_dir)
   try:
     if make is not None:
       return make(split, data_dir, **options)

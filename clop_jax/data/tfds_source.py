@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import errno
-import fcntl
 import glob
 import importlib.util
 import os
@@ -13,6 +12,7 @@ import sys
 import numpy as np
 import tqdm
 
+from clop_jax import locks
 from clop_jax.data import images
 
 _PREPARE = 'python -m clop_jax.data.prepare'
@@ -214,7 +214,7 @@ def prepared(name: str, data_dir: str | None, *, progress: bool = False):
   made = builder(name, data_dir)
   if made.is_prepared():
     return made
-  with _alone(made.data_dir):
+  with _alone(made.data_dir) as is_alone:
     # Another process may have prepared it meanwhile, which `made` cannot see.
     made = builder(name, data_dir)
     if made.is_prepared():
@@ -223,29 +223,34 @@ def prepared(name: str, data_dir: str | None, *, progress: bool = False):
     parent, version = os.path.split(made.data_dir)
     pattern = f'incomplete.*_{glob.escape(version)}'
     for leftover in glob.glob(os.path.join(glob.escape(parent), pattern)):
-      shutil.rmtree(leftover, ignore_errors=True)
+      if is_alone:  # else another process may be writing it
+        shutil.rmtree(leftover, ignore_errors=True)
     _prepare(made, name, data_dir, progress)
   return made
 
 
 @contextlib.contextmanager
 def _alone(data_dir):
-  """Holds the lock of a data set; a killed process's lock is free."""
+  """Holds the lock of a data set; a killed process's lock is free.
+
+  Gives False where there are no locks, as in a remote folder: TFDS writes to a
+  folder of its own, and renames it when it is done.
+  """
   if '://' in data_dir:
-    yield  # remote: no locks; TFDS renames when it is done
+    yield False
     return
   os.makedirs(os.path.dirname(data_dir), exist_ok=True)
   with open(f'{data_dir}.lock', 'a') as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      is_locked = locks.take(file)
     except BlockingIOError:
       print(
         f'waiting for another process that prepares {data_dir}',
         file=sys.stderr,
         flush=True,
       )
-      fcntl.flock(file, fcntl.LOCK_EX)
-    yield
+      is_locked = locks.take(file, wait=True)
+    yield is_locked
 
 
 def _check_needs(made, name, data_dir):

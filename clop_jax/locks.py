@@ -1,0 +1,45 @@
+"""Locks on files, which end with the process that holds them."""
+
+import errno
+import fcntl
+import functools
+import os
+import sys
+from typing import IO
+
+# As Lustre without the mount option flock and some kinds of NFS answer.
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+def take(file: IO, *, wait: bool = False) -> bool:
+  """Locks an open file for this process alone.
+
+  Args:
+    file: File that is open for writing; closing it ends the lock.
+    wait: True waits for a process that holds the lock.
+
+  Returns:
+    True, or False after a warning if the file system has no locks.
+
+  Raises:
+    BlockingIOError: If another process holds the lock, unless `wait`.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+  except OSError as error:
+    if error.errno not in _UNSUPPORTED:
+      raise
+    _warn(os.path.dirname(os.path.abspath(file.name)), error.strerror)
+    return False
+  return True
+
+
+@functools.cache
+def _warn(folder, reason):
+  """Warns, once for each folder."""
+  print(
+    f'warning: {folder} cannot be locked ({reason}), so nothing stops two '
+    'commands from writing there at once; start only one at a time',
+    file=sys.stderr,
+    flush=True,
+  )

@@ -1,0 +1,65 @@
+"""What helps when a run needs more memory than there is."""
+
+import re
+
+import jax
+import ml_collections
+
+_EXHAUSTED = re.compile(
+  r'RESOURCE_EXHAUSTED|out[ _]of[ _]memory|ALLOC_FAILED|bad_alloc', re.I
+)
+
+
+def is_exhausted(error: Exception) -> bool:
+  """Returns True for an error of XLA that is about a device's memory."""
+  return isinstance(error, jax.errors.JaxRuntimeError) and bool(
+    _EXHAUSTED.search(str(error))
+  )
+
+
+def device_advice(
+  config: ml_collections.ConfigDict,
+  *,
+  has_data: bool = True,
+  share: float = 1.0,
+) -> str:
+  """Returns the fields that lower the memory of a step, best first.
+
+  Args:
+    config: See `defaults`.
+    has_data: False if the data set is not on the devices.
+    share: Share of a device's memory that JAX takes.
+  """
+  ways = [
+    'raise config.train.num_micro_batches '
+    f'(now {config.train.num_micro_batches})',
+    f'lower config.train.batch_size (now {config.train.batch_size})',
+  ]
+  if config.model.dtype == 'float32':
+    ways.append("set config.model.dtype='bfloat16'")
+  if (
+    config.loss.contrastive in ('nt_xent', 'supcon')
+    and config.loss.block_size is None
+  ):
+    ways.append('set config.loss.block_size=512')
+  if has_data and config.data.loader != 'stream':
+    ways.append("set config.data.loader='stream'")
+  if share < 1:
+    ways.append(
+      'raise XLA_PYTHON_CLIENT_MEM_FRACTION in the environment (JAX takes '
+      f'{share:g} of a GPU by default)'
+    )
+  ways.append('take more devices')
+  return f'To make it fit: {", ".join(ways)}'
+
+
+def host_advice(config: ml_collections.ConfigDict) -> str:
+  """Returns the fields that lower the memory of the host."""
+  data = config.data
+  return (
+    f'To make it fit: lower config.data.num_workers (now {data.num_workers}), '
+    f'config.data.prefetch (now {data.prefetch}), config.data.image_size (now '
+    f'{data.image_size}) or config.train.batch_size (now '
+    f"{config.train.batch_size}), set config.data.loader='stream' (now "
+    f'{data.loader!r}), or take a machine with more memory'
+  )
