@@ -681,7 +681,7 @@ def test_processes_that_do_not_come_end_the_wait_in_one_line(process_id):
     *('--num_processes=2', f'--process_id={process_id}'),
     '--join_timeout_seconds=1',
   ]
-  process = forked.Process(flags, environment=environment(1))
+  process = forked.Process(flags, environment=small.environment(1))
   codes, outputs, errors = finish([process])
   assert codes == [1] and not outputs[0]
   notice, line = errors[0].splitlines()
