@@ -255,7 +255,7 @@ class Checkpoints:
     return link
 
   def _check_present(self):
-    """Raises FileNotFoundError if the folder was removed since it was opened.
+    """Raises SaveError if the folder was removed since it was opened.
 
     Orbax would make it again, in a workdir without anything else in it.
     """
@@ -265,9 +265,11 @@ class Checkpoints:
     if not is_there or not os.path.samestat(
       os.stat(self._directory), os.fstat(self._folder)
     ):
-      raise FileNotFoundError(
-        f'{files.as_text(self._directory)} was removed or replaced while the '
-        'run was using it; put it back, or train again in a new workdir'
+      raise SaveError(
+        errno.ENOENT,
+        'the folder was removed or replaced while the run was using it; put it '
+        'back, or train again in a new workdir',
+        files.as_text(self._directory),
       )
 
   def __enter__(self) -> 'Checkpoints':
@@ -329,9 +331,9 @@ class Checkpoints:
       metrics: by name; `best_metric` is taken from them.
 
     Raises:
-      SaveError: if it, or an earlier save, failed, on a full disk for example.
-      OSError: if the folder was removed, or the first checkpoint, once written,
-        cannot be opened.
+      SaveError: if it, or an earlier save, failed, on a full disk for example,
+        or because the folder was removed.
+      OSError: if the first checkpoint, once written, cannot be opened.
     """
     parallel.by_main(self._check_present)
     checkpoint = {'state': _fields(state), 'checksum': _checksum(state)}
@@ -371,8 +373,7 @@ class Checkpoints:
     """Returns when everything that `save` was given is on disk.
 
     Raises:
-      SaveError: if it cannot be written.
-      OSError: if the folder was removed.
+      SaveError: if it cannot be written, or the folder was removed.
     """
     with self._save_errors():
       self._manager.wait_until_finished()

@@ -184,7 +184,7 @@ def _guarded(main, joins):
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT):
       message += '; free some space and run the same command again'
-    elif save_failed:
+    elif save_failed and number != errno.ENOENT:
       message += '; make the folder writable and run the same command again'
     _fail(
       message,

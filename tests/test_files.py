@@ -136,12 +136,11 @@ def test_the_home_folder_is_expanded_in_the_config(monkeypatch, tmp_path):
   monkeypatch.setattr(sys, 'argv', argv)
   before = {*flags.FLAGS}
   train.define_flags()
-  ours = {*flags.FLAGS} - before
   try:
     command._parse(argv)
     config = flags.FLAGS.config
   finally:
-    for name in ours:
+    for name in {*flags.FLAGS} - before:
       delattr(flags.FLAGS, name)
   assert config.data.data_dir == f'{tmp_path}/x'
   assert config.model.initial_weights == f'{tmp_path}/y.safetensors'
