@@ -1,5 +1,7 @@
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -190,6 +192,49 @@ def test_what_a_worker_cannot_decode_is_named_in_the_main_process(num_workers):
   )
   with pytest.raises(ValueError, match=r'train/6\.png cannot be decoded'):
     list(take(data, [range(i, i + 1) for i in range(5)]))
+
+
+class Signalled:
+  """Sends a signal to the worker that reads its sixth example."""
+
+  labels = np.zeros(40, np.int32)
+  sent = None
+
+  def __len__(self):
+    return 40
+
+  def __getitem__(self, index):
+    if self.sent is not None and index == 6:
+      # From the start, long before Grain calls a function of ours.
+      inherited = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+      assert {signal.SIGTERM, signal.SIGINT} <= inherited
+      # What is blocked waits, and would end the process if it was not ignored.
+      signal.pthread_sigmask(signal.SIG_SETMASK, ())
+      os.kill(os.getpid(), self.sent)
+    return {'image': np.zeros((2, 2, 1), np.uint8), 'label': 0}
+
+
+@pytest.mark.parametrize(
+  ('sent', 'error'),
+  [
+    (signal.SIGTERM, None),
+    (signal.SIGINT, None),
+    (signal.SIGKILL, r'SIGKILL.*memory.*config\.data\.num_workers'),
+  ],
+)
+def test_a_worker_ends_by_no_signal_that_its_trainer_survives(sent, error):
+  source = Signalled()
+  reader = reader_lib.Reader(source, source.labels, channels=1)
+  source.sent = sent
+  data = loader.StreamLoader(
+    reader, batch_size=8, seed=0, mesh=parallel.make_mesh(), num_workers=1
+  )
+  with (
+    pytest.raises(ChildProcessError, match=error)
+    if error
+    else contextlib.nullcontext()
+  ):
+    assert len(list(take(data, [range(i, i + 1) for i in range(5)]))) == 5
 
 
 def test_in_order_gives_every_image_once():

@@ -484,3 +484,20 @@ def test_the_best_checkpoint_is_kept_and_can_be_evaluated(digits_dir, tmp_path):
 def test_the_best_of_a_run_that_kept_none_is_refused(trained):
   with pytest.raises(ValueError, match=r'train with --config.train.keep_best='):
     evaluate.evaluate(str(trained[1]), which='best')
+
+
+def test_the_host_is_two_dispatches_ahead_at_most():
+  waited = []
+
+  class Result:
+    def __init__(self, number):
+      self.number = number
+
+    def block_until_ready(self):
+      waited.append(self.number)
+      return self
+
+  in_flight = train.InFlight()
+  for number in range(5):
+    in_flight.add({'loss': Result(number)})
+    assert waited == list(range(number))

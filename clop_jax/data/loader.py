@@ -454,7 +454,7 @@ def _grain_batches(examples, batch_size, num_workers, prefetch):
     # Grain sometimes gives one back only when the process ends, with a warning.
     small = grain.experimental.DatasetOptions(min_shm_size=_LEAST_SHARED)
     iterator = grain.experimental.WithOptionsIterDataset(iterator, small)
-    iterator = iterator.mp_prefetch(options, _begin_worker)
+    iterator = iterator.mp_prefetch(options, worker_init_fn=_begin_worker)
   iterator = iter(iterator)
   try:
     with _signals_blocked():
@@ -465,7 +465,10 @@ def _grain_batches(examples, batch_size, num_workers, prefetch):
     del first  # it is shared memory
     yield from iterator
   except RuntimeError as error:
-    raise _death_of_worker(error) or error from error
+    death = _death_of_worker(error)
+    if death is None:
+      raise
+    raise death from error
   finally:
     iterator.close()
     if num_workers:
