@@ -40,7 +40,7 @@ python -m clop_jax.train --config=configs/digits.py --workdir=runs/digits \\
 A list goes in brackets and quotes, as above. A field whose default is None is
 optional, and `--config.data.image_size=None` unsets it. A field that does not
 exist, or a value of another type, is refused in one line that says what there
-is. A leading `~` of `{"`, `".join(defaults.PATHS)}` is expanded.
+is. A leading `~` of `{'`, `'.join(defaults.PATHS)}` is expanded.
 The config of a run is its workdir's `config.json`.
 """
 
