@@ -471,14 +471,16 @@ def test_sigterm_to_one_of_two_stops_both_which_go_on_together(
   [
     (0, signal.SIGKILL, 'process 0 has ended'),
     (1, signal.SIGKILL, 'process 1 has ended'),
-    (1, signal.SIGSTOP, 'process 1 has given no sign for 5 s'),
+    (1, signal.SIGSTOP, 'process 1 has given no sign for 20 s'),
   ],
 )
 def test_a_lost_peer_ends_the_others_in_bounded_time(
   lost, number, message, digits_dir, tmp_path
 ):
   flags = flags_of(digits_dir, tmp_path, epochs=1000)
-  started = start(flags, processes=2, peer_timeout=5)
+  # A busy machine can keep a process from giving signs.
+  peer_timeout = 20 if number == signal.SIGSTOP else 60
+  started = start(flags, processes=2, peer_timeout=peer_timeout)
   wait_until(lambda: logged_step(tmp_path) >= 7, started)
   began = time.monotonic()
   started[lost].send_signal(number)
@@ -487,7 +489,7 @@ def test_a_lost_peer_ends_the_others_in_bounded_time(
   seconds = time.monotonic() - began
   started[lost].kill()
   codes, _, errors = finish(started)
-  assert seconds < 40
+  assert seconds < peer_timeout + 20
   assert codes[survivor] == 1
   assert 'stack trace' not in errors[survivor]
   lines = [x for x in errors[survivor].splitlines() if x.startswith('error: ')]
