@@ -230,6 +230,8 @@ class Study:
       fix = 'the lines before it are used'
       for entry in files.read_json_lines(path, fix=fix):
         entries.append(entry)
+      if not entries:
+        raise ValueError('it has no whole line')
     if not entries:
       return None
     return {
