@@ -61,7 +61,11 @@ def _turn_upright(image):
 def _grey_or_rgb(image):
   if image.mode in ('L', 'RGB'):
     return image
-  if image.mode.startswith('I;16'):
+  # Pillow before 11 gives the 16 bits of a PNG mode 'I'.
+  if image.mode.startswith('I;16') or (image.mode, image.format) == (
+    'I',
+    'PNG',
+  ):
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   if image.mode in ('I', 'F'):
     raise ValueError(f'pixels of mode {image.mode!r} have no known range')
