@@ -119,7 +119,9 @@ def test_prototypes_move_alike_on_one_and_eight_devices(rule):
   one, history = run_on(1, prototype_rule=RULES[rule])
   several, _ = run_on(8, prototype_rule=RULES[rule])
   np.testing.assert_allclose(several.prototypes, one.prototypes, atol=1e-4)
-  assert_trees_close(several.params, one.params, atol=1e-4)
+  # Rounding can turn the gradient of a ReLU whose input is 0, which moves all
+  # parameters before it: by 5e-4 with JAX 0.9.
+  assert_trees_close(several.params, one.params, atol=1e-3)
   fixed, _ = run_on(1)
   assert np.abs(one.prototypes - fixed.prototypes).max() > 1e-2
   assert history[-1]['orthonormality_error'] < 1e-6
