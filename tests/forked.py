@@ -18,7 +18,7 @@ import time
 from tests import small
 
 _SERVER = """
-import importlib, json, os, sys
+import importlib, json, os, signal, sys
 from clop_jax import preemption
 import orbax.checkpoint, sklearn.linear_model, tensorboardX, tensorflow_datasets
 from clop_jax import command, evaluate, train
@@ -26,6 +26,8 @@ from clop_jax.data import digits
 
 def become(arguments, cwd, environment, files):
   os.setpgid(0, 0)
+  # Ignored where the tests run in the background of a shell.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   os.chdir(cwd)
   os.environ.clear()
   os.environ.update(environment)

@@ -105,6 +105,8 @@ def test_the_imports_of_train_may_be_ended(sent, exit_code, lines, tmp_path):
   # It is imported in the place of the first library.
   (tmp_path / 'absl.py').write_text(
     'import os, signal, time\n'
+    # Ignored where the tests run in the background of a shell.
+    'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
     f'os.kill(os.getpid(), signal.{sent})\n'
     'time.sleep(60)\n'
   )
