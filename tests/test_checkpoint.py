@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import gc
 import importlib
 import os
 import pathlib
@@ -42,6 +43,19 @@ def target_of(state, mesh):
 
 def assert_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# Orbax leaves coroutines behind when a read or a save fails. A command ends
+# before they are collected.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
+
+@pytest.fixture(autouse=True)
+def collected():
+  yield
+  gc.collect()  # here, where their complaints are ignored
 
 
 @pytest.fixture
