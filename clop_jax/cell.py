@@ -17,6 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from clop_jax import defaults
 from clop_jax import ensemble
 from clop_jax import evaluate
 from clop_jax import experiment
@@ -54,6 +55,7 @@ def check(cells: dict[str, dict]) -> tuple[str, str | None]:
     read = json.dumps([values['data'], values['eval']], sort_keys=True)
     traced = json.dumps(ensemble.shared_part(values), sort_keys=True)
     try:
+      defaults.check(config)
       _check_watch(config)
       if read not in data:
         # Once, and not by all cells at the same time: it may be prepared here.

@@ -6,18 +6,30 @@ out of every measure that asks for a class. Measures that speak of directions
 say so and normalize; all others take the embeddings as they are. Results are
 float32. A measure of classes is NaN for a class that has no example.
 
+The measures are made for embeddings that collapse: tiny differences between
+long vectors are taken before anything is rounded, so that the results have at
+least three correct digits there, too.
+
 Where a measure takes `axis_name`, each device passes its part of the examples
 and gets the measure of all of them, as with the losses. Nothing larger than
 `[dim, dim]` is reduced, and the embeddings stay where they are.
 """
 
+import math
+
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
+from clop_jax import arguments
 from clop_jax import linalg
 
 _PRECISION = lax.Precision.HIGHEST
+
+# Singular values below this share of the largest count as zero: float32 cannot
+# tell them from rounding.
+_RANK_TOLERANCE = 1e-5
 
 
 def normalize(embeddings: jax.Array) -> jax.Array:
@@ -37,7 +49,7 @@ def normalize(embeddings: jax.Array) -> jax.Array:
     [[0.6 0.8]
      [0.  0. ]]
   """
-  x = embeddings.astype(jnp.float32)
+  x = arguments.real('embeddings', embeddings)
   # Scaled first: the square of a very large or small entry leaves float32.
   largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
   x = x / jnp.where(largest == 0.0, 1.0, largest)
@@ -74,11 +86,11 @@ def singular_values(
   """
   rows = _rows(embeddings)
   if center:
-    rows = rows - _mean(rows, axis_name)
-  if axis_name is None:
-    return linalg.singular_values(rows)
+    rows = _centred(rows, axis_name)
   # Scaled, since the squares of very large or small rows leave float32.
-  largest = lax.pmax(jnp.max(jnp.abs(rows)), axis_name)
+  largest = jnp.max(jnp.abs(rows))
+  if axis_name is not None:
+    largest = lax.pmax(largest, axis_name)
   scale = jnp.where(largest == 0.0, 1.0, largest)
   return scale * linalg.singular_values(rows / scale, axis_name=axis_name)
 
@@ -165,7 +177,7 @@ def embedding_variance(embeddings: jax.Array) -> jax.Array:
   Reference:
     CLOP, arXiv 2403.18699: the measure of collapse of its learning-rate sweep.
   """
-  return jnp.sum(jnp.var(_rows(embeddings), axis=0))
+  return jnp.sum(jnp.mean(_centred(_rows(embeddings)) ** 2, axis=0))
 
 
 def embedding_std(
@@ -195,7 +207,7 @@ def embedding_std(
     Chen and He, "Exploring simple siamese representation learning", arXiv
     2011.10566, section 4.1.
   """
-  return _std(normalize(_rows(embeddings)), axis_name)
+  return _std_of_directions(_rows(embeddings), axis_name)
 
 
 def class_means(
@@ -221,10 +233,8 @@ def class_means(
     [[2. 0.]
      [0. 0.]]
   """
-  rows, one_hot = _rows_and_classes(embeddings, labels, num_classes)
-  counts = jnp.sum(one_hot, axis=0)
-  sums = jnp.matmul(one_hot.T, rows, precision=_PRECISION)
-  return sums / jnp.maximum(counts, 1.0)[:, None]
+  rows, labels = _rows_and_labels(embeddings, labels, num_classes)
+  return _class_means(rows, _one_hot(labels, num_classes))
 
 
 def class_mean_cosines(
@@ -262,11 +272,13 @@ def class_mean_cosines(
   Reference:
     Papyan et al., arXiv 2008.08186, (NC2).
   """
-  means = class_means(embeddings, labels, num_classes)
-  present = _present(labels, num_classes)
+  rows, labels = _rows_and_labels(embeddings, labels, num_classes)
+  one_hot = _one_hot(labels, num_classes)
+  present = jnp.max(one_hot, axis=0)
   if center:
-    share = present / jnp.maximum(jnp.sum(present), 1.0)
-    means = means - jnp.sum(means * share[:, None], axis=0)
+    _, means = _within_and_between(rows, labels, one_hot)
+  else:
+    means = _class_means(rows, one_hot)
   unit = normalize(means)
   cosines = jnp.matmul(unit, unit.T, precision=_PRECISION)
   both = (present[:, None] * present[None, :]) > 0
@@ -283,7 +295,9 @@ def within_between_ratio(
     \Sigma_B = \tfrac{1}{k} \sum_k (m_k - \bar m)(m_k - \bar m)^\top
 
   0 when every class has fallen onto its mean; large when classes overlap.
-  NaN with fewer than two classes.
+  NaN with fewer than two classes. The pseudo-inverse leaves out directions in
+  which the class means differ by less than 1e-5 of what they differ by most.
+  Where all class means are equal it is 0 whatever the spread within classes.
 
   Args:
     embeddings: `[..., dim]`.
@@ -304,23 +318,23 @@ def within_between_ratio(
   Reference:
     Papyan et al., arXiv 2008.08186, (NC1) and figure 6.
   """
-  rows, one_hot = _rows_and_classes(embeddings, labels, num_classes)
-  means = class_means(embeddings, labels, num_classes)
-  present = _present(labels, num_classes)
-  k = jnp.sum(present)
-  own = jnp.matmul(one_hot, means, precision=_PRECISION)
-  labelled = jnp.sum(one_hot, axis=1, keepdims=True)
-  within = (rows - own) * labelled
-  grand_mean = jnp.sum(means, axis=0) / jnp.maximum(k, 1.0)
-  between = (means - grand_mean) * present[:, None]
+  rows, labels = _rows_and_labels(embeddings, labels, num_classes)
+  one_hot = _one_hot(labels, num_classes)
+  within, between = _within_and_between(rows, labels, one_hot)
+  k = jnp.sum(jnp.max(one_hot, axis=0))
+  # The measure has no scale, but the squares below leave float32.
+  largest = jnp.maximum(jnp.max(jnp.abs(within)), jnp.max(jnp.abs(between)))
+  scale = jnp.where(largest == 0.0, 1.0, largest)
   # Sigma_B has rank k - 1 at most, so its pseudo-inverse goes through the
   # singular vectors of the k centred means; no dim x dim matrix is inverted.
-  _, sigma, vt = linalg.svd(between)
-  tolerance = sigma[0] * max(between.shape) * jnp.finfo(jnp.float32).eps
-  in_range = sigma > tolerance
+  _, sigma, vt = linalg.svd(between / scale)
+  in_range = (sigma > _RANK_TOLERANCE * sigma[0]) & (
+    jnp.arange(len(sigma), dtype=jnp.float32) < k - 1
+  )
   inverse = jnp.where(in_range, k / jnp.where(in_range, sigma, 1.0) ** 2, 0.0)
-  projected = jnp.matmul(within, vt.T, precision=_PRECISION)
-  variances = jnp.sum(projected**2, axis=0) / jnp.maximum(jnp.sum(labelled), 1)
+  projected = jnp.matmul(within / scale, vt.T, precision=_PRECISION)
+  count = jnp.maximum(jnp.sum(one_hot), 1.0)
+  variances = jnp.sum(projected**2, axis=0) / count
   return jnp.where(k >= 2, jnp.sum(variances * inverse) / k, jnp.nan)
 
 
@@ -350,14 +364,16 @@ def alignment(views: jax.Array, *, alpha: float = 2.0) -> jax.Array:
     Wang and Isola, "Understanding contrastive representation learning through
     alignment and uniformity on the hypersphere", arXiv 2005.10242, section 4.1.
   """
+  alpha = arguments.number('alpha', alpha, above=0)
+  views = arguments.real('views', views)
   if views.ndim != 3 or views.shape[0] < 2:
     raise ValueError(
       'views must have shape [views, batch, dim] with at least two views, got '
       f'{views.shape}'
     )
-  unit = normalize(views)
-  first, second = jnp.triu_indices(views.shape[0], k=1)
-  squared = jnp.sum((unit[first] - unit[second]) ** 2, axis=-1)
+  first, second = np.triu_indices(views.shape[0], k=1)
+  difference = _difference_of_directions(views[first], views[second])
+  squared = jnp.sum(difference**2, axis=-1)
   return jnp.mean(squared ** (alpha / 2))
 
 
@@ -387,13 +403,23 @@ def uniformity(embeddings: jax.Array, *, t: float = 2.0) -> jax.Array:
   Reference:
     Wang and Isola, arXiv 2005.10242, section 4.1.
   """
-  unit = normalize(_rows(embeddings))
-  n = unit.shape[0]
+  t = arguments.number('t', t, above=0)
+  rows = _rows(embeddings)
+  n = rows.shape[0]
   if n < 2:
     raise ValueError(f'embeddings must have at least two rows, got {n}')
-  cosines = jnp.matmul(unit, unit.T, precision=_PRECISION)
-  exponents = jnp.where(jnp.eye(n, dtype=bool), -jnp.inf, 2 * t * (cosines - 1))
-  return jax.nn.logsumexp(exponents) - jnp.log(n * (n - 1.0))
+  difference = _centred(_difference_of_directions(rows, rows[:1]))
+  length = jnp.sum(difference**2, axis=-1)
+  product = jnp.matmul(difference, difference.T, precision=_PRECISION)
+  squared = length[:, None] + length[None, :] - 2 * product
+  itself = jnp.eye(n, dtype=bool)
+  exponents = -t * jnp.where(itself, 0.0, jnp.maximum(squared, 0.0))
+  # The logarithm of a mean near 1, as it is at collapse, would lose it.
+  below_one = jnp.sum(jnp.expm1(exponents)) / (n * (n - 1.0))
+  is_close = below_one > -0.5
+  near = jnp.log1p(jnp.where(is_close, below_one, 0.0))
+  far = jax.nn.logsumexp(jnp.where(itself, -jnp.inf, exponents))
+  return jnp.where(is_close, near, far - math.log(n * (n - 1.0)))
 
 
 def prototype_cosine(
@@ -426,9 +452,8 @@ def prototype_cosine(
   Reference:
     One minus the CLOP loss, arXiv 2403.18699.
   """
-  rows = _rows(embeddings)
-  if jnp.shape(labels) != jnp.shape(embeddings)[:-1]:
-    _rows_and_classes(embeddings, labels, prototypes.shape[0])  # raises
+  prototypes = arguments.real('prototypes', prototypes)
+  rows, labels = _rows_and_labels(embeddings, labels, len(prototypes))
   return _own_cosine(normalize(rows), labels, prototypes, axis_name)
 
 
@@ -461,12 +486,14 @@ def batch_measures(
     >>> print(*(f'{name} {x:.1f}' for name, x in measures.items()))
     effective_rank 2.0 embedding_std 0.5 prototype_cosine 1.0
   """
-  unit = normalize(_rows(embeddings))
+  prototypes = arguments.real('prototypes', prototypes)
+  rows, labels = _rows_and_labels(embeddings, labels, len(prototypes))
+  unit = normalize(rows)
   return {
     'effective_rank': effective_rank_of_spectrum(
       linalg.singular_values(unit, axis_name=axis_name)
     ),
-    'embedding_std': _std(unit, axis_name),
+    'embedding_std': _std_of_directions(rows, axis_name),
     'prototype_cosine': _own_cosine(unit, labels, prototypes, axis_name),
   }
 
@@ -502,11 +529,15 @@ def prototype_energy_share(
     The claim of CLOP (arXiv 2403.18699) that classes lie in orthogonal
     subspaces, as a ratio of energies.
   """
-  rows, one_hot = _rows_and_classes(embeddings, labels, prototypes.shape[0])
+  prototypes = arguments.real('prototypes', prototypes)
+  rows, labels = _rows_and_labels(embeddings, labels, len(prototypes))
+  rows = jnp.where((labels >= 0)[:, None], rows, 0.0)
+  # The measure has no scale, but the squares below leave float32.
+  largest = jnp.max(jnp.abs(rows))
+  rows = rows / jnp.where(largest == 0.0, 1.0, largest)
   projections = jnp.matmul(rows, normalize(prototypes).T, precision=_PRECISION)
-  labelled = jnp.sum(one_hot, axis=1, keepdims=True)
-  energy = jnp.sum((rows * labelled) ** 2)
-  on_own = jnp.sum((projections * one_hot) ** 2)
+  energy = jnp.sum(rows**2)
+  on_own = jnp.sum((projections * _one_hot(labels, len(prototypes))) ** 2)
   return on_own / jnp.where(energy == 0.0, 1.0, energy)
 
 
@@ -524,6 +555,16 @@ def principal_angles(
   where the columns of `V_a` are the first `subspace_dim` right singular vectors
   of class `a`'s (not centred) embeddings. All angles are pi/2 when classes lie
   in orthogonal subspaces.
+
+  Small angles come from their sines, `sigma((I - V_a V_a^T) V_b)`, as the
+  cosine of an angle below 3e-4 is 1 in float32. The error is about 1e-6 rad
+  times the ratio of a class's largest singular value to the one of the
+  direction: 1e-6 for equally strong directions, 1e-3 for one of a thousandth.
+
+  A class whose embeddings span fewer than `subspace_dim` directions (singular
+  values above 1e-5 of the largest) has a smaller subspace, and NaN for the
+  angles that do not exist. If its last singular value is as large as the next
+  one, its subspace is not unique, and the angles depend on rounding.
 
   Args:
     embeddings: `[..., dim]`.
@@ -547,47 +588,146 @@ def principal_angles(
 
   Reference:
     Bjorck and Golub, "Numerical methods for computing angles between linear
-    subspaces", Math. Comp. 27 (1973), theorem 1.
+    subspaces", Math. Comp. 27 (1973), theorem 1 and section 3.
   """
-  rows, one_hot = _rows_and_classes(embeddings, labels, num_classes)
+  rows, labels = _rows_and_labels(embeddings, labels, num_classes)
   dim = rows.shape[1]
-  if not 1 <= subspace_dim <= dim:
-    raise ValueError(f'subspace_dim must be in [1, {dim}], got {subspace_dim}')
+  subspace_dim = arguments.count('subspace_dim', subspace_dim)
+  if subspace_dim > dim:
+    raise ValueError(
+      f'subspace_dim must be at most dim={dim}, got {subspace_dim}'
+    )
+  largest = jnp.max(jnp.where((labels >= 0)[:, None], jnp.abs(rows), 0.0))
+  rows = rows / jnp.where(largest == 0.0, 1.0, largest)
 
-  def basis(mask):
-    # The eigenvectors of the dim x dim second moment: its size does not depend
-    # on how many examples a class has, so this maps over classes.
-    members = rows * mask[:, None]
-    moment = jnp.matmul(members.T, members, precision=_PRECISION)
-    _, vectors = linalg.eigh(moment)
-    return vectors[:, -subspace_dim:]
+  def basis(label):
+    """`V` `[dim, subspace_dim]`, zero beyond the rank, and the rank."""
+    members = jnp.where((labels == label)[:, None], rows, 0.0)
+    # Not by way of the second moments, which square the singular values.
+    factor = jnp.linalg.qr(members, mode='r')
+    _, sigma, vt = linalg.svd(factor)
+    missing = max(0, subspace_dim - len(sigma))
+    sigma = jnp.pad(sigma[:subspace_dim], (0, missing))
+    vt = jnp.pad(vt[:subspace_dim], ((0, missing), (0, 0)))
+    exists = sigma > _RANK_TOLERANCE * sigma[0]
+    return jnp.where(exists[None], vt.T, 0.0), jnp.sum(exists)
 
-  bases = lax.map(basis, one_hot.T)
-  overlaps = jnp.einsum('adr,bds->abrs', bases, bases, precision=_PRECISION)
-  _, cosines, _ = linalg.svd(overlaps)
-  present = _present(labels, num_classes)
-  both = (present[:, None] * present[None, :]) > 0
-  angles = jnp.arccos(jnp.clip(cosines, 0.0, 1.0))
-  return jnp.where(both[..., None], angles, jnp.nan)
+  numbers = jnp.arange(num_classes, dtype=jnp.int32)
+  bases, ranks = lax.map(basis, numbers)
+  order = jnp.arange(subspace_dim, dtype=jnp.int32)
+
+  def angles(basis_a, basis_b, rank_b):
+    overlap = jnp.matmul(basis_a.T, basis_b, precision=_PRECISION)
+    _, cosines, _ = linalg.svd(overlap)
+    outside = basis_b - jnp.matmul(basis_a, overlap, precision=_PRECISION)
+    # A direction that does not exist counts as orthogonal, not as equal.
+    absent = jnp.diag((order >= rank_b).astype(jnp.float32))
+    _, sines, _ = linalg.svd(jnp.concatenate([outside, absent]))
+    sines = jnp.clip(sines[::-1], 0.0, 1.0)
+    cosines = jnp.clip(cosines, 0.0, 1.0)
+    is_small = sines < math.sqrt(0.5)
+    return jnp.where(is_small, jnp.arcsin(sines), jnp.arccos(cosines))
+
+  # One class at a time against all: there may be thousands.
+  found = lax.map(
+    lambda a: jax.vmap(lambda b, rank: angles(a, b, rank))(bases, ranks), bases
+  )
+  smaller = jnp.minimum(ranks[:, None], ranks[None, :])
+  exists = order[None, None].astype(smaller.dtype) < smaller[..., None]
+  return jnp.where(exists, found, jnp.nan)
 
 
-def _std(unit, axis_name):
-  # Of the centred rows: a difference of squares would lose a small spread.
-  centred = unit - _mean(unit, axis_name)
-  return jnp.mean(jnp.sqrt(_mean(centred**2, axis_name)))
+def _std_of_directions(rows, axis_name):
+  origin = _origin(rows, axis_name)
+  difference = _difference_of_directions(rows, origin[None])
+  difference = difference - _mean(difference, axis_name)[None]
+  return jnp.mean(jnp.sqrt(_mean(difference**2, axis_name)))
+
+
+def _difference_of_directions(a, b):
+  r"""`a / |a| - b / |b|`, of relative precision also where `a` is almost `b`.
+
+  .. math:: \frac{d}{|a|} - \frac{b}{|b|}
+    \frac{d \cdot (a + b)}{|a| (|a| + |b|)}, \qquad d = a - b
+  """
+  a, b = jnp.broadcast_arrays(a, b)
+  unit_a, unit_b = normalize(a), normalize(b)
+  # Powers of two scale without rounding.
+  _, exponent = jnp.frexp(jnp.max(jnp.abs(a), axis=-1, keepdims=True))
+  difference = a - b
+  near = jnp.max(jnp.abs(difference), axis=-1, keepdims=True) <= 0.5 * jnp.max(
+    jnp.abs(a), axis=-1, keepdims=True
+  )
+  scaled_a = jnp.where(near, jnp.ldexp(a, -exponent), 1.0)
+  scaled_b = jnp.where(near, jnp.ldexp(b, -exponent), 1.0)
+  difference = jnp.where(near, jnp.ldexp(difference, -exponent), 0.0)
+  length_a = jnp.linalg.norm(scaled_a, axis=-1, keepdims=True)
+  length_b = jnp.linalg.norm(scaled_b, axis=-1, keepdims=True)
+  # Two zero vectors have no difference.
+  length_a = jnp.where(length_a == 0.0, 1.0, length_a)
+  longer = jnp.sum(
+    difference * (scaled_a + scaled_b), axis=-1, keepdims=True
+  ) / (length_a * (length_a + length_b))
+  exact = difference / length_a - unit_b * longer
+  return jnp.where(near, exact, unit_a - unit_b)
 
 
 def _own_cosine(unit, labels, prototypes, axis_name):
   """Mean cosine of unit rows to the prototype of their class."""
-  labels = jnp.ravel(labels)
-  own = jnp.asarray(prototypes, jnp.float32)[jnp.maximum(labels, 0)]
-  norms = jnp.linalg.norm(own, axis=-1)
-  cosines = jnp.sum(unit * own, axis=-1) / jnp.where(norms == 0.0, 1.0, norms)
+  own = normalize(prototypes)[jnp.maximum(labels, 0)]
+  cosines = jnp.sum(unit * own, axis=-1)
   known = (labels >= 0) & (labels < len(prototypes))
-  total = jnp.stack([jnp.sum(jnp.where(known, cosines, 0.0)), jnp.sum(known)])
+  total = jnp.stack(
+    [
+      jnp.sum(jnp.where(known, cosines, 0.0)),
+      jnp.sum(known.astype(jnp.float32)),
+    ]
+  )
   if axis_name is not None:
     total = lax.psum(total, axis_name)
   return total[0] / jnp.maximum(total[1], 1.0)
+
+
+def _class_means(rows, one_hot):
+  """Means of the rows of each class, 0 for a class without one."""
+  rows = jnp.where(jnp.max(one_hot, axis=1, keepdims=True) > 0, rows, 0.0)
+  sums = jnp.matmul(one_hot.T, rows, precision=_PRECISION)
+  return sums / jnp.maximum(jnp.sum(one_hot, axis=0), 1.0)[:, None]
+
+
+def _within_and_between(rows, labels, one_hot):
+  """Deviations of rows from their class means, and of those from their mean.
+
+  `[n, dim]`, 0 for unlabelled rows, and `[num_classes, dim]`, 0 for classes
+  without a row. All are differences to a row of the class, or to a row of
+  another class, before they are anything else: the difference of two close
+  numbers is exact, that of their rounded means is not.
+  """
+  present = jnp.max(one_hot, axis=0)
+  first = rows[jnp.argmax(one_hot, axis=0)]
+  own = jnp.maximum(labels, 0)
+  labelled = jnp.max(one_hot, axis=1, keepdims=True) > 0
+  shifted = jnp.where(labelled, rows - first[own], 0.0)
+  means = _class_means(shifted, one_hot)
+  within = jnp.where(labelled, shifted - means[own], 0.0)
+  offsets = first - first[jnp.argmax(present)][None] + means
+  between = jnp.where(present[:, None] > 0, offsets, 0.0)
+  grand = jnp.sum(between, axis=0) / jnp.maximum(jnp.sum(present), 1.0)
+  between = jnp.where(present[:, None] > 0, between - grand[None], 0.0)
+  return within, between
+
+
+def _centred(rows, axis_name=None):
+  """Rows less their mean, exactly 0 if all are equal."""
+  # The mean of equal numbers need not be that number after rounding.
+  rows = rows - _origin(rows, axis_name)[None]
+  return rows - _mean(rows, axis_name)[None]
+
+
+def _origin(rows, axis_name):
+  """A vector near all rows if they are near to each other."""
+  first = lax.stop_gradient(rows[0])
+  return first if axis_name is None else lax.pmax(first, axis_name)
 
 
 def _mean(rows, axis_name):
@@ -597,28 +737,23 @@ def _mean(rows, axis_name):
 
 
 def _rows(embeddings):
-  embeddings = jnp.asarray(embeddings)
-  if embeddings.ndim < 2:
+  embeddings = arguments.real('embeddings', embeddings)
+  if embeddings.ndim < 2 or 0 in embeddings.shape:
     raise ValueError(
-      f'embeddings must have shape [..., dim], got {embeddings.shape}'
+      'embeddings must have shape [..., dim] without an empty axis, got '
+      f'{embeddings.shape}'
     )
-  return embeddings.reshape(-1, embeddings.shape[-1]).astype(jnp.float32)
+  return embeddings.reshape(-1, embeddings.shape[-1])
 
 
-def _rows_and_classes(embeddings, labels, num_classes):
-  """Rows `[n, dim]` and the one-hot labels `[n, num_classes]`, 0 for -1."""
-  embeddings = jnp.asarray(embeddings)
-  labels = jnp.asarray(labels)
-  if labels.shape != embeddings.shape[:-1]:
-    raise ValueError(
-      f"labels must have the embeddings' leading shape "
-      f'{embeddings.shape[:-1]}, got {labels.shape}'
-    )
-  one_hot = jax.nn.one_hot(labels.reshape(-1), num_classes, dtype=jnp.float32)
-  return _rows(embeddings), one_hot
+def _rows_and_labels(embeddings, labels, num_classes):
+  """Rows `[n, dim]` and their labels `[n]`."""
+  rows = _rows(embeddings)
+  shape = jnp.shape(embeddings)[:-1]
+  labels = arguments.labels('labels', labels, shape, num_classes)
+  return rows, labels.reshape(-1)
 
 
-def _present(labels, num_classes):
-  """1.0 for a class with an example, else 0.0: `[num_classes]`."""
-  one_hot = jax.nn.one_hot(jnp.ravel(labels), num_classes, dtype=jnp.float32)
-  return jnp.max(one_hot, axis=0)
+def _one_hot(labels, num_classes):
+  """`[n, num_classes]`, 0 for -1."""
+  return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)

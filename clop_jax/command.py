@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import traceback
 
 from absl import app
@@ -263,12 +264,24 @@ def _parse(argv):
     for override in unset:
       _unset(override)
     _expand_config()
+    if rest[1:]:
+      _fail(
+        f'unexpected argument {rest[1]!r}; flags begin with --, as '
+        f'--{rest[1].lstrip("-")}'
+      )
+    if 'config' in flags.FLAGS and flags.FLAGS['config'].value is not None:
+      defaults.check(flags.FLAGS['config'].value)
     return rest
-  except (AttributeError, KeyError) as error:
-    # ml_collections tells of an unknown config field in this way.
-    _fail(_unknown_field(argv) or str(error))
   except (flags.Error, ValueError, TypeError, OSError) as error:
     _fail(str(error))
+  except Exception as error:
+    # ml_collections tells of an unknown field by an AttributeError or KeyError.
+    # Anything else comes from the config file, which is Python.
+    path = ' '.join(a for a in argv if re.match('--?config=', a))
+    _fail(
+      _unknown_field(argv)
+      or f'{path} cannot be loaded ({type(error).__name__}: {error})'
+    )
 
 
 def _print_help():
@@ -280,10 +293,11 @@ def _print_help():
     + flags.FLAGS.module_help(sys.modules[__name__])
   )
   if 'config' in flags.FLAGS:
-    print(
-      '--config.GROUP.FIELD=VALUE sets a field of the config; '
-      'clop_jax/defaults.py has them all.'
-    )
+    print('--config.FIELD=VALUE sets a field of the config. The fields are:\n')
+    for name, field in defaults.FIELDS.items():
+      print(f'  config.{name} = {field.default!r}')
+      text = f'{field.meaning} {field.range().capitalize()}'.strip()
+      print(textwrap.indent(textwrap.fill(text, 72), '      '))
   print('--helpfull shows the flags of all libraries too.')
 
 
@@ -331,16 +345,16 @@ def _is_unset(argument):
 
 def _unset(override):
   """Sets an optional field to None."""
-  path = override.lstrip('-').removesuffix('=None').split('.')[1:]
-  config, defaults_ = flags.FLAGS['config'].value, defaults.get_config()
-  for name in path[:-1]:
-    config, defaults_ = config[name], defaults_[name]
-  if defaults_[path[-1]] is not None:
+  name = override.lstrip('-').removesuffix('=None').removeprefix('config.')
+  group = flags.FLAGS['config'].value
+  *path, last = name.split('.')
+  for part in path:
+    group = group[part]
+  if not defaults.FIELDS[name].optional:
     raise ValueError(
-      f'--config.{".".join(path)} must have a value, got None; its default is '
-      f'{defaults_[path[-1]]!r}'
+      f'--config.{name} must be {defaults.FIELDS[name].expected()}, got None'
     )
-  config[path[-1]] = None
+  group[last] = None
 
 
 def _unknown_field(argv):
@@ -348,7 +362,10 @@ def _unknown_field(argv):
   overrides = [a for a in argv if a.lstrip('-').startswith('config.')]
   # ml_collections looks for overrides in sys.argv, whatever it is passed.
   sys.argv = [a for a in argv if a not in overrides]
-  flags.FLAGS(sys.argv)
+  try:
+    flags.FLAGS(sys.argv)
+  except Exception:
+    return None  # the file itself is at fault
   for override in overrides:
     path = override.lstrip('-').split('=')[0].split('.')[1:]
     group = flags.FLAGS['config'].value

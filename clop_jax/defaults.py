@@ -1,192 +1,555 @@
-"""Every field of a config, with its unit and its default.
+"""Every field of a config: default, type, range, unit and meaning.
 
-A file of `configs/` takes these and sets what its experiment differs in, and
+A file of `configs/` takes the defaults and sets what its experiment differs in;
 nothing else gives a field a default. The defaults train on `digits`.
 """
 
 import ml_collections
 
+from clop_jax import fields
+from clop_jax.fields import choice
+from clop_jax.fields import real
+from clop_jax.fields import reals
+from clop_jax.fields import share
+from clop_jax.fields import switch
+from clop_jax.fields import text
+from clop_jax.fields import whole
+
+# No run has more of anything; a slip of the finger does.
+_MANY = 10**9
+_LARGE = 1e6
+_PIXELS = 4096
+
+# What a group of fields is about, or some of a group from one field on.
+NOTES = {
+  'data.unlabelled_classes': (
+    'Which training labels are used, in the order in which the fields apply; '
+    'see clop_jax/data/labels.py. The choice depends on the seed alone.'
+  ),
+  'watch.tensorboard': (
+    'Nothing in this group changes what is trained, and a run may resume with '
+    'other values than it began with; see docs/watching.md.'
+  ),
+  'eval.batch_size': (
+    'Nothing in this group changes what is trained, and a run may resume with '
+    'other values than it began with; `evaluate --eval` takes others, too.'
+  ),
+}
+
+FIELDS = {
+  'seed': whole(0, 'Seed of everything random.', 0, 2**31 - 1),
+  # data
+  'data.name': text(
+    'digits',
+    'Source of the images: folder, npz, synthetic, digits, tiny_imagenet or a '
+    'data set of TFDS.',
+  ),
+  'data.data_dir': text(
+    None,
+    "The folder of images, the npz file, or the folder of TFDS's data sets "
+    "(None is TFDS's own default).",
+    is_path=True,
+  ),
+  'data.options': fields.Field(
+    None, 'Keyword arguments of the source; see clop_jax/data/sources.py.', dict
+  ),
+  'data.train_split': text(
+    'train', 'Split for training, and for fitting the probe.'
+  ),
+  'data.test_split': text(
+    'test', 'Split for evaluation; empty if there is none.', may_be_empty=True
+  ),
+  'data.unlabelled_split': text(
+    None,
+    'Further training images, whose labels are not used; None for none.',
+  ),
+  'data.num_classes': whole(
+    10, 'Number of classes; 0 takes the number from the source.', 0, 100_000
+  ),
+  'data.channels': choice(
+    1, 'Channels of the images; grey images are repeated over 3.', 1, 3
+  ),
+  'data.image_size': whole(
+    None,
+    'Images are cropped to the middle square and resized to this side; None '
+    'takes them as they are, all of one size.',
+    1,
+    _PIXELS,
+    unit='px',
+  ),
+  'data.host_crops': switch(
+    False,
+    'Workers cut the two random crops out of the image at full size. '
+    'image_size does not apply then, and the loader must be stream.',
+  ),
+  'data.skip_corrupt': switch(
+    False, 'Skips images that cannot be decoded, instead of an error.'
+  ),
+  'data.loader': choice(
+    'auto',
+    'resident keeps the whole set on every device, stream reads it by worker '
+    'processes; auto is resident up to resident_limit_gib.',
+    'auto',
+    'resident',
+    'stream',
+  ),
+  'data.resident_limit_gib': real(
+    4.0, 'Limit of auto, as uint8 images.', 0, _LARGE, unit='GiB'
+  ),
+  'data.num_workers': whole(
+    -1, 'Processes of stream; 0 uses threads, -1 one per CPU core.', -1, 1024
+  ),
+  'data.prefetch': whole(
+    2, 'Batches that each worker and the device hold ready.', 1, 1024
+  ),
+  'data.unlabelled_classes': reals(
+    (), 'Classes that lose all labels.', 0, _MANY, length=(0, 10_000), kind=int
+  ),
+  'data.imbalance_factor': real(
+    1.0,
+    'The first class keeps all labels, the last one 1 / imbalance_factor.',
+    1,
+    _LARGE,
+  ),
+  'data.class_fractions': text(
+    '',
+    "Shares of labels kept of single classes, as '0:0.6,1:0.23'.",
+    may_be_empty=True,
+  ),
+  'data.label_fraction': share(1.0, "Share kept of each class's labels."),
+  'data.labels_per_class': whole(
+    None, 'Labels kept of each class, instead of label_fraction.', 0, _MANY
+  ),
+  'data.label_noise': share(
+    0.0, 'Share of the kept labels that are made wrong.'
+  ),
+  'data.label_noise_kind': choice(
+    'symmetric',
+    'symmetric takes any other class, asymmetric the next one.',
+    'symmetric',
+    'asymmetric',
+  ),
+  # augment
+  'augment.size': whole(
+    8, 'Height and width of a view.', 1, _PIXELS, unit='px'
+  ),
+  'augment.mean': reals(
+    (0.305,), 'Mean of each channel, of images in [0, 1].', 0, 1, length=(1, 3)
+  ),
+  'augment.std': reals(
+    (0.376,),
+    'Standard deviation of each channel, of images in [0, 1].',
+    0,
+    100,
+    above=True,
+    length=(1, 3),
+  ),
+  'augment.crop_probability': share(
+    1.0, 'Probability of a random box instead of the whole image.'
+  ),
+  'augment.crop_area': reals(
+    (0.4, 1.0),
+    "Share of the image's area that a box has, least and most.",
+    0,
+    1,
+    above=True,
+    length=2,
+    ascending=True,
+  ),
+  'augment.crop_aspect': reals(
+    (3 / 4, 4 / 3),
+    'Width over height of a box, least and most.',
+    0.01,
+    100,
+    length=2,
+    ascending=True,
+  ),
+  'augment.flip_probability': share(
+    0.0, 'Probability of a mirror image. (A mirrored digit is another one.)'
+  ),
+  'augment.jitter_probability': share(
+    0.8, 'Probability of the four changes that follow.'
+  ),
+  'augment.brightness': share(0.4, 'Factor within 1 plus or minus this.'),
+  'augment.contrast': share(0.4, 'Factor within 1 plus or minus this.'),
+  'augment.saturation': share(
+    0.0, 'Factor within 1 plus or minus this; colour images only.'
+  ),
+  'augment.hue': real(
+    0.0,
+    'Turn of the colour circle, plus or minus; colour images only.',
+    0,
+    0.5,
+    unit='turns',
+  ),
+  'augment.grey_probability': share(
+    0.0, 'Probability of a grey view; colour images only.'
+  ),
+  'augment.blur_probability': share(0.0, 'Probability of a Gaussian blur.'),
+  'augment.blur_sigma': reals(
+    (0.1, 2.0),
+    'Standard deviation of the blur, least and most.',
+    0,
+    1000,
+    above=True,
+    unit='px',
+    length=2,
+    ascending=True,
+  ),
+  'augment.solarize_probability': share(
+    0.0, 'Probability that what is bright is inverted.'
+  ),
+  'augment.solarize_threshold': share(
+    0.5, 'Value from which solarization inverts, of images in [0, 1].'
+  ),
+  'augment.randaugment_layers': whole(
+    0, 'RandAugment operations on each view; 0 is off.', 0, 16
+  ),
+  'augment.randaugment_magnitude': real(
+    0.0, 'Magnitude of all RandAugment operations.', 0, 30
+  ),
+  # model
+  'model.depth': choice(8, 'Layers of the ResNet.', 8, 18, 34, 50),
+  'model.stem': choice(
+    'cifar',
+    'First layers: cifar up to 64 px, or imagenet.',
+    'cifar',
+    'imagenet',
+  ),
+  'model.width_multiplier': real(
+    1.0, 'Factor on the channels of all layers.', 1 / 64, 64
+  ),
+  'model.zero_init_last_bn': switch(
+    False, 'Residual blocks begin as the identity.'
+  ),
+  'model.bn_scope': choice(
+    'global',
+    'Batch statistics over the global batch, or over that of a device.',
+    'global',
+    'device',
+  ),
+  'model.dtype': choice(
+    'auto',
+    'Type that networks compute in; auto is bfloat16 on accelerators.',
+    'auto',
+    'float32',
+    'bfloat16',
+  ),
+  'model.embedding_dim': whole(
+    128, 'Dimension of embeddings and prototypes.', 1, 100_000
+  ),
+  'model.head_layers': whole(
+    2, 'Dense layers of the projection head; 0 is no head.', 0, 16
+  ),
+  'model.head_hidden_dim': whole(
+    128, "Width of the head's hidden layers.", 1, 100_000
+  ),
+  'model.head_bn': switch(
+    True, "Batch normalization in the head's hidden layers."
+  ),
+  'model.initial_weights': text(
+    None,
+    "Weights that the backbone starts from, under torchvision's names: a "
+    '.safetensors file, or .pth where PyTorch is installed; None for random '
+    'ones.',
+    is_path=True,
+  ),
+  # loss
+  'loss.contrastive': choice(
+    'nt_xent',
+    'The contrastive loss.',
+    'nt_xent',
+    'supcon',
+    'dcl',
+    'vicreg',
+    'barlow_twins',
+    'none',
+  ),
+  'loss.temperature': real(
+    0.5, 'Temperature of nt_xent, supcon and dcl.', 1e-4, 1e4
+  ),
+  'loss.block_size': whole(
+    None,
+    'Rows of the similarity matrix at one time (nt_xent, supcon), over all '
+    'devices; None takes all, or 512 a device where `loss.choose_block_size` '
+    'says so.',
+    1,
+    _MANY,
+  ),
+  'loss.supcon_variant': choice(
+    'out', 'Mean of logarithms, or logarithm of the mean.', 'out', 'in'
+  ),
+  'loss.vicreg_weights': reals(
+    (25.0, 25.0, 1.0),
+    'Weights of invariance, variance and covariance.',
+    0,
+    _LARGE,
+    length=3,
+  ),
+  'loss.barlow_weight': real(5e-3, 'Weight of the redundancy term.', 0, _LARGE),
+  'loss.clop_weight': real(
+    1.0, "The paper's lambda; 0 trains without CLOP.", 0, _LARGE
+  ),
+  'loss.clop_after_epochs': whole(
+    0, 'Epochs before the CLOP term begins.', 0, _MANY, unit='epochs'
+  ),
+  'loss.clop_distance': choice(
+    'cosine',
+    'Distance of an embedding to its prototype.',
+    'cosine',
+    'euclidean',
+    'manhattan',
+    'softmax',
+  ),
+  'loss.clop_temperature': real(
+    0.1, 'Temperature of softmax, and of the pseudo-labels.', 1e-4, 1e4
+  ),
+  'loss.clop_repulsion': real(
+    0.0,
+    'Weight of the repulsion from the other prototypes; cosine only.',
+    0,
+    _LARGE,
+  ),
+  'loss.pseudo_label_threshold': share(
+    None,
+    'An unlabelled example gets the label of its nearest prototype in the CLOP '
+    'term where the softmax over the prototypes is at least so sure; None '
+    'leaves it unlabelled.',
+    above=True,
+  ),
+  'loss.pseudo_label_after_epochs': whole(
+    1,
+    'Epochs before pseudo-labels begin: a new network is sure of wrong ones.',
+    0,
+    _MANY,
+    unit='epochs',
+  ),
+  # prototypes
+  'prototypes.kind': choice(
+    'orthonormal',
+    'orthonormal, simplex_etf and random (not orthogonal) are fixed; learned '
+    'follow the gradient and stay orthonormal; aligned are set to suit the '
+    'class means.',
+    'orthonormal',
+    'simplex_etf',
+    'random',
+    'learned',
+    'aligned',
+  ),
+  'prototypes.learning_rate': real(
+    0.1,
+    'Learning rate of learned prototypes, for the CLOP loss unweighted.',
+    0,
+    _LARGE,
+    above=True,
+  ),
+  'prototypes.align_after_epochs': whole(
+    1,
+    'Epochs before aligned prototypes are set; until then no CLOP term.',
+    1,
+    _MANY,
+    unit='epochs',
+  ),
+  'prototypes.align_every_epochs': whole(
+    None,
+    'Epochs from one alignment to the next; None aligns once.',
+    1,
+    _MANY,
+    unit='epochs',
+  ),
+  'prototypes.align_by': choice(
+    'procrustes',
+    'procrustes takes the nearest orthonormal set, assignment the best order '
+    'of the present prototypes.',
+    'procrustes',
+    'assignment',
+  ),
+  # optimizer
+  'optimizer.name': choice('sgd', 'The optimizer.', 'sgd', 'lars', 'adamw'),
+  'optimizer.learning_rate': real(
+    0.2, 'Base learning rate; see scaling.', 0, _LARGE
+  ),
+  'optimizer.scaling': choice(
+    'linear',
+    'linear: base * batch / 256; sqrt: base * sqrt(batch); none: base.',
+    'linear',
+    'sqrt',
+    'none',
+  ),
+  'optimizer.warmup_epochs': real(
+    0.0,
+    'Epochs of a linear warm-up from 0; then a cosine to 0.',
+    0,
+    _LARGE,
+    unit='epochs',
+  ),
+  'optimizer.momentum': real(0.9, 'Momentum; for adamw b1.', 0, 1, below=True),
+  'optimizer.weight_decay': real(
+    1e-6, 'Weight decay, of kernels only.', 0, 100
+  ),
+  'optimizer.trust_coefficient': real(
+    0.001, 'Of lars, for kernels only.', 0, 1000, above=True
+  ),
+  'optimizer.clip_norm': real(
+    None,
+    'Largest global norm of the gradient; None does not clip.',
+    0,
+    1e30,
+    above=True,
+  ),
+  # train
+  'train.batch_size': whole(
+    128, 'Images over all devices.', 1, _MANY, unit='images'
+  ),
+  'train.num_micro_batches': whole(
+    1,
+    'Parts in which a device processes its images: memory for one part, at the '
+    'cost of one more forward pass. The losses stay those of the whole batch; '
+    'batch statistics become those of one part, over all devices or one device '
+    'as model.bn_scope says.',
+    1,
+    _MANY,
+  ),
+  'train.num_epochs': whole(
+    20, 'Passes over the training images.', 1, _MANY, unit='epochs'
+  ),
+  'train.steps_per_dispatch': whole(
+    1,
+    'Steps that the device makes by itself at a time; fewer where a log line '
+    'or a checkpoint is due.',
+    1,
+    100_000,
+  ),
+  'train.log_every_steps': whole(
+    10,
+    'Steps between two lines of metrics.jsonl, with diagnostics.',
+    1,
+    _MANY,
+    unit='steps',
+  ),
+  'train.checkpoint_every_epochs': whole(
+    5,
+    'Epochs between two checkpoints; there is one at the end, too.',
+    1,
+    _MANY,
+    unit='epochs',
+  ),
+  'train.keep_checkpoints': whole(
+    3, 'How many of the newest checkpoints stay.', 1, _MANY
+  ),
+  'train.keep_best': text(
+    None,
+    'Also keeps the best checkpoint by this metric of metrics.jsonl, as its '
+    'mean since the last checkpoint; None keeps none.',
+  ),
+  'train.keep_best_mode': choice(
+    'max', 'Whether a high or a low metric is better.', 'max', 'min'
+  ),
+  # watch
+  'watch.tensorboard': switch(
+    True, "Writes event files in the workdir's tensorboard/."
+  ),
+  'watch.images_every_epochs': whole(
+    10,
+    'Epochs between two pictures of embeddings, their spectrum and some '
+    'augmented images (one at the end of a shorter run); 0 is never.',
+    0,
+    _MANY,
+    unit='epochs',
+  ),
+  'watch.probe_every_epochs': whole(
+    0,
+    'Epochs between two probes by the evaluation protocol, which read the '
+    'whole training split and the test split; 0 is never.',
+    0,
+    _MANY,
+    unit='epochs',
+  ),
+  'watch.probe': choice('knn', 'Which probe.', 'knn', 'linear', 'both'),
+  'watch.collapse_share': share(
+    0.5,
+    'Warns when the effective rank stays below this share of the largest that '
+    'is to be expected, min(num_classes, embedding_dim, 2 * batch_size); 0 is '
+    'never.',
+  ),
+  'watch.collapse_patience': whole(
+    5, 'Logged steps in a row before that warning.', 1, _MANY
+  ),
+  # eval
+  'eval.batch_size': whole(
+    512, 'Images over all devices.', 1, _MANY, unit='images'
+  ),
+  'eval.crop_share': share(
+    1.0,
+    "Side of the middle square that is shown, of the image's shorter side.",
+    above=True,
+  ),
+  'eval.knn_neighbours': reals(
+    (20, 200),
+    'Numbers of neighbours; the first one gives knn_top1.',
+    1,
+    _MANY,
+    kind=int,
+  ),
+  'eval.knn_temperature': real(
+    0.1, 'Temperature of the votes by cosine.', 1e-4, 1e4
+  ),
+  'eval.probe_l2': reals(
+    (1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+    "Candidates for the linear probe's L2 strength.",
+    0,
+    _LARGE,
+  ),
+  'eval.probe_iterations': whole(
+    200, 'Iterations of L-BFGS, at most.', 1, _MANY
+  ),
+  'eval.finetune_learning_rates': reals(
+    (0.001, 0.01, 0.1),
+    'For evaluate --mode=finetune: candidates for the peak learning rate.',
+    0,
+    _LARGE,
+    above=True,
+  ),
+  'eval.finetune_batch_size': whole(
+    128, 'Images over all devices.', 1, _MANY, unit='images'
+  ),
+  'eval.finetune_epochs': whole(
+    30,
+    'Passes over the labelled examples, but at least finetune_min_steps.',
+    1,
+    _MANY,
+    unit='epochs',
+  ),
+  'eval.finetune_min_steps': whole(
+    200, 'Updates, at least.', 0, _MANY, unit='steps'
+  ),
+  'eval.finetune_augment': switch(
+    True, 'Random crops and flips as in augment, and nothing else.'
+  ),
+}
+
 # Fields that hold a path, in which commands expand a leading `~`.
-PATHS = ('data.data_dir', 'model.initial_weights')
+PATHS = tuple(name for name, field in FIELDS.items() if field.is_path)
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """All fields, unlocked; lists of what a name may be stand in the comments."""
+  """Returns all fields with their defaults, unlocked."""
   config = ml_collections.ConfigDict()
-  config.seed = 0  # of everything random
-
-  config.data = data = ml_collections.ConfigDict()
-  # folder, npz, synthetic, digits, tiny_imagenet or a data set of TFDS
-  data.name = 'digits'
-  # The folder of images, the npz file, or the folder of TFDS's data sets (None
-  # is TFDS's own default).
-  data.data_dir = ml_collections.config_dict.placeholder(str)
-  # Keyword arguments of the source; see clop_jax/data/sources.py.
-  data.options = ml_collections.ConfigDict()
-  data.train_split = 'train'  # of training, and of the probe's fit
-  data.test_split = 'test'  # of evaluation; '': there is none
-  # Further training images whose labels, if any, are not used; None: none.
-  data.unlabelled_split = ml_collections.config_dict.placeholder(str)
-  data.num_classes = 10  # 0: as many as the source says
-  data.channels = 1  # 1 or 3; grey images are repeated over 3
-  # Images are cut to the middle square and resized to this side, pixels; None
-  # takes them as they are, all of one size.
-  data.image_size = ml_collections.config_dict.placeholder(int)
-  # The workers cut the two random crops out of the image at full size; None of
-  # image_size applies then, and the loader must be stream.
-  data.host_crops = False
-  data.skip_corrupt = False  # else an image that cannot be decoded is an error
-  # resident (the whole set on every device), stream (by worker processes) or
-  # auto: resident up to resident_limit_gib
-  data.loader = 'auto'
-  data.resident_limit_gib = 4.0  # of uint8 images
-  data.num_workers = -1  # processes of stream; 0: threads; -1: one per CPU core
-  data.prefetch = 2  # batches that each worker and the device hold ready
-
-  # Which training labels are used, in the order in which they apply; see
-  # clop_jax/data/labels.py. The choice depends on the seed alone.
-  data.unlabelled_classes = ()  # these classes lose all labels
-  data.imbalance_factor = 1.0  # first class keeps all, the last 1 / this
-  data.class_fractions = ''  # as '0:0.6,1:0.23'; the others keep all
-  data.label_fraction = 1.0  # of each class's labels, in [0, 1]
-  # Labels kept of each class, instead of label_fraction; None: not used.
-  data.labels_per_class = ml_collections.config_dict.placeholder(int)
-  data.label_noise = 0.0  # share of the kept labels that are made wrong
-  data.label_noise_kind = 'symmetric'  # symmetric or asymmetric (next class)
-
-  config.augment = augment = ml_collections.ConfigDict()
-  augment.size = 8  # height and width of a view, pixels
-  augment.mean = (0.305,)  # per channel, of images in [0, 1]
-  augment.std = (0.376,)  # per channel, of images in [0, 1]
-  augment.crop_probability = 1.0  # of a random box instead of the whole image
-  augment.crop_area = (0.4, 1.0)  # share of the image's area
-  augment.crop_aspect = (3 / 4, 4 / 3)  # width over height
-  augment.flip_probability = 0.0  # a mirrored digit is another character
-  augment.jitter_probability = 0.8  # of the four changes that follow
-  augment.brightness = 0.4  # factor within 1 +- this
-  augment.contrast = 0.4  # factor within 1 +- this
-  augment.saturation = 0.0  # factor within 1 +- this; colour images only
-  augment.hue = 0.0  # turns of the colour circle, +-; colour images only
-  augment.grey_probability = 0.0  # colour images only
-  augment.blur_probability = 0.0  # Gaussian
-  augment.blur_sigma = (0.1, 2.0)  # pixels
-  augment.solarize_probability = 0.0  # inverts what is bright
-  augment.solarize_threshold = 0.5  # of images in [0, 1]
-  augment.randaugment_layers = 0  # operations a view; 0 is off
-  augment.randaugment_magnitude = 0.0  # of all of them, 0 to 30
-
-  config.model = model = ml_collections.ConfigDict()
-  model.depth = 8  # 8, 18, 34 or 50 layers
-  model.stem = 'cifar'  # cifar (up to 64 px) or imagenet
-  model.width_multiplier = 1.0  # of the channels of all layers
-  model.zero_init_last_bn = False  # residual blocks begin as the identity
-  model.bn_scope = 'global'  # batch statistics over global batch, or device
-  model.dtype = 'auto'  # float32, bfloat16; auto: bfloat16 on accelerators
-  model.embedding_dim = 128  # of embeddings and prototypes
-  model.head_layers = 2  # dense layers of the projection head; 0 is no head
-  model.head_hidden_dim = 128  # width of the head's hidden layers
-  model.head_bn = True  # batch normalization in the head's hidden layers
-  # Weights that the backbone starts from, under torchvision's names: a
-  # .safetensors file, or .pth where PyTorch is installed; None: random ones.
-  model.initial_weights = ml_collections.config_dict.placeholder(str)
-
-  config.loss = loss = ml_collections.ConfigDict()
-  # nt_xent, supcon, dcl, vicreg, barlow_twins or none
-  loss.contrastive = 'nt_xent'
-  loss.temperature = 0.5  # of nt_xent, supcon and dcl
-  # Rows of the similarity matrix at one time (nt_xent, supcon), over all
-  # devices; None: all, or 512 a device where `loss.choose_block_size` says so.
-  loss.block_size = ml_collections.config_dict.placeholder(int)
-  loss.supcon_variant = 'out'  # out or in
-  loss.vicreg_weights = (25.0, 25.0, 1.0)  # invariance, variance, covariance
-  loss.barlow_weight = 5e-3  # of the redundancy term
-  loss.clop_weight = 1.0  # the paper's lambda; 0 trains without CLOP
-  loss.clop_after_epochs = 0  # until then no CLOP term
-  loss.clop_distance = 'cosine'  # cosine, euclidean, manhattan or softmax
-  loss.clop_temperature = 0.1  # of softmax, and of the pseudo-labels
-  loss.clop_repulsion = 0.0  # from the other prototypes; of cosine only
-  # Unlabelled examples get the label of their nearest prototype in the CLOP
-  # term where the softmax over the prototypes is at least so sure, in (0, 1];
-  # None: they stay unlabelled.
-  loss.pseudo_label_threshold = ml_collections.config_dict.placeholder(float)
-  loss.pseudo_label_after_epochs = 1  # a new network is sure of wrong ones
-
-  config.prototypes = prototypes = ml_collections.ConfigDict()
-  # orthonormal, simplex_etf or random (not orthogonal), all fixed; learned
-  # (they follow the gradient and stay orthonormal); aligned (set to suit the
-  # class means)
-  prototypes.kind = 'orthonormal'
-  prototypes.learning_rate = 0.1  # of learned, by the CLOP loss unweighted
-  prototypes.align_after_epochs = 1  # of aligned; until then no CLOP term
-  # Aligned again every so many epochs; None: once.
-  prototypes.align_every_epochs = ml_collections.config_dict.placeholder(int)
-  # procrustes (the nearest orthonormal set) or assignment (the best order of
-  # the prototypes that there are)
-  prototypes.align_by = 'procrustes'
-
-  config.optimizer = optimizer = ml_collections.ConfigDict()
-  optimizer.name = 'sgd'  # lars, sgd or adamw
-  optimizer.learning_rate = 0.2  # base; see scaling
-  # linear: base * batch / 256; sqrt: base * sqrt(batch); none: base
-  optimizer.scaling = 'linear'
-  optimizer.warmup_epochs = 0.0  # linear from 0; then a cosine to 0
-  optimizer.momentum = 0.9  # for adamw: b1
-  optimizer.weight_decay = 1e-6  # kernels only
-  optimizer.trust_coefficient = 0.001  # of lars, kernels only
-  # Clip the gradient to this global norm; None does not clip.
-  optimizer.clip_norm = ml_collections.config_dict.placeholder(float)
-
-  config.train = train = ml_collections.ConfigDict()
-  train.batch_size = 128  # images over all devices
-  # Parts that a device works through its images in: memory for one part, at the
-  # cost of one more forward pass. The losses stay those of the whole batch;
-  # batch statistics become those of one part, over all devices or one device as
-  # model.bn_scope says.
-  train.num_micro_batches = 1
-  train.num_epochs = 20  # passes over the training images
-  # Steps that the device makes by itself at a time; fewer where a log line or a
-  # checkpoint is due.
-  train.steps_per_dispatch = 1
-  train.log_every_steps = 10  # a line of metrics.jsonl, with diagnostics
-  train.checkpoint_every_epochs = 5  # and one at the end
-  train.keep_checkpoints = 3  # the newest ones
-  # The best checkpoint by this metric (as metrics.jsonl has it, its mean since
-  # the last checkpoint) is kept as well; None: none is.
-  train.keep_best = ml_collections.config_dict.placeholder(str)
-  train.keep_best_mode = 'max'  # max or min is better
-
-  # Nothing in this group changes what is trained, and a run may go on with
-  # other values than it began with; see docs/watching.md.
-  config.watch = watch = ml_collections.ConfigDict()
-  watch.tensorboard = True  # event files in the workdir's tensorboard/
-  # Every so many epochs (at the end of a shorter run) the spectrum of some
-  # embeddings, a picture of them and some augmented images; 0: never.
-  watch.images_every_epochs = 10
-  # Every so many epochs a probe by the evaluation protocol, which reads the
-  # whole training split and the test split; 0: never.
-  watch.probe_every_epochs = 0
-  watch.probe = 'knn'  # knn, linear or both
-  # Warns when the effective rank stays below this share of the largest that is
-  # to be expected, min(num_classes, embedding_dim, 2 * batch_size); 0: never.
-  watch.collapse_share = 0.5
-  watch.collapse_patience = 5  # logged steps in a row, for the warning
-
-  # Nothing in this group changes what is trained, and a run may go on with
-  # other values than it began with; evaluate --eval takes others, too.
-  config.eval = evaluation = ml_collections.ConfigDict()
-  evaluation.batch_size = 512  # images over all devices
-  # Side of the middle square that is shown, of the image's shorter side.
-  evaluation.crop_share = 1.0
-  evaluation.knn_neighbours = (20, 200)  # the first one gives knn_top1
-  evaluation.knn_temperature = 0.1  # of the votes by cosine
-  # Candidates for the linear probe's L2 strength.
-  evaluation.probe_l2 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-  evaluation.probe_iterations = 200  # of L-BFGS
-  # Of evaluate --mode=finetune: candidates for the peak learning rate.
-  evaluation.finetune_learning_rates = (0.001, 0.01, 0.1)
-  evaluation.finetune_batch_size = 128  # images over all devices
-  evaluation.finetune_epochs = 30  # of the labelled examples, and at least
-  evaluation.finetune_min_steps = 200  # so many updates
-  # Random crops and flips as augment has them, and nothing else; False: none.
-  evaluation.finetune_augment = True
+  for name, field in FIELDS.items():
+    group = config
+    *path, last = name.split('.')
+    for part in path:
+      if part not in group:
+        group[part] = ml_collections.ConfigDict()
+      group = group[part]
+    group[last] = field.value()
   return config
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Checks the type and the range of every field.
+
+  Raises:
+    ValueError: If a field is missing, unknown or out of range.
+  """
+  fields.check(config, FIELDS)

@@ -15,8 +15,6 @@ from clop_jax.data import loader
 from clop_jax.data import reader as reader_lib
 from clop_jax.data import sources
 
-_LOADERS = ('auto', 'resident', 'stream')
-
 
 def source(config: ml_collections.ConfigDict, split: str) -> sources.Source:
   """A split of the config's data set, as `config.data.test_split`."""
@@ -227,8 +225,6 @@ def evaluation_reader(
     ValueError: as the reader.
   """
   data, share = config.data, config.eval.crop_share
-  if not 0 < share <= 1:
-    raise ValueError(f'config.eval.crop_share must be in (0, 1], got {share}')
   size = data.image_size
   if size is None and (data.host_crops or share < 1):
     size = config.augment.size
@@ -254,10 +250,6 @@ def is_resident(
 
 def _fits(config, num_bytes):
   data = config.data
-  if data.loader not in _LOADERS:
-    raise ValueError(
-      f'config.data.loader must be one of {list(_LOADERS)}, got {data.loader!r}'
-    )
   if data.host_crops and data.loader == 'resident':
     raise ValueError(
       'config.data.host_crops=True makes new crops at each step, which '

@@ -4,8 +4,8 @@ Conventions, the same for every function:
 
 * `embeddings` are `[views, batch, dim]`, floating, any precision; all
   arithmetic is float32 and the result is a float32 scalar.
-* `labels` are `[batch]` integers, one for all views of an example; a negative
-  label (-1) means unlabelled.
+* `labels` are `[batch]` integers of any kind, one for all views of an example;
+  a negative label (-1) means unlabelled.
 * The result is a mean over the *global* batch. With `axis_name=None` the arrays
   given are the global batch (one device, or global arrays under `jax.jit`).
   With a name they are this device's share of it, and every device returns the
@@ -24,6 +24,8 @@ import itertools
 import jax
 from jax import lax
 import jax.numpy as jnp
+
+from clop_jax import arguments
 
 # Half of the lowest float32: exp(_MASKED - max) is exactly 0, and unlike -inf
 # it leaves no `inf - inf` in the gradient of a row whose every entry is masked.
@@ -52,9 +54,10 @@ def clop_loss(
              {\sum_{v,i:\, y_i \ge 0} w_{y_i}}
 
   with `d(z, c) = 1 - cos(z, c)` ('cosine', the paper's), `||z - c||_2`
-  ('euclidean') or `||z - c||_1` ('manhattan'); these two take the embeddings
-  at the length they have. Without a labelled example anywhere the loss and its
-  gradient are exactly 0.
+  ('euclidean') or `||z - c||_1` ('manhattan'). All of them first divide the
+  embeddings by their lengths, as the authors' code does; `c` stays as it is
+  given. Without a labelled example anywhere the loss and its gradient are
+  exactly 0.
 
   Two forms are not the paper's. Embeddings that are all alike feel its cosine
   distance as a pull towards the mean of orthonormal prototypes, where the loss
@@ -71,8 +74,8 @@ def clop_loss(
 
   Args:
     embeddings: `[views, batch, dim]` or `[batch, dim]`, floating.
-    labels: `[batch]` integers in `[-1, num_classes)`; -1 is unlabelled. A label
-      beyond the prototypes cannot be refused while tracing: it gives NaN.
+    labels: `[batch]` integers in `[-1, num_classes)`; -1 is unlabelled. A
+      traced label beyond the prototypes gives NaN.
     prototypes: `[num_classes, dim]`, see `clop_jax.prototypes`.
     distance: 'cosine', 'euclidean', 'manhattan' or 'softmax'.
     temperature: tau of 'softmax', above 0.
@@ -85,7 +88,8 @@ def clop_loss(
     A float32 scalar, in [0, 2] for the cosine distance without repulsion.
 
   Raises:
-    ValueError: if a shape, a dtype, `distance` or a number is not as above.
+    ValueError: if a shape, a dtype, `distance`, a number or a label whose value
+      is known is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -101,48 +105,58 @@ def clop_loss(
     raise ValueError(
       f'distance must be one of {sorted(_DISTANCES)}, got {distance!r}'
     )
-  _check_temperature(temperature)
-  _check_repulsion(repulsion, distance)
-  if jnp.ndim(embeddings) == 2:
+  temperature = arguments.number('temperature', temperature, above=0)
+  repulsion = arguments.number('repulsion', repulsion, at_least=0)
+  # A traced number has no value: it may be 0 or not.
+  repels = isinstance(repulsion, jax.core.Tracer) or repulsion > 0
+  if repels and distance != 'cosine':
+    raise ValueError(
+      f"repulsion={repulsion} goes with distance='cosine' only, got "
+      f'{distance!r}; set repulsion to 0'
+    )
+  embeddings = arguments.array('embeddings', embeddings)
+  if embeddings.ndim == 2:
     embeddings = embeddings[None]
   embeddings = _checked_embeddings(embeddings, min_views=1)
-  dim = embeddings.shape[-1]
-  labels = _checked_labels(labels, embeddings)
-  if jnp.ndim(prototypes) != 2 or prototypes.shape[1] != dim:
+  views, batch, dim = embeddings.shape
+  prototypes = arguments.real('prototypes', prototypes)
+  if prototypes.ndim != 2 or prototypes.shape[1] != dim or not len(prototypes):
     raise ValueError(
       f'prototypes must have shape [num_classes, dim]=[*, {dim}] to fit the '
-      f'embeddings, got {jnp.shape(prototypes)}'
+      f'embeddings, got {prototypes.shape}'
     )
   num_classes = prototypes.shape[0]
-  prototypes = prototypes.astype(jnp.float32)
+  labels = arguments.labels('labels', labels, (batch,), num_classes)
   labelled = labels >= 0
   weights = labelled.astype(jnp.float32)
   if class_weights is not None:
-    if jnp.shape(class_weights) != (num_classes,):
+    class_weights = arguments.real('class_weights', class_weights)
+    if class_weights.shape != (num_classes,):
       raise ValueError(
         f'class_weights must have shape [num_classes]=[{num_classes}], got '
-        f'{jnp.shape(class_weights)}'
+        f'{class_weights.shape}'
       )
-    weights *= jnp.asarray(class_weights, jnp.float32)[labels]
+    weights *= class_weights[labels]
   # A gather clamps an index that is too large, which would pull the example to
   # the wrong prototype without a word.
   own = jnp.where(
     (labels < num_classes)[:, None],
     prototypes[jnp.where(labelled, labels, 0)],
     jnp.nan,
-  )
-  distances = _DISTANCES[distance](embeddings, own)
+  )[None]
+  unit = _normalize(embeddings)
+  distances = _DISTANCES[distance](unit, own)
   if distance == 'softmax':
-    cosines = _dot(_normalize(embeddings), _normalize(prototypes))
+    cosines = _dot(unit, _normalize(prototypes))
     partition = jax.nn.logsumexp(cosines / temperature, axis=-1)
     distances = partition - (1.0 - distances) / temperature
-  if repulsion:
-    others = jnp.sum(_normalize(prototypes), axis=0) - _normalize(own)
-    cosines = jnp.sum(_normalize(embeddings) * others, axis=-1)
+  if repels:
+    everything = jnp.sum(_normalize(prototypes), axis=0)
+    others = everything[None, None] - _normalize(own)
+    cosines = jnp.sum(unit * others, axis=-1)
     distances += repulsion / max(num_classes - 1, 1) * cosines
-  return _masked_mean(
-    distances, jnp.broadcast_to(weights, distances.shape), axis_name
-  )
+  weights = jnp.broadcast_to(weights[None], (views, batch))
+  return _masked_mean(distances, weights, axis_name)
 
 
 def nt_xent_loss(
@@ -253,7 +267,7 @@ def supcon_loss(
   if variant not in ('out', 'in'):
     raise ValueError(f"variant must be 'out' or 'in', got {variant!r}")
   embeddings = _checked_embeddings(embeddings, min_views=1)
-  labels = _checked_labels(labels, embeddings)
+  labels = arguments.labels('labels', labels, (embeddings.shape[1],))
   return _supervised_contrastive(
     embeddings, labels, temperature, variant, block_size, axis_name
   )
@@ -335,14 +349,14 @@ def dcl_loss(
     the loss L_DC.
   """
   embeddings = _checked_embeddings(embeddings, min_views=2)
-  _check_temperature(temperature)
+  temperature = arguments.number('temperature', temperature, above=0)
   views = embeddings.shape[0]
   _checked_global_batch(embeddings, axis_name, at_least=2)
   rows, row_ids, columns, column_ids = _rows_and_columns(embeddings, axis_name)
   logits = _dot(rows / temperature, columns)
   same_example = _same_example(row_ids, column_ids)
   positive = same_example & (row_ids[:, None] != column_ids[None, :])
-  attraction = jnp.sum(logits * positive, axis=1) / (views - 1)
+  attraction = jnp.sum(jnp.where(positive, logits, 0.0), axis=1) / (views - 1)
   repulsion = jax.nn.logsumexp(jnp.where(same_example, _MASKED, logits), axis=1)
   per_anchor = repulsion - attraction
   return _masked_mean(per_anchor, jnp.ones_like(per_anchor), axis_name)
@@ -394,6 +408,14 @@ def vicreg_loss(
   Reference:
     Bardes et al., "VICReg", arXiv 2105.04906, section 4.1 and algorithm 1.
   """
+  invariance_weight, variance_weight, covariance_weight = (
+    arguments.number(name, value)
+    for name, value in (
+      ('invariance_weight', invariance_weight),
+      ('variance_weight', variance_weight),
+      ('covariance_weight', covariance_weight),
+    )
+  )
   embeddings = _checked_embeddings(embeddings, min_views=2)
   views, _, dim = embeddings.shape
   batch = _checked_global_batch(embeddings, axis_name, at_least=2)
@@ -410,7 +432,7 @@ def vicreg_loss(
   # Each view is in as many pairs as any other, so a mean over pairs of
   # v(Z) + v(Z') is twice the mean over views.
   variance = 2 * jnp.mean(jax.nn.relu(1.0 - deviation))
-  off_diagonal = covariance * (1.0 - jnp.eye(dim))
+  off_diagonal = covariance * (1.0 - jnp.eye(dim, dtype=jnp.float32))[None]
   covariance_term = 2 * jnp.sum(jnp.square(off_diagonal)) / (views * dim)
   return (
     invariance_weight * invariance
@@ -458,6 +480,7 @@ def barlow_twins_loss(
   Reference:
     Zbontar et al., "Barlow Twins", arXiv 2103.03230, equations 1 and 2.
   """
+  redundancy_weight = arguments.number('redundancy_weight', redundancy_weight)
   embeddings = _checked_embeddings(embeddings, min_views=2)
   views, _, dim = embeddings.shape
   batch = _checked_global_batch(embeddings, axis_name, at_least=2)
@@ -471,27 +494,29 @@ def barlow_twins_loss(
     )
     / batch
   )
-  identity = jnp.eye(dim)
+  identity = jnp.eye(dim, dtype=jnp.float32)[None]
   weights = identity + redundancy_weight * (1.0 - identity)
   squared = weights * jnp.square(correlation - identity)
   return jnp.sum(squared) / len(first)
 
 
-def _cosine_distance(embeddings, targets):
-  cosines = jnp.sum(_normalize(embeddings) * _normalize(targets), axis=-1)
-  return 1.0 - cosines
+# Distances of unit embeddings to the prototypes of their classes.
 
 
-def _euclidean_distance(embeddings, targets):
-  squared = jnp.sum(jnp.square(embeddings - targets), axis=-1)
+def _cosine_distance(unit, targets):
+  return 1.0 - jnp.sum(unit * _normalize(targets), axis=-1)
+
+
+def _euclidean_distance(unit, targets):
+  squared = jnp.sum(jnp.square(unit - targets), axis=-1)
   # The square root has no gradient at 0; where an embedding sits on its target
   # the distance is at its minimum and 0 is a subgradient.
   at_target = squared == 0.0
   return jnp.where(at_target, 0.0, jnp.sqrt(jnp.where(at_target, 1.0, squared)))
 
 
-def _manhattan_distance(embeddings, targets):
-  return jnp.sum(jnp.abs(embeddings - targets), axis=-1)
+def _manhattan_distance(unit, targets):
+  return jnp.sum(jnp.abs(unit - targets), axis=-1)
 
 
 _DISTANCES = {
@@ -515,11 +540,9 @@ def _supervised_contrastive(
   embeddings, labels, temperature, variant, block_size, axis_name
 ):
   """SupCon and, with labels None, NT-Xent, dense or in blocks of rows."""
-  _check_temperature(temperature)
-  if block_size is not None and block_size < 1:
-    raise ValueError(
-      f'block_size must be None or a positive number of rows, got {block_size}'
-    )
+  temperature = arguments.number('temperature', temperature, above=0)
+  if block_size is not None:
+    block_size = arguments.count('block_size', block_size)
   views = embeddings.shape[0]
   rows, row_ids, columns, column_ids = _rows_and_columns(embeddings, axis_name)
   row_labels = column_labels = None
@@ -550,11 +573,11 @@ def _anchor_sum(rows, columns, row_numbers, column_numbers, variant):
     row_numbers,
     column_numbers,
   )
-  itself = row_ids[:, None] == column_ids
+  itself = row_ids[:, None] == column_ids[None, :]
   logits = jnp.where(itself, _MASKED, _dot(rows, columns))
   positive = _same_example(row_ids, column_ids)
   if row_labels is not None:
-    same_class = row_labels[:, None] == column_labels
+    same_class = row_labels[:, None] == column_labels[None, :]
     positive |= same_class & (row_labels[:, None] >= 0)
   positive &= ~itself & (row_ids[:, None] >= 0)
   num_positives = jnp.sum(positive, axis=1).astype(jnp.float32)
@@ -622,7 +645,7 @@ _blocked_anchor_sum.defvjp(_blocked_anchor_sum_fwd, _blocked_anchor_sum_bwd)
 
 
 def _blocks(rows, row_numbers, block_size):
-  """Rows and numbers as `[blocks, block_size, ...]`, padded with id -1."""
+  """Rows and ids as `[blocks, block_size, ...]`, padded with id -1."""
   num_blocks = -(-rows.shape[0] // block_size)
   padding = num_blocks * block_size - rows.shape[0]
 
@@ -631,7 +654,10 @@ def _blocks(rows, row_numbers, block_size):
     x = jnp.pad(x, widths, constant_values=fill)
     return x.reshape(num_blocks, block_size, *x.shape[1:])
 
-  return split(rows, 0.0), jax.tree.map(lambda x: split(x, -1), row_numbers)
+  row_ids, row_labels = row_numbers
+  if row_labels is not None:
+    row_labels = split(row_labels, 0)
+  return split(rows, 0.0), (split(row_ids, -1), row_labels)
 
 
 def _zeros(tree, like):
@@ -652,8 +678,8 @@ def _rows_and_columns(embeddings, axis_name):
     )
   offset = 0 if axis_name is None else lax.axis_index(axis_name) * batch
   view_ids = jnp.arange(views, dtype=jnp.int32)[:, None] * _BATCH_STRIDE
-  row_ids = view_ids + jnp.arange(batch, dtype=jnp.int32) + offset
-  column_ids = view_ids + jnp.arange(global_batch, dtype=jnp.int32)
+  row_ids = view_ids + jnp.arange(batch, dtype=jnp.int32)[None] + offset
+  column_ids = view_ids + jnp.arange(global_batch, dtype=jnp.int32)[None]
   return (
     unit.reshape(-1, dim),
     row_ids.reshape(-1),
@@ -663,7 +689,8 @@ def _rows_and_columns(embeddings, axis_name):
 
 
 def _same_example(row_ids, column_ids):
-  return row_ids[:, None] % _BATCH_STRIDE == column_ids % _BATCH_STRIDE
+  columns = column_ids[None, :] % _BATCH_STRIDE
+  return row_ids[:, None] % _BATCH_STRIDE == columns
 
 
 def _dot(rows, columns):
@@ -722,7 +749,7 @@ def _all_gather(x, axis_name, axis):
 
 def _checked_embeddings(embeddings, min_views):
   """The embeddings in float32, or a ValueError."""
-  embeddings = jnp.asarray(embeddings)
+  embeddings = arguments.floating('embeddings', embeddings)
   if embeddings.ndim != 3 or 0 in embeddings.shape:
     raise ValueError(
       'embeddings must have shape [views, batch, dim] without an empty axis '
@@ -733,23 +760,7 @@ def _checked_embeddings(embeddings, min_views):
       f'embeddings must have at least {min_views} views on their first axis '
       f'(jnp.stack([z1, z2])), got shape {embeddings.shape}'
     )
-  if not jnp.issubdtype(embeddings.dtype, jnp.floating):
-    raise ValueError(f'embeddings must be floating, got {embeddings.dtype}')
-  return embeddings.astype(jnp.float32)
-
-
-def _checked_labels(labels, embeddings):
-  labels = jnp.asarray(labels)
-  batch = embeddings.shape[1]
-  if labels.shape != (batch,):
-    raise ValueError(
-      f'labels must have shape [batch]=[{batch}], got {labels.shape}'
-    )
-  if not jnp.issubdtype(labels.dtype, jnp.signedinteger):
-    raise ValueError(
-      f'labels must be signed integers (-1 is unlabelled), got {labels.dtype}'
-    )
-  return labels
+  return embeddings
 
 
 def _checked_global_batch(embeddings, axis_name, *, at_least):
@@ -761,19 +772,3 @@ def _checked_global_batch(embeddings, axis_name, *, at_least):
       f'{batch} (shape {embeddings.shape} on {devices} devices)'
     )
   return batch
-
-
-def _check_repulsion(repulsion, distance):
-  if not repulsion >= 0:
-    raise ValueError(f'repulsion must be at least 0, got {repulsion}')
-  if repulsion and distance != 'cosine':
-    raise ValueError(
-      f"repulsion={repulsion} goes with distance='cosine' only, got "
-      f'{distance!r}; set repulsion to 0'
-    )
-
-
-def _check_temperature(temperature):
-  # A traced temperature (a learned one) has no value to look at yet.
-  if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
-    raise ValueError(f'temperature must be above 0, got {temperature}')

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 import numpy as np
 
 from clop_jax import command
+from clop_jax import defaults
 from clop_jax import experiment
 from clop_jax import hlo
 from clop_jax import inputs
@@ -139,6 +140,7 @@ def plan(
       fit the devices, the data cannot be read, or the compiler refuses the
       program because of its memory.
   """
+  defaults.check(config)
   chip: topologies.Chip | None
   if topology is None:
     devices: Sequence[jax.Device] = jax.devices()

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
+from clop_jax import defaults
 from clop_jax import finetune
 from clop_jax import inputs
 from clop_jax import parallel
@@ -36,32 +37,27 @@ def with_settings(
       number does for a field that holds several.
 
   Raises:
-    ValueError: for an unknown field, or a value of another type.
+    ValueError: If a field is unknown, or its value has another type or is out
+      of range.
   """
-  fields = config.to_dict()
+  changed = config.to_dict()
   for name, value in settings.items():
-    if name not in fields['eval']:
+    field = defaults.FIELDS.get(f'eval.{name}')
+    if field is None:
       raise ValueError(
         f'--eval={name}=... is not a field of config.eval; there are '
-        f'{", ".join(sorted(fields["eval"]))}'
+        f'{", ".join(sorted(changed["eval"]))}'
       )
-    fields['eval'][name] = _like(fields['eval'][name], name, value)
-  return ml_collections.ConfigDict(fields).lock()
-
-
-def _like(before, name, value):
-  """A new value of a field, of the old one's type."""
-  if isinstance(before, list | tuple):
-    values = value if isinstance(value, list | tuple) else [value]
-    # A run may have been trained with whole numbers where floats are meant.
-    kind = 1 if name == 'knn_neighbours' else 1.0
-    return [_like(kind, name, one) for one in values]
-  expected: Any = type(before)
-  if expected is float and isinstance(value, int):
-    expected = int
-  if type(value) is not expected:
-    raise ValueError(f'--eval={name}=... must be as {before!r}, got {value!r}')
-  return type(before)(value)
+    if field.lengths and not isinstance(value, list | tuple):
+      value = [value]
+    if not field.accepts(value):
+      raise ValueError(
+        f'--eval={name}=... must be {field.expected()}, got {value!r}'
+      )
+    if field.lengths:
+      value = [field.kind(one) for one in value]
+    changed['eval'][name] = value if field.lengths else field.kind(value)
+  return ml_collections.ConfigDict(changed).lock()
 
 
 def reader(

@@ -10,6 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from clop_jax import arguments
 from clop_jax import linalg
 
 _PRECISION = lax.Precision.HIGHEST
@@ -56,7 +57,7 @@ def orthonormal_prototypes(
   gaussian = jax.random.normal(key, (dim, num_classes), compute_dtype)
   q, r = jnp.linalg.qr(gaussian)
   signs = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(compute_dtype)
-  return _refine((q * signs).T).astype(dtype)
+  return _refine((q * signs[None]).T).astype(dtype)
 
 
 def simplex_etf_prototypes(
@@ -95,10 +96,8 @@ def simplex_etf_prototypes(
     Papyan et al., "Prevalence of neural collapse during the terminal phase of
     deep learning training", arXiv 2008.08186, definition 1.
   """
-  if num_classes < 2:
-    raise ValueError(
-      f'num_classes must be at least 2 for a simplex, got {num_classes}'
-    )
+  num_classes = arguments.count('num_classes', num_classes, at_least=2)
+  dim = arguments.count('dim', dim)
   if dim < num_classes - 1:
     raise ValueError(
       f'dim must be at least num_classes - 1 = {num_classes - 1} for a simplex '
@@ -145,9 +144,8 @@ def random_prototypes(
     >>> print(prototypes.orthonormality_error(c) > 0.1)
     True
   """
-  for name, size in (('num_classes', num_classes), ('dim', dim)):
-    if size < 1:
-      raise ValueError(f'{name} must be at least 1, got {size}')
+  num_classes = arguments.count('num_classes', num_classes)
+  dim = arguments.count('dim', dim)
   rows = jax.random.normal(key, (num_classes, dim), _compute_dtype(dtype))
   return (rows / jnp.linalg.norm(rows, axis=1, keepdims=True)).astype(dtype)
 
@@ -167,8 +165,9 @@ def orthonormality_error(prototypes: jax.Array) -> jax.Array:
     >>> print(prototypes.orthonormality_error(jnp.eye(3, 4)))
     0.0
   """
-  rows = prototypes.astype(jnp.float32)
-  return jnp.max(jnp.abs(_gram(rows) - jnp.eye(len(rows))))
+  rows = arguments.real('prototypes', prototypes)
+  identity = jnp.eye(len(rows), dtype=jnp.float32)
+  return jnp.max(jnp.abs(_gram(rows) - identity))
 
 
 def orthonormalize(prototypes: jax.Array) -> jax.Array:
@@ -201,7 +200,7 @@ def orthonormalize(prototypes: jax.Array) -> jax.Array:
     Higham, "Computing the polar decomposition, with applications", SIAM J. Sci.
     Stat. Comput. 7 (1986), theorem 3.1 (Fan and Hoffman).
   """
-  prototypes = jnp.asarray(prototypes)
+  prototypes = arguments.array('prototypes', prototypes)
   if prototypes.ndim != 2:
     raise ValueError(
       f'prototypes must have shape [num_classes, dim], got {prototypes.shape}'
@@ -267,7 +266,8 @@ def assign_prototypes(
     prototypes: `[num_classes, dim]`.
 
   Returns:
-    `[num_classes, dim]`, the rows of `prototypes` in another order.
+    `[num_classes, dim]`, the rows of `prototypes` in another order; all NaN if
+    one of the arguments is not finite.
 
   Raises:
     ValueError: if the shapes are not as above.
@@ -286,22 +286,21 @@ def assign_prototypes(
     rectangular assignment algorithms", IEEE Trans. Aerosp. Electron. Syst. 52
     (2016), section III.
   """
+  class_means = arguments.real('class_means', class_means)
+  prototypes = arguments.array('prototypes', prototypes)
   if class_means.shape != prototypes.shape or prototypes.ndim != 2:
     raise ValueError(
       'class_means and prototypes must both have shape [num_classes, dim], got '
       f'{class_means.shape} and {prototypes.shape}'
     )
-  gain = jnp.matmul(
-    class_means.astype(jnp.float32),
-    prototypes.T.astype(jnp.float32),
-    precision=_PRECISION,
-  )
-  # The search would not end with NaN or infinity, which come from a diverged
-  # run or from sums of very large costs.
-  cost = -jnp.nan_to_num(lax.stop_gradient(gain))
-  largest = jnp.max(jnp.abs(cost))
-  cost = cost / jnp.where(largest == 0.0, 1.0, largest)
-  return prototypes[_cheapest_columns(cost)]
+  # Scaled, since products of large means would leave float32.
+  means = lax.stop_gradient(class_means)
+  directions = lax.stop_gradient(arguments.real('prototypes', prototypes))
+  gain = jnp.matmul(_scaled(means), _scaled(directions).T, precision=_PRECISION)
+  is_finite = jnp.all(jnp.isfinite(gain))
+  # The search would not end with NaN.
+  assigned = prototypes[_cheapest_columns(jnp.where(is_finite, -gain, 0.0))]
+  return jnp.where(is_finite, assigned, jnp.full_like(assigned, jnp.nan))
 
 
 def pseudo_labels(
@@ -329,10 +328,11 @@ def pseudo_labels(
     temperature: `tau`, above 0; the smaller, the surer.
 
   Returns:
-    `[batch]` labels of the same dtype.
+    `[batch]` int32 labels.
 
   Raises:
-    ValueError: if the threshold or the temperature is out of range.
+    ValueError: if a shape, the threshold or the temperature is not as above, or
+      a known label is not below `num_classes`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -346,19 +346,25 @@ def pseudo_labels(
     Lee, "Pseudo-Label", ICML workshop on challenges in representation learning
     (2013); the threshold as in Sohn et al., "FixMatch", arXiv 2001.07685.
   """
-  if not 0 < threshold <= 1:
-    raise ValueError(f'threshold must be in (0, 1], got {threshold}')
-  if not temperature > 0:
-    raise ValueError(f'temperature must be above 0, got {temperature}')
-  labels = jnp.asarray(labels)
-  unit = _unit(embeddings.astype(jnp.float32))
+  threshold = arguments.number('threshold', threshold, above=0, at_most=1)
+  temperature = arguments.number('temperature', temperature, above=0)
+  embeddings = arguments.floating('embeddings', embeddings)
+  prototypes = arguments.real('prototypes', prototypes)
+  if embeddings.ndim != 3 or prototypes.shape[1:] != embeddings.shape[2:]:
+    raise ValueError(
+      'embeddings must have shape [views, batch, dim] and prototypes '
+      f'[num_classes, dim], got {embeddings.shape} and {prototypes.shape}'
+    )
+  labels = arguments.labels(
+    'labels', labels, embeddings.shape[1:2], len(prototypes)
+  )
   cosines = jnp.matmul(
-    jnp.mean(unit, axis=0),
-    _unit(prototypes.astype(jnp.float32)).T,
+    jnp.mean(_unit(embeddings), axis=0),
+    _unit(prototypes).T,
     precision=_PRECISION,
   )
   confidence = jax.nn.softmax(cosines / temperature, axis=-1)
-  nearest = jnp.argmax(confidence, axis=-1).astype(labels.dtype)
+  nearest = jnp.argmax(confidence, axis=-1).astype(jnp.int32)
   sure = jnp.max(confidence, axis=-1) >= threshold
   guessed = jnp.where(sure, nearest, -1)
   return lax.stop_gradient(jnp.where(labels >= 0, labels, guessed))
@@ -405,7 +411,7 @@ def _cheapest_columns(cost):
 
   def add_row(row, carry):
     u, v, row_of, column_of = carry
-    row = row + none[0] + 1
+    row = row.astype(jnp.int32) + none[0] + 1
     least, end, path, slack = find_path(row, u, v, row_of)
     # A column without a row (-1) is not done, or it is the end: its slack is 0.
     u = u.at[row].add(least).at[row_of].add(slack)
@@ -423,6 +429,12 @@ def _cheapest_columns(cost):
 
   start = (zeros, zeros, none, none)
   return lax.fori_loop(0, len(cost), add_row, start)[-1]
+
+
+def _scaled(x):
+  """The array divided by its largest entry."""
+  largest = jnp.max(jnp.abs(x))
+  return x / jnp.where(largest == 0.0, 1.0, largest)
 
 
 def _unit(x):
@@ -451,8 +463,8 @@ def _gram(rows):
 
 
 def _check_sizes(num_classes, dim):
-  if num_classes < 1:
-    raise ValueError(f'num_classes must be at least 1, got {num_classes}')
+  num_classes = arguments.count('num_classes', num_classes)
+  dim = arguments.count('dim', dim)
   if num_classes > dim:
     raise ValueError(
       f'num_classes must be at most dim={dim} for orthonormal prototypes, got '

@@ -27,6 +27,7 @@ import numpy as np
 
 from clop_jax import checkpoint
 from clop_jax import command
+from clop_jax import defaults
 from clop_jax import experiment
 from clop_jax import files
 from clop_jax import inputs
@@ -76,6 +77,7 @@ def train(
     checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
     OSError: if something cannot be written.
   """
+  defaults.check(config)
   if profile_steps is not None:
     profiling.check(profile_steps, workdir)
   mesh = parallel.make_mesh(devices)
@@ -442,17 +444,6 @@ def first_state(create, config, workdir, mesh, initial):
 
 def count_steps(config, steps_per_epoch):
   """The one place where epochs become steps."""
-  for name in (
-    'log_every_steps',
-    'checkpoint_every_epochs',
-    'keep_checkpoints',
-    'num_epochs',
-    'num_micro_batches',
-    'steps_per_dispatch',
-  ):
-    value = config.train[name]
-    if value < 1:
-      raise ValueError(f'config.train.{name} must be at least 1, got {value}')
   return config.train.num_epochs * steps_per_epoch
 
 
@@ -470,11 +461,6 @@ def split_steps(start, stop, size, boundaries):
 def check_best(config, names, total_steps, save_every):
   """Refuses to keep the best by what nothing is logged of."""
   best, log_every = config.train.keep_best, config.train.log_every_steps
-  if config.train.keep_best_mode not in checkpoint.MODES:
-    raise ValueError(
-      'config.train.keep_best_mode must be one of '
-      f'{list(checkpoint.MODES)}, got {config.train.keep_best_mode!r}'
-    )
   if best is not None and best not in names:
     raise ValueError(
       f'config.train.keep_best must be one of {names}, or None; got {best!r}'

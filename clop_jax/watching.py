@@ -98,7 +98,6 @@ class Watch:
         are no data for.
     """
     fields = config.watch
-    _check(fields)
     if wandb is not None:
       wandb_log.check(wandb)
     self._config, self._mesh, self._wandb = config, mesh, wandb
@@ -314,28 +313,6 @@ def _naming_events(work, folder, **arguments):
     )
     failure.errno = error.errno  # the command knows a full disk by it
     raise failure from error
-
-
-def _check(fields):
-  """Refuses a wrong field of `config.watch`."""
-  for name, least in (
-    ('images_every_epochs', 0),
-    ('probe_every_epochs', 0),
-    ('collapse_patience', 1),
-  ):
-    if fields[name] < least:
-      raise ValueError(
-        f'config.watch.{name} must be at least {least}, got {fields[name]}'
-      )
-  if not 0 <= fields.collapse_share <= 1:
-    raise ValueError(
-      'config.watch.collapse_share must be in [0, 1], got '
-      f'{fields.collapse_share}'
-    )
-  if fields.probe not in _PROBES:
-    raise ValueError(
-      f'config.watch.probe must be one of {list(_PROBES)}, got {fields.probe!r}'
-    )
 
 
 def _probe_readers(config, mesh, named):

@@ -18,6 +18,7 @@ import numpy as np
 
 from clop_jax import checkpoint
 from clop_jax import defaults
+from clop_jax import fields
 from clop_jax import files
 from clop_jax import locks
 from clop_jax import metrics_log
@@ -31,15 +32,6 @@ _NOT_TRAINED = ('watch', 'eval')
 CONFIG, LABELS = 'config.json', 'labels.npz'
 _CONFIG_FIX = 'put an intact copy back, or use another --workdir'
 _LABELS_FIX = 'delete it, and the command that trained the run writes it again'
-
-# How each type of a field is called in JSON.
-_KINDS = {
-  bool: 'true or false',
-  int: 'a whole number',
-  float: 'a number',
-  str: 'a text',
-  tuple: 'a list of numbers',
-}
 
 
 def open_checkpoints(
@@ -336,40 +328,27 @@ def completed(saved: Any, path: str) -> dict:
     The config, with the defaults of the fields that it does not have.
 
   Raises:
-    ValueError: If a field has the wrong type.
+    ValueError: If a field has the wrong type, or is out of range.
   """
-  default = defaults.get_config()
   if not isinstance(saved, dict):
     raise ValueError(f'{path}: config must be an object, got {saved!r:.40}')
-  _check_types(saved, default, f'{path}: ')
-  return _completed(saved, to_json(default))
+  config = _completed(saved, to_json(defaults.get_config()))
+  # A later version of the code may have fields that this one does not.
+  known = _known(config, defaults.FIELDS, '')
+  fields.check(known, defaults.FIELDS, where=f'{path}: ', fix=_CONFIG_FIX)
+  return config
 
 
-def _check_types(saved, default, where):
-  for name, value in saved.items():
-    if name not in default:
-      continue  # a later version's
-    kind, optional = default.get_type(name), default[name] is None
-    if isinstance(default[name], ml_collections.ConfigDict):
-      fits, expected = isinstance(value, dict), 'an object'
-    else:
-      fits = optional if value is None else _has_type(value, kind)
-      expected = _KINDS[kind] + (' or null' if optional else '')
-    if not fits:
-      raise ValueError(
-        f'{where}{name} must be {expected}, got {value!r:.40}; {_CONFIG_FIX}'
-      )
-    # What a source's options may be is the source's own matter.
-    if isinstance(value, dict) and name != 'options':
-      _check_types(value, default[name], f'{where}{name}.')
-
-
-def _has_type(value, kind):
-  if kind is tuple:
-    return isinstance(value, list) and all(_has_type(x, float) for x in value)
-  if kind is float:
-    return _has_type(value, int) or isinstance(value, float)
-  return type(value) is kind
+def _known(config, names, prefix):
+  """The part of a config that has a declaration."""
+  groups = {name.rpartition('.')[0] for name in names}
+  return {
+    name: _known(value, names, f'{prefix}{name}.')
+    if prefix + name in groups and isinstance(value, dict)
+    else value
+    for name, value in config.items()
+    if prefix + name in names or prefix + name in groups
+  }
 
 
 def _completed(saved, default):

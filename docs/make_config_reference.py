@@ -1,18 +1,10 @@
 """Writes docs/config.md from clop_jax/defaults.py and configs/*.py.
 
 python docs/make_config_reference.py
-
-What a field means stands beside it in `defaults.py`, as a comment: behind it,
-or above it. A comment above a field that has one behind it too is about the
-fields from there on.
 """
 
-import ast
-import dataclasses
-import io
 import pathlib
 import runpy
-import tokenize
 
 import ml_collections
 
@@ -25,7 +17,7 @@ COMMAND = 'python docs/make_config_reference.py'
 _HEAD = f"""# Every field of a config
 
 Made from `clop_jax/defaults.py` by `{COMMAND}`: to change
-it, change the comments there. A file of `configs/` takes these defaults and
+it, change the declarations there. A file of `configs/` takes these defaults and
 sets what its experiment differs in; that is listed [at the
 end](#what-the-files-of-configs-set).
 
@@ -39,66 +31,11 @@ python -m clop_jax.train --config=configs/digits.py --workdir=runs/digits \\
 
 A list goes in brackets and quotes, as above. A field whose default is None is
 optional, and `--config.data.image_size=None` unsets it. A field that does not
-exist, or a value of another type, is refused in one line that says what there
-is. A leading `~` of `{'`, `'.join(defaults.PATHS)}` is expanded.
+exist, or a value of another type or out of range, is refused in one line that
+says what there is; numbers must be finite.
+A leading `~` of `{'`, `'.join(defaults.PATHS)}` is expanded.
 The config of a run is its workdir's `config.json`.
 """
-
-
-@dataclasses.dataclass
-class Field:
-  """A field as its comments tell of it."""
-
-  name: str
-  text: str
-  note: str = ''  # about the fields from here on
-
-
-def fields() -> list[Field]:
-  """The fields of `defaults.get_config`, in their order, with their texts."""
-  path = ROOT / 'clop_jax' / 'defaults.py'
-  source = path.read_text()
-  comments = _comments(source)
-  (function,) = [
-    node
-    for node in ast.parse(source).body
-    if isinstance(node, ast.FunctionDef) and node.name == 'get_config'
-  ]
-  groups, found, of_group = {'config': ''}, [], ''
-  for node in function.body:
-    if not isinstance(node, ast.Assign):
-      continue
-    target, *aliases = node.targets
-    if not isinstance(target, ast.Attribute):
-      continue
-    name = groups[target.value.id] + target.attr
-    above, line = [], node.lineno - 1
-    while line in comments and comments[line][0]:
-      above.insert(0, comments[line][1])
-      line -= 1
-    above = ' '.join(above)
-    if aliases:
-      groups[aliases[0].id] = f'{name}.'
-      of_group = above
-      continue
-    behind = comments.get(node.end_lineno, (False, ''))[1]
-    if behind:
-      notes = [x for x in (of_group, above) if x]
-      found.append(Field(name, behind, note='\n\n'.join(notes)))
-    else:
-      found.append(Field(name, above, note=of_group))
-    of_group = ''
-  return found
-
-
-def _comments(source):
-  """Comments by line: whether they have it to themselves, and their text."""
-  comments = {}
-  for token in tokenize.generate_tokens(io.StringIO(source).readline):
-    if token.type == tokenize.COMMENT:
-      alone = not token.line[: token.start[1]].strip()
-      comments[token.start[0]] = (alone, token.string.lstrip('# ').strip())
-  return comments
 
 
 def flatten(config: ml_collections.ConfigDict, prefix: str = '') -> dict:
@@ -129,18 +66,21 @@ def reference() -> str:
   """The text of docs/config.md."""
   values = flatten(defaults.get_config())
   blocks, rows, group = [_HEAD], [], None
-  for field in fields():
-    *path, _ = field.name.split('.')
-    if path != group or field.note:
-      rows = ['| field | default | meaning |', '|---|---|---|']
+  for name, field in defaults.FIELDS.items():
+    path = name.rpartition('.')[0]
+    note = defaults.NOTES.get(name)
+    if path != group or note:
+      rows = ['| field | default | range | meaning |', '|---|---|---|---|']
       if path != group:
-        blocks.append(f'## {".".join(path) or "seed"}')
-      if field.note:
-        blocks.append(_text(field.note))
+        blocks.append(f'## {path or "seed"}')
+      if note:
+        blocks.append(_text(note))
       blocks.append(rows)
       group = path
-    default = _value(values[field.name])
-    rows.append(f'| `{field.name}` | {default} | {_text(field.text)} |')
+    rows.append(
+      f'| `{name}` | {_value(values[name])} | {_text(field.range())} | '
+      f'{_text(field.meaning)} |'
+    )
   blocks.append('## What the files of configs/ set')
   for path in sorted((ROOT / 'configs').glob('*.py')):
     summary, changed = differences(path)

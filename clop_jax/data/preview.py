@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from clop_jax import command
+from clop_jax import defaults
 from clop_jax import experiment
 from clop_jax import inputs
 from clop_jax import remote
@@ -40,6 +41,7 @@ def contact_sheet(
   """
   if count < 1:
     raise ValueError(f'--count must be at least 1, got {count}')
+  defaults.check(config)
   source = inputs.training_source(config)
   config = inputs.with_num_classes(config, source)
   labels = inputs.training_labels(config, sources.labels_of(source))
