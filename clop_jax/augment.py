@@ -78,6 +78,7 @@ def view(
   crop_probability: float = 1.0,
   crop_area: tuple[float, float] = (0.08, 1.0),
   crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
+  interpolation: str = 'bilinear',
   flip_probability: float = 0.5,
   jitter_probability: float = 0.8,
   brightness: float = 0.4,
@@ -109,6 +110,8 @@ def view(
     crop_probability: of a random crop; otherwise the whole image is resized.
     crop_area: range of the crop's share of the area.
     crop_aspect: range of the crop's width over height, drawn log-uniformly.
+    interpolation: 'bilinear' or 'bicubic' (Keys, a = -1/2, as Pillow),
+      antialiased. Nothing outside of the pixels that the crop touches is read.
     flip_probability: of a horizontal flip.
     jitter_probability: of the colour jitter as a whole.
     brightness: factor from `[1 - brightness, 1 + brightness]`; 0 is off.
@@ -156,7 +159,10 @@ def view(
   # Half a turn either way is the whole circle.
   _check_number('hue', hue, highest=0.5)
   images_lib.check_crops(
-    size=size, crop_area=crop_area, crop_aspect=crop_aspect
+    size=size,
+    crop_area=crop_area,
+    crop_aspect=crop_aspect,
+    interpolation=interpolation,
   )
   images_lib.check_range('config.augment.blur_sigma', blur_sigma)
   randaugment.check(randaugment_layers, randaugment_magnitude)
@@ -169,6 +175,7 @@ def view(
     crop_probability=crop_probability,
     area_range=crop_area,
     aspect_range=crop_aspect,
+    interpolation=interpolation,
     flip_probability=flip_probability,
   )
   if randaugment_layers:
@@ -221,7 +228,12 @@ def unit_range(images: jax.Array) -> jax.Array:
 
 
 def whole(
-  images: jax.Array, *, size: int, mean: Sequence[float], std: Sequence[float]
+  images: jax.Array,
+  *,
+  size: int,
+  mean: Sequence[float],
+  std: Sequence[float],
+  interpolation: str = 'bilinear',
 ) -> jax.Array:
   """Whole images as evaluation shows them to a network.
 
@@ -230,11 +242,13 @@ def whole(
     size: height and width of the result.
     mean: per channel.
     std: per channel.
+    interpolation: 'bilinear' or 'bicubic', antialiased.
 
   Returns:
     Float32 `[..., size, size, channels]`, normalized.
   """
-  return normalize(resize(unit_range(images), size), mean=mean, std=std)
+  images = resize(unit_range(images), size, interpolation=interpolation)
+  return normalize(images, mean=mean, std=std)
 
 
 def normalize(
@@ -261,12 +275,17 @@ def normalize(
   return (images - jnp.asarray(mean)) / jnp.asarray(std)
 
 
-def resize(images: jax.Array, size: int) -> jax.Array:
+def resize(
+  images: jax.Array, size: int, *, interpolation: str = 'bilinear'
+) -> jax.Array:
   """`[batch, height, width, channels]` to `size` x `size`, antialiased."""
   if images.shape[1:3] == (size, size):
     return images
   shape = (images.shape[0], size, size, images.shape[3])
-  return jax.image.resize(images, shape, method='linear', antialias=True)
+  method = {'bilinear': 'linear', 'bicubic': 'cubic'}[interpolation]
+  resized = jax.image.resize(images, shape, method=method, antialias=True)
+  # A cubic overshoots at edges.
+  return jnp.clip(resized, 0.0, 1.0) if method == 'cubic' else resized
 
 
 # Everything random in a view, as numbers uniform in [0, 1). They come from one
@@ -315,6 +334,7 @@ def _crop_and_flip(
   crop_probability,
   area_range,
   aspect_range,
+  interpolation,
   flip_probability,
 ):
   """A random box of the image as planes `[channels, size, size]`."""
@@ -328,16 +348,18 @@ def _crop_and_flip(
     planes = jnp.moveaxis(image, -1, 0)
     return jnp.where(flip, planes[..., ::-1], planes)
   top, left, box_height, box_width = box
-  columns = _resampling_weights(left, box_width, width, size)
+  columns = _resampling_weights(left, box_width, width, size, interpolation)
   # A third of the numbers that the picture has.
   columns = jnp.where(flip, columns[::-1], columns)
   product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-  if height <= size:
+  if height <= size and interpolation == 'bilinear':
     bands = _interpolate_rows(image, top, box_height, size)
   else:
-    rows = _resampling_weights(top, box_height, height, size)
+    rows = _resampling_weights(top, box_height, height, size, interpolation)
     bands = product('yh,hwc->ywc', rows, image)
-  return product('xw,ywc->cyx', columns, bands)
+  planes = product('xw,ywc->cyx', columns, bands)
+  # A cubic overshoots at edges.
+  return planes if interpolation == 'bilinear' else jnp.clip(planes, 0.0, 1.0)
 
 
 def _interpolate_rows(image, start, length, size):
@@ -345,26 +367,46 @@ def _interpolate_rows(image, start, length, size):
   centers = start + (jnp.arange(size) + 0.5) * (length / size) - 0.5
   above = jnp.floor(centers)
   share = (centers - above)[:, None, None]
-  last = image.shape[0] - 1
+  first, last = _touched(start, length, image.shape[0])
 
   def rows(index):
-    index = jnp.clip(index.astype(jnp.int32), 0, last)
+    index = jnp.clip(index, first, last).astype(jnp.int32)
     return image.at[index].get(mode='promise_in_bounds')
 
   return (1 - share) * rows(above) + share * rows(above + 1)
 
 
-def _resampling_weights(start, length, source, size):
+def _touched(start, length, source):
+  """First and last pixel that an interval of an axis touches, as floats."""
+  first = jnp.clip(jnp.floor(start), 0, source - 1)
+  # Rounding must not add a pixel of which a hair is touched.
+  last = jnp.clip(jnp.ceil(start + length - 1e-3) - 1, first, source - 1)
+  return first, last
+
+
+def _resampling_weights(start, length, source, size, interpolation):
   """`[size, source]` weights that resample an interval of one axis.
 
-  Linear and antialiased, as Pillow does: shrinking averages over the source's
-  pixels.
+  Antialiased, as Pillow does: shrinking averages over the source's pixels.
   """
   scale = length / size
   centers = start + (jnp.arange(size) + 0.5) * scale - 0.5
-  distances = jnp.abs(centers[:, None] - jnp.arange(source))
-  weights = jnp.maximum(1 - distances / jnp.maximum(scale, 1.0), 0.0)
+  pixels = jnp.arange(source)
+  distances = jnp.abs(centers[:, None] - pixels) / jnp.maximum(scale, 1.0)
+  if interpolation == 'bilinear':
+    weights = jnp.maximum(1 - distances, 0.0)
+  else:
+    weights = _cubic(distances)
+  first, last = _touched(start, length, source)
+  weights = jnp.where((pixels >= first) & (pixels <= last), weights, 0.0)
   return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def _cubic(x):
+  """Keys' cubic kernel with a = -1/2, of distances >= 0."""
+  near = (1.5 * x - 2.5) * x**2 + 1
+  far = ((2.5 - 0.5 * x) * x - 4) * x + 2
+  return jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
 
 
 def _random_box(draws, height, width, area_range, aspect_range):

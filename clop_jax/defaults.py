@@ -164,6 +164,13 @@ FIELDS = {
     length=2,
     ascending=True,
   ),
+  'augment.interpolation': choice(
+    'bilinear',
+    'How images and crops are resized, in training and evaluation; always '
+    'antialiased.',
+    'bilinear',
+    'bicubic',
+  ),
   'augment.flip_probability': share(
     0.0, 'Probability of a mirror image. (A mirrored digit is another one.)'
   ),
@@ -389,6 +396,12 @@ FIELDS = {
   ),
   'optimizer.trust_coefficient': real(
     0.001, 'Of lars, for kernels only.', 0, 1000, above=True
+  ),
+  'optimizer.rate_in_momentum': switch(
+    True,
+    'For lars: the learning rate multiplies a step before it enters the '
+    "momentum, as in SimCLR's code; false multiplies the momentum, as VICReg's "
+    "code, solo-learn and lightly do.",
   ),
   'optimizer.clip_norm': real(
     None,

@@ -221,6 +221,7 @@ def build(
       weight_decay=config.optimizer.weight_decay,
       trust_coefficient=config.optimizer.trust_coefficient,
       clip_norm=config.optimizer.clip_norm,
+      rate_in_momentum=config.optimizer.rate_in_momentum,
     )
     return {'tx': tx, 'schedule': schedule}
 

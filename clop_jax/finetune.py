@@ -42,6 +42,7 @@ def recipe(
   crop_area: Sequence[float],
   crop_aspect: Sequence[float],
   flip_probability: float,
+  interpolation: str = 'bilinear',
   random: bool = True,
 ) -> dict:
   """The keyword arguments of `augment.view` that fine-tuning trains with.
@@ -53,6 +54,7 @@ def recipe(
     crop_area: range of the share of the area.
     crop_aspect: range of width over height.
     flip_probability: of a horizontal flip.
+    interpolation: 'bilinear' or 'bicubic'.
     random: False takes the whole image, as evaluation does.
   """
   return {
@@ -61,6 +63,7 @@ def recipe(
     'std': std,
     'crop_area': crop_area,
     'crop_aspect': crop_aspect,
+    'interpolation': interpolation,
     'crop_probability': 1.0 if random else 0.0,
     'flip_probability': flip_probability if random else 0.0,
     'jitter_probability': 0.0,
@@ -222,7 +225,11 @@ class Trainer:
     @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
     def apply(state, images):
       x = augment.whole(
-        images, size=recipe['size'], mean=recipe['mean'], std=recipe['std']
+        images,
+        size=recipe['size'],
+        mean=recipe['mean'],
+        std=recipe['std'],
+        interpolation=recipe['interpolation'],
       )
       variables = {
         'params': state['params']['backbone'],

@@ -195,12 +195,14 @@ def training_reader(
       'size': augment.size,
       'crop_area': augment.crop_area,
       'crop_aspect': augment.crop_aspect,
+      'interpolation': augment.interpolation,
     }
   return reader_lib.Reader(
     training,
     labels,
     channels=data.channels,
     size=data.image_size,
+    interpolation=augment.interpolation,
     crops=crops,
     seed=config.seed,
     skip_corrupt=data.skip_corrupt,
@@ -232,6 +234,7 @@ def evaluation_reader(
     'channels': data.channels,
     'size': size,
     'share': share,
+    'interpolation': config.augment.interpolation,
     'skip_corrupt': data.skip_corrupt,
   }
   return reader_lib.Reader(evaluated, labels, **arguments | changes)

@@ -174,7 +174,8 @@ def nt_xent_loss(
              {\sum_{b \ne a} \exp(\cos(z_a, z_b) / \tau)}
 
   over all `V B` embeddings `a`; `P(a)` are the other views of the same example.
-  With two views it is the published loss.
+  With two views it is the published loss. With more, the positives' logarithms
+  are averaged, as in SupCon's `L_out`.
 
   Args:
     embeddings: `[views, batch, dim]` with at least two views, floating.
@@ -231,8 +232,9 @@ def supcon_loss(
     L_{in} = \frac{1}{|A|} \sum_{a \in A} -\log \frac{1}{|P(a)|}
       \sum_{p \in P(a)} \frac{\exp(s_{ap})}{\sum_{b \ne a} \exp(s_{ab})}
 
-  with `s = cos / temperature`. `P(a)` are the other views of the same example
-  and, if it is labelled, all views of the examples with its label. `A` are the
+  with `s = cos / temperature`. (The code SupContrast multiplies the loss by
+  `temperature / 0.07`.) `P(a)` are the other views of the same example and, if
+  it is labelled, all views of the examples with its label. `A` are the
   embeddings with a positive: one without adds nothing. With all labels unique,
   or all -1, both forms equal `nt_xent_loss` at two views.
 
@@ -382,6 +384,8 @@ def vicreg_loss(
 
   with the unbiased (n - 1) variance and covariance. As in the paper's
   algorithm 1, `s` is also a mean over the dimensions (equation 5 sums them).
+  The authors' code and lightly take half of the variance term: their weights
+  25, 25, 1 are 25, 12.5, 1 here.
   With more than two views it is the mean over the pairs of views.
 
   Args:
@@ -456,7 +460,7 @@ def barlow_twins_loss(
   where each column of `Z` is standardized over the batch: mean 0 and divided by
   `sqrt(variance + 1e-5)`, as batch normalization does, so that a dead dimension
   has correlation 0 and a finite gradient. With more than two views it is the
-  mean over the pairs of views.
+  mean over the pairs of views. (solo-learn multiplies the loss by 0.025.)
 
   Args:
     embeddings: `[views, batch, dim]`, floating, at least two views and (over

@@ -1,6 +1,7 @@
 """Learning-rate schedule, masks, and the Optax chain that a config names."""
 
 from collections.abc import Callable
+import functools
 
 import jax
 from jax import lax
@@ -97,6 +98,7 @@ def create(
   weight_decay: float = 0.0,
   trust_coefficient: float = 0.001,
   clip_norm: float | None = None,
+  rate_in_momentum: bool = True,
 ) -> optax.GradientTransformation:
   """The optimizer of that name, as an Optax chain.
 
@@ -111,6 +113,11 @@ def create(
       for the others.
     trust_coefficient: of 'lars', on kernels only.
     clip_norm: clip the gradient to this global norm first; None does not.
+    rate_in_momentum: For 'lars': True multiplies a step by the learning rate
+      before it enters the momentum, as SimCLR's code and the paper do. False
+      multiplies the momentum by the learning rate, as the LARS of VICReg,
+      solo-learn and lightly do. While the learning rate changes, the two move
+      the parameters differently.
 
   Returns:
     An Optax gradient transformation.
@@ -130,9 +137,10 @@ def create(
     raise ValueError(f'clip_norm must be None or above 0, got {clip_norm}')
 
   def chain(transforms):
-    tx = _OPTIMIZERS[name](
-      transforms, schedule, momentum, weight_decay, trust_coefficient
-    )
+    make = _OPTIMIZERS[name]
+    if name == 'lars':
+      make = functools.partial(make, rate_in_momentum=rate_in_momentum)
+    tx = make(transforms, schedule, momentum, weight_decay, trust_coefficient)
     if clip_norm is None:
       return tx
     return optax.chain(transforms.clip_by_global_norm(clip_norm), tx)
@@ -209,13 +217,23 @@ def global_norms(*trees) -> list[jax.Array]:
 # gpu_updates.
 
 
-def _lars(transforms, schedule, momentum, weight_decay, trust_coefficient):
+def _lars(
+  transforms,
+  schedule,
+  momentum,
+  weight_decay,
+  trust_coefficient,
+  rate_in_momentum,
+):
   scale = transforms.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
+  last = [
+    transforms.scale_by_learning_rate(schedule),
+    optax.trace(decay=momentum),
+  ]
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=kernel_mask),
     optax.masked(scale, kernel_mask),
-    transforms.scale_by_learning_rate(schedule),
-    optax.trace(decay=momentum),
+    *(last if rate_in_momentum else reversed(last)),
   )
 
 

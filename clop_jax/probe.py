@@ -311,11 +311,16 @@ def _nearest(bank, bank_labels, x, ks, num_classes, temperature):
   nearest, index = lax.optimization_barrier(lax.top_k(cosines, max(ks)))
   # Relative to the nearest one: exp(1 / T) need not fit a float.
   votes = jnp.exp((nearest - nearest[:, :1]) / temperature)
-  classes = jax.nn.one_hot(bank_labels[index], num_classes)
-  weighted = votes[..., None] * classes
-  return jnp.stack(
-    [jnp.argmax(jnp.sum(weighted[:, :k], axis=1), axis=-1) for k in ks]
-  )
+  voters = jnp.arange(len(votes), dtype=index.dtype)[:, None]
+  classes = bank_labels[index]
+
+  def predict(k):
+    # Summed where they belong: one-hot votes would take `k` times the memory.
+    totals = jnp.zeros((len(votes), num_classes), votes.dtype)
+    totals = totals.at[voters, classes[:, :k]].add(votes[:, :k])
+    return jnp.argmax(totals, axis=-1)
+
+  return jnp.stack([predict(k) for k in ks])
 
 
 def _unit(x):

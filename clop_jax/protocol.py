@@ -318,6 +318,7 @@ class FineTuning:
         crop_area=augment.crop_area,
         crop_aspect=augment.crop_aspect,
         flip_probability=augment.flip_probability,
+        interpolation=augment.interpolation,
         random=fields.finetune_augment,
       ),
       bn_scope=config.model.bn_scope,

@@ -146,7 +146,11 @@ def frozen(
   def apply(variables, images):
     _check_images(images, channels)
     x = augment.whole(
-      images, size=recipe.size, mean=recipe.mean, std=recipe.std
+      images,
+      size=recipe.size,
+      mean=recipe.mean,
+      std=recipe.std,
+      interpolation=recipe.interpolation,
     )
     features, embeddings, _ = train_state.apply_networks(
       experiment.backbone,

@@ -37,6 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.mean = (0.485, 0.456, 0.406)
   config.augment.std = (0.229, 0.224, 0.225)
   config.augment.crop_area = (0.08, 1.0)
+  config.augment.interpolation = 'bicubic'
   config.augment.flip_probability = 0.5
   config.augment.brightness = 0.8
   config.augment.contrast = 0.8

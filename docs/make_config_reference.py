@@ -95,7 +95,9 @@ def _value(value):
   if isinstance(value, ml_collections.ConfigDict):
     value = value.to_dict()
   if isinstance(value, tuple):
-    value = tuple(round(x, 4) if isinstance(x, float) else x for x in value)
+    value = tuple(
+      float(f'{x:.4g}') if isinstance(x, float) else x for x in value
+    )
   return f'`{value!r}`'
 
 

@@ -406,16 +406,18 @@ def test_crop_boxes_have_the_distribution_of_the_host_s(height, width):
     assert test.pvalue > 1e-3
 
 
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
 @pytest.mark.parametrize('size', [6, 24])
-def test_whole_image_is_resized_as_pillow_does(size):
+def test_whole_image_is_resized_as_pillow_does(size, interpolation):
   image = pictures(1, 24, 18)[0]
-  expected = unit(
-    Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)
-  )
-  recipe = {**PLAIN, 'size': size}
+  filter_ = Image.Resampling[interpolation.upper()]
+  expected = unit(Image.fromarray(image).resize((size, size), filter_))
+  recipe = {**PLAIN, 'size': size, 'interpolation': interpolation}
   got = view(image, recipe)
   np.testing.assert_allclose(got, expected, atol=2 / 255)
-  resized = augment.resize(jnp.asarray(unit(image))[None], size)
+  resized = augment.resize(
+    jnp.asarray(unit(image))[None], size, interpolation=interpolation
+  )
   np.testing.assert_allclose(resized[0], expected, atol=2 / 255)
 
 
@@ -433,6 +435,39 @@ def test_crop_shows_the_box_it_drew(monkeypatch):
   got = view(image, recipe)
   expected = unit(image)[3 : 3 + SIZE, 2 : 2 + SIZE]
   np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
+@pytest.mark.parametrize('size', [4, 12, 40])
+def test_crop_shows_nothing_of_what_is_beside_it(
+  size, interpolation, monkeypatch
+):
+  top, left, height, width = 3.25, 4.5, 20.25, 15.5
+  image = np.full((40, 32, 3), 255, np.uint8)
+  image[3:24, 4:20] = 100  # what the box touches
+  monkeypatch.setattr(
+    augment, '_random_box', lambda *_: jnp.array([top, left, height, width])
+  )
+  monkeypatch.setattr(
+    images, '_random_box', lambda *_: (top, left, height, width)
+  )
+  recipe = {
+    **PLAIN,
+    'size': size,
+    'crop_probability': 1.0,
+    'interpolation': interpolation,
+  }
+  np.testing.assert_allclose(view(image, recipe), 100 / 255, atol=1e-5)
+  crops = images.random_crops(
+    image,
+    size,
+    count=1,
+    crop_area=(0.1, 1.0),
+    crop_aspect=(0.5, 2.0),
+    rng=np.random.default_rng(0),
+    interpolation=interpolation,
+  )
+  assert (crops == 100).all()
 
 
 @pytest.mark.parametrize('size', [SIZE, 48])

@@ -149,8 +149,22 @@ class Tree:
 def _folders(root):
   with os.scandir(root) as entries:
     return sorted(
-      e.name for e in entries if e.is_dir() and not e.name.startswith('.')
+      e.name for e in entries if not e.name.startswith('.') and _is_folder(e)
     )
+
+
+def _is_folder(entry):
+  try:
+    return entry.is_dir()
+  except OSError:  # a link to itself
+    return False
+
+
+def _is_file(entry):
+  try:
+    return entry.is_file()
+  except OSError:
+    return False
 
 
 def _images(root):
@@ -159,9 +173,9 @@ def _images(root):
   paths, left_out = [], []
   with os.scandir(root) as entries:
     for entry in entries:
-      if entry.name.startswith('.') or entry.is_dir():
+      if entry.name.startswith('.') or _is_folder(entry):
         continue
-      if not entry.is_file():
+      if not _is_file(entry):
         left_out.append((entry.path, 'broken links or special files'))
       elif os.path.splitext(entry.name)[1].lower() in known:
         paths.append(entry.path)

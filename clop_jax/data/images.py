@@ -9,14 +9,22 @@ import contextlib
 import io
 import math
 import numbers
+import sys
 
 import numpy as np
 from PIL import Image
 from PIL import ImageOps
 
 
+_noted = set()  # not empty once this process has said it
+
+
 class CorruptImageError(ValueError):
   """An image that cannot be decoded; the message names it."""
+
+
+class LargeImageError(ValueError):
+  """An intact image that is too large to be decoded; the message names it."""
 
 
 def decode(data: bytes | str, name: str) -> Image.Image:
@@ -28,20 +36,27 @@ def decode(data: bytes | str, name: str) -> Image.Image:
 
   Returns:
     The image in Pillow's mode 'L' (grey) or 'RGB', turned upright where its
-    EXIF orientation says that it was stored otherwise. Transparency is dropped;
-    16 bits become 8.
+    EXIF orientation says that it was stored otherwise. Transparency is dropped.
+    Of 16 bits the upper 8 remain; a note says so once if the image leaves the
+    uppermost ones unused, as 12-bit cameras do.
 
   Raises:
     CorruptImageError: if it cannot be decoded.
+    LargeImageError: If it has more pixels than Pillow decodes.
   """
   try:
     file = data if isinstance(data, str) else io.BytesIO(data)
     with Image.open(file) as image:
       image.load()
       _turn_upright(image)
-      return _grey_or_rgb(image)
+      return _grey_or_rgb(image, name)
   except FileNotFoundError:
     raise
+  except Image.DecompressionBombError as error:
+    raise LargeImageError(
+      f'{name} is too large ({error}); make it smaller, or raise '
+      'PIL.Image.MAX_IMAGE_PIXELS where training is called from Python'
+    ) from error
   # Pillow's plugins raise almost anything on a damaged file.
   except Exception as error:
     raise CorruptImageError(
@@ -58,18 +73,44 @@ def _turn_upright(image):
     ImageOps.exif_transpose(image, in_place=True)
 
 
-def _grey_or_rgb(image):
+def _grey_or_rgb(image, name):
   if image.mode in ('L', 'RGB'):
     return image
-  # Pillow before 11 gives the 16 bits of a PNG mode 'I'.
-  if image.mode.startswith('I;16') or (image.mode, image.format) == (
-    'I',
-    'PNG',
+  # Pillow gives the 16 bits of a PGM mode 'I', before version 11 also of a PNG.
+  if image.mode.startswith('I;16') or (
+    image.mode == 'I' and image.format in ('PNG', 'PPM')
   ):
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    values = np.asarray(image)
+    highest = _highest_value(image) or 65535
+    if highest == 65535 and 255 < values.max(initial=0) < 4096:
+      _note_narrow(name, values.max())
+    # As the upper 8 bits for 65535.
+    scaled = values.astype(np.uint32) * 256 // (highest + 1)
+    return Image.fromarray(np.minimum(scaled, 255).astype(np.uint8))
   if image.mode in ('I', 'F'):
     raise ValueError(f'pixels of mode {image.mode!r} have no known range')
   return image.convert('L' if is_grey(image) else 'RGB')
+
+
+def _highest_value(image):
+  """What a TIFF says that its largest value can be, or None."""
+  tags = getattr(image, 'tag_v2', {})
+  bits = 281  # MaxSampleValue
+  value = tags.get(bits)
+  value = value[0] if isinstance(value, tuple) else value
+  return value if isinstance(value, int) and 255 < value < 65535 else None
+
+
+def _note_narrow(name, largest):
+  if not _noted:
+    _noted.add(name)
+    print(
+      f'note: {name} has 16 bits, but no value above {largest}: its grey '
+      f'values become {largest // 256 + 1} of 256. If that holds for all '
+      'images, as of a 12-bit camera, scale them to the range 0 to 65535',
+      file=sys.stderr,
+      flush=True,
+    )
 
 
 def is_grey(image: np.ndarray | Image.Image) -> bool:
@@ -110,7 +151,7 @@ def to_channels(
   """
   if isinstance(image, Image.Image):
     try:
-      image = pillow = _grey_or_rgb(image)
+      image = pillow = _grey_or_rgb(image, name)
     except ValueError as error:
       raise ValueError(f"{name}: {error}; convert it to 'L' or 'RGB'") from None
     found = len(pillow.getbands())
@@ -133,10 +174,23 @@ def to_channels(
     if isinstance(image, Image.Image):
       return image.convert('RGB')
     return np.repeat(image, channels, axis=-1)
+  if found == 3:
+    advice = (
+      'set config.data.channels=3, with three numbers in config.augment.mean '
+      'and std, or make the images grey'
+    )
+  elif not isinstance(image, Image.Image) and image.shape[0] in (1, 3):
+    advice = (
+      'the channels seem to come first; move them: np.moveaxis(image, 0, -1)'
+    )
+  elif found == 4:
+    advice = 'leave the transparency out: image[..., :3]'
+  else:
+    advice = 'the last axis must have 1 or 3 channels'
   raise ValueError(
-    f'{name}: the image has {found} channels, expected '
-    f'config.data.channels={channels}; set it to {found} (1 and 3 '
-    'are possible), and config.augment.mean and std likewise'
+    f'{name}: the image has {found} channels (shape '
+    f'{(height, width, found)}), expected config.data.channels={channels}; '
+    f'{advice}'
   )
 
 
@@ -153,9 +207,15 @@ def as_array(image: np.ndarray | Image.Image) -> np.ndarray:
 
 
 def center_crop(
-  image: np.ndarray | Image.Image, size: int, *, share: float = 1.0
+  image: np.ndarray | Image.Image,
+  size: int,
+  *,
+  share: float = 1.0,
+  interpolation: str = 'bilinear',
 ) -> np.ndarray:
   """The middle square, `share` of the shorter side wide, at `size` x `size`.
+
+  Antialiased. `interpolation` is 'bilinear' or 'bicubic'.
 
   Returns:
     `[size, size, channels]` uint8.
@@ -165,11 +225,15 @@ def center_crop(
   if picture.size == (size, size) and share == 1:
     return as_array(image)
   top, left = (picture.height - side) / 2, (picture.width - side) / 2
-  return _resize(picture, size, (top, left, side, side))
+  return _resize(picture, size, (top, left, side, side), interpolation)
 
 
 def check_crops(
-  *, size: int, crop_area: Sequence[float], crop_aspect: Sequence[float]
+  *,
+  size: int,
+  crop_area: Sequence[float],
+  crop_aspect: Sequence[float],
+  interpolation: str = 'bilinear',
 ) -> None:
   """Checks what `random_crops` and `augment.view` crop by.
 
@@ -179,6 +243,11 @@ def check_crops(
   check_size('config.augment.size', size)
   check_range('config.augment.crop_area', crop_area, highest=1)
   check_range('config.augment.crop_aspect', crop_aspect)
+  if interpolation not in INTERPOLATIONS:
+    raise ValueError(
+      f'config.augment.interpolation must be one of {list(INTERPOLATIONS)}, '
+      f'got {interpolation!r}'
+    )
 
 
 def check_size(name: str, size: int) -> None:
@@ -215,6 +284,7 @@ def random_crops(
   crop_area: Sequence[float],
   crop_aspect: Sequence[float],
   rng: np.random.Generator,
+  interpolation: str = 'bilinear',
 ) -> np.ndarray:
   """Random resized crops, as `augment.view` makes them on the device.
 
@@ -227,6 +297,7 @@ def random_crops(
     crop_area: range of the share of the area.
     crop_aspect: range of width over height, drawn log-uniformly.
     rng: source of randomness.
+    interpolation: 'bilinear' or 'bicubic', antialiased.
 
   Returns:
     `[count, size, size, channels]` uint8.
@@ -236,7 +307,9 @@ def random_crops(
     _random_box(picture.height, picture.width, crop_area, crop_aspect, rng)
     for _ in range(count)
   ]
-  return np.stack([_resize(picture, size, box) for box in boxes])
+  return np.stack(
+    [_resize(picture, size, box, interpolation) for box in boxes]
+  )
 
 
 def _random_box(height, width, area_range, aspect_range, rng):
@@ -265,15 +338,33 @@ def _as_picture(image):
   return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def _resize(picture, size, box):
+_FILTERS = {
+  'bilinear': Image.Resampling.BILINEAR,
+  'bicubic': Image.Resampling.BICUBIC,
+}
+INTERPOLATIONS = tuple(_FILTERS)
+
+
+def _resize(picture, size, box, interpolation):
   top, left, height, width = box
   # Rounding must not put the box a hair outside, which Pillow refuses.
+  left, top = max(left, 0.0), max(top, 0.0)
   right = min(left + width, picture.width)
   bottom = min(top + height, picture.height)
+  # The filter is wider than the box: without a crop it would mix in what is
+  # beside it.
+  outer = (
+    math.floor(left),
+    math.floor(top),
+    math.ceil(right),
+    math.ceil(bottom),
+  )
+  if outer != (0, 0, *picture.size):
+    picture = picture.crop(outer)
   resized = picture.resize(
     (size, size),
-    Image.Resampling.BILINEAR,
-    box=(max(left, 0.0), max(top, 0.0), right, bottom),
+    _FILTERS[interpolation],
+    box=(left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]),
   )
   return as_array(resized)
 

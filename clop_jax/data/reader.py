@@ -32,6 +32,7 @@ class Reader:
     channels: int,
     size: int | None = None,
     share: float = 1.0,
+    interpolation: str = 'bilinear',
     crops: dict | None = None,
     seed: int = 0,
     skip_corrupt: bool = False,
@@ -48,6 +49,7 @@ class Reader:
       size: the middle square of each image is brought to `size` x `size`; None
         takes the images as they are, all of one shape.
       share: of the shorter side that the middle square is wide.
+      interpolation: 'bilinear' or 'bicubic', for the middle square.
       crops: arguments of `images.random_crops`; instead of the middle square,
         two crops that depend on the seed, the step and the example.
       seed: of the crops.
@@ -73,6 +75,7 @@ class Reader:
     self.labels = np.asarray(labels, np.int32)
     self._source, self._channels = source, channels
     self._size, self._share = size, share
+    self._interpolation = interpolation
     self._crops, self._seed = crops, seed
     # A copy of it goes to the workers.
     self._skip_corrupt, self._reported = skip_corrupt, _reported
@@ -112,7 +115,12 @@ class Reader:
   def _fitted(self, index):
     image, position = self._read(index)
     if self._size is not None:
-      image = images.center_crop(image, self._size, share=self._share)
+      image = images.center_crop(
+        image,
+        self._size,
+        share=self._share,
+        interpolation=self._interpolation,
+      )
     else:
       image = images.as_array(image)
     if self.shape and image.shape != self.shape:
