@@ -65,8 +65,9 @@ def number(
   above: float | None = None,
   at_least: float | None = None,
   at_most: float | None = None,
+  dtype=jnp.float32,
 ) -> float | jax.Array:
-  """Returns a finite number: a Python float, or a traced float32 scalar.
+  """Returns a finite number: a Python float, or a traced scalar of a dtype.
 
   Args:
     name: Name of the argument, for the error.
@@ -74,6 +75,7 @@ def number(
     above: Bound that the number must exceed, unless it is traced.
     at_least: Lowest number allowed, unless it is traced.
     at_most: Highest number allowed, unless it is traced.
+    dtype: Type of a traced number.
 
   Raises:
     ValueError: If the value is none, or out of range.
@@ -83,7 +85,7 @@ def number(
       raise ValueError(
         f'{name} must be a number, got {value.dtype}{list(value.shape)}'
       )
-    return value.astype(jnp.float32)
+    return value.astype(dtype)
   expected = ' and '.join(
     f'{word} {bound:g}'
     for word, bound in (
@@ -170,7 +172,7 @@ def labels(
         f'{name} must be below the number of classes, {num_classes}, got '
         f'{known[position]} at index {where}'
       )
-    return jnp.asarray(np.maximum(known, -1).astype(np.int32))
+    return jnp.asarray(np.where(known < 0, -1, known).astype(np.int32))
   # Saturated: a plain conversion would make another class of a large label.
   info = jnp.iinfo(dtype)
   x = value

@@ -610,7 +610,7 @@ def principal_angles(
     sigma = jnp.pad(sigma[:subspace_dim], (0, missing))
     vt = jnp.pad(vt[:subspace_dim], ((0, missing), (0, 0)))
     exists = sigma > _RANK_TOLERANCE * sigma[0]
-    return jnp.where(exists[None], vt.T, 0.0), jnp.sum(exists)
+    return jnp.where(exists[None], vt.T, 0.0), jnp.sum(exists, dtype=jnp.int32)
 
   numbers = jnp.arange(num_classes, dtype=jnp.int32)
   bases, ranks = lax.map(basis, numbers)
@@ -633,7 +633,7 @@ def principal_angles(
     lambda a: jax.vmap(lambda b, rank: angles(a, b, rank))(bases, ranks), bases
   )
   smaller = jnp.minimum(ranks[:, None], ranks[None, :])
-  exists = order[None, None].astype(smaller.dtype) < smaller[..., None]
+  exists = order[None, None] < smaller[..., None]
   return jnp.where(exists, found, jnp.nan)
 
 

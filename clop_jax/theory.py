@@ -36,6 +36,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from clop_jax import arguments
+
 _PRECISION = lax.Precision.HIGHEST
 
 
@@ -77,6 +79,7 @@ def cosine_distance(
     CLOP, arXiv 2403.18699, the loss of one labelled embedding.
   """
   cosines = jnp.matmul(prototypes, embedding, precision=_PRECISION)
+  repulsion = arguments.number('repulsion', repulsion, dtype=cosines.dtype)
   others = jnp.sum(cosines) - cosines[label]
   return 1 - cosines[label] + repulsion / (cosines.size - 1) * others
 
@@ -112,7 +115,10 @@ def softmax_distance(
   Reference:
     NormFace, arXiv 1704.06369, section 3.3, with fixed prototypes.
   """
-  logits = jnp.matmul(prototypes, embedding, precision=_PRECISION) / temperature
+  cosines = jnp.matmul(prototypes, embedding, precision=_PRECISION)
+  logits = cosines / arguments.number(
+    'temperature', temperature, above=0, dtype=cosines.dtype
+  )
   return jax.nn.logsumexp(logits) - logits[label]
 
 

@@ -14,6 +14,11 @@ def cosine(a, b):
   return float(a @ b) / lengths if lengths else 0.0
 
 
+def unit(a):
+  length = math.sqrt(float(a @ a))
+  return a / length if length else a
+
+
 def clop(
   z,
   labels,
@@ -38,9 +43,9 @@ def clop(
         exponentials = [math.exp(c / temperature) for c in cosines]
         value = -math.log(exponentials[label] / sum(exponentials))
       elif distance == 'euclidean':
-        value = math.sqrt(sum((embedding - prototype) ** 2))
+        value = math.sqrt(sum((unit(embedding) - prototype) ** 2))
       else:
-        value = sum(abs(embedding - prototype))
+        value = sum(abs(unit(embedding) - prototype))
       total += weight * value
       weight_sum += weight
   return total / weight_sum if weight_sum else 0.0
