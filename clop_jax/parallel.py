@@ -277,7 +277,7 @@ def by_main(work: Callable[[], None]) -> None:
     except (ValueError, OSError) as caught:
       error = caught
   if not all_agree(error is None):
-    raise error or ValueError('process 0 could not begin; it says why')
+    raise error or ValueError('process 0 has failed; see its message')
 
 
 def from_main(tree):

@@ -898,7 +898,7 @@ def jobset_flags():
 @functools.cache
 def defined_flags():
   """Flags that the commands define."""
-  pattern = r"DEFINE_\w+\(\s*'(\w+)'"
+  pattern = r"DEFINE(?:_\w+)?\(\s*(?:command\.PATH,\s*)?'(\w+)'"
   return {
     name
     for path in (small.ROOT / 'clop_jax').glob('*.py')

@@ -3,6 +3,7 @@ import html.parser
 import io
 import json
 import pathlib
+import re
 
 import numpy as np
 from PIL import Image
@@ -252,10 +253,8 @@ def test_json_that_is_no_object_is_left_out_and_said(tmp_path):
   page = page_of(tmp_path)
   assert len(page.images) == 5
   left_out = page.text.split('Left out')[1]
-  reason = 'cannot be read (ValueError: must be a JSON object, got'
-  assert f'eval.json of cell c0: {reason} [1, 2])' in left_out
-  assert 'metrics.jsonl of cell' in left_out
-  assert f'{reason} null)' in left_out
+  assert re.search(r'eval\.json of cell c0: .*JSON object.*\[1, 2\]', left_out)
+  assert re.search(r'metrics\.jsonl of cell.*line 2.*None', left_out)
   # What comes before such a line is kept.
   study = results.read_study(str(tmp_path))
   assert study.curves(study.cells[1], ['loss'])['loss'].tolist() == [2.0]
