@@ -6,14 +6,44 @@ known: a traced array has none yet. What passes can be used under
 is float32 also under `jax_enable_x64`.
 """
 
+import contextlib
+import functools
 import math
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 _INT32 = np.iinfo(np.int32)
+
+
+def in_default_modes(function, *, x64: bool | None = None):
+  """Runs a function in JAX's default promotion modes, whatever the caller has.
+
+  For long functions, where explicit ranks and types in every line would hide
+  what the line computes.
+
+  Args:
+    function: Function of arrays.
+    x64: False makes it compute in 32 bits under `jax_enable_x64`, too; None
+      leaves that mode to the caller.
+
+  Returns:
+    The function.
+  """
+
+  @functools.wraps(function)
+  def wrapped(*arguments, **keywords):
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(jax.numpy_rank_promotion('allow'))
+      stack.enter_context(jax.numpy_dtype_promotion('standard'))
+      if x64 is not None and jax.config.jax_enable_x64 != x64:
+        stack.enter_context(jax.enable_x64(x64))
+      return function(*arguments, **keywords)
+
+  return wrapped
 
 
 def array(name: str, value) -> jax.Array:
@@ -66,7 +96,7 @@ def number(
   at_least: float | None = None,
   at_most: float | None = None,
   dtype=jnp.float32,
-) -> float | jax.Array:
+) -> Any:
   """Returns a finite number: a Python float, or a traced scalar of a dtype.
 
   Args:

@@ -19,10 +19,14 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from clop_jax import arguments
 from clop_jax import randaugment
 from clop_jax.data import images as images_lib
 
+_in_32_bits = functools.partial(arguments.in_default_modes, x64=False)
 
+
+@_in_32_bits
 def example_keys(
   key: jax.Array, step: jax.Array, index: jax.Array
 ) -> jax.Array:
@@ -40,6 +44,7 @@ def example_keys(
   return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
 
 
+@_in_32_bits
 def two_views(keys: jax.Array, images: jax.Array, **recipe) -> jax.Array:
   """Two independent views of each image.
 
@@ -68,6 +73,7 @@ def two_views(keys: jax.Array, images: jax.Array, **recipe) -> jax.Array:
   return jax.vmap(jax.vmap(make), in_axes=(1, of_view))(both, images)
 
 
+@_in_32_bits
 def view(
   key: jax.Array,
   image: jax.Array,
@@ -216,6 +222,7 @@ def _check_number(name, value, highest=None):
     raise ValueError(f'config.augment.{name} must be {expected}, got {value!r}')
 
 
+@_in_32_bits
 def unit_range(images: jax.Array) -> jax.Array:
   """uint8 images of any shape to float32 in [0, 1].
 
@@ -227,6 +234,7 @@ def unit_range(images: jax.Array) -> jax.Array:
   return images.astype(jnp.float32) / 255
 
 
+@_in_32_bits
 def whole(
   images: jax.Array,
   *,
@@ -251,6 +259,7 @@ def whole(
   return normalize(images, mean=mean, std=std)
 
 
+@_in_32_bits
 def normalize(
   images: jax.Array, *, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
@@ -275,6 +284,7 @@ def normalize(
   return (images - jnp.asarray(mean)) / jnp.asarray(std)
 
 
+@_in_32_bits
 def resize(
   images: jax.Array, size: int, *, interpolation: str = 'bilinear'
 ) -> jax.Array:

@@ -15,12 +15,12 @@ and gets the measure of all of them, as with the losses. Nothing larger than
 `[dim, dim]` is reduced, and the embeddings stay where they are.
 """
 
+import itertools
 import math
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-import numpy as np
 
 from clop_jax import arguments
 from clop_jax import linalg
@@ -371,7 +371,8 @@ def alignment(views: jax.Array, *, alpha: float = 2.0) -> jax.Array:
       'views must have shape [views, batch, dim] with at least two views, got '
       f'{views.shape}'
     )
-  first, second = np.triu_indices(views.shape[0], k=1)
+  pairs = itertools.combinations(range(views.shape[0]), 2)
+  first, second = (jnp.array(x) for x in zip(*pairs, strict=True))
   difference = _difference_of_directions(views[first], views[second])
   squared = jnp.sum(difference**2, axis=-1)
   return jnp.mean(squared ** (alpha / 2))

@@ -248,6 +248,8 @@ def _parse(argv):
   if {'-h', '-help', '--help'} & {*argv[1:]}:
     _print_help()
     sys.exit(0)
+  # ml_collections warns of what becomes an error below.
+  logging.set_verbosity(logging.FATAL)
   argv = [_packaged(_expanded(argument)) for argument in argv]
   for argument in argv:
     path = re.match(r'--?config=([^:]*)', argument)

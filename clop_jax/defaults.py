@@ -7,13 +7,10 @@ nothing else gives a field a default. The defaults train on `digits`.
 import ml_collections
 
 from clop_jax import fields
-from clop_jax.fields import choice
-from clop_jax.fields import real
-from clop_jax.fields import reals
-from clop_jax.fields import share
-from clop_jax.fields import switch
-from clop_jax.fields import text
-from clop_jax.fields import whole
+
+choice, switch, text = fields.choice, fields.switch, fields.text
+real, reals, share = fields.real, fields.reals, fields.share
+whole = fields.whole
 
 # No run has more of anything; a slip of the finger does.
 _MANY = 10**9
@@ -401,7 +398,7 @@ FIELDS = {
     True,
     'For lars: the learning rate multiplies a step before it enters the '
     "momentum, as in SimCLR's code; false multiplies the momentum, as VICReg's "
-    "code, solo-learn and lightly do.",
+    'code, solo-learn and lightly do.',
   ),
   'optimizer.clip_norm': real(
     None,
@@ -555,8 +552,16 @@ def get_config() -> ml_collections.ConfigDict:
       if part not in group:
         group[part] = ml_collections.ConfigDict()
       group = group[part]
-    group[last] = field.value()
+    group[last] = _value(field)
   return config
+
+
+def _value(field):
+  if field.kind is dict:
+    return ml_collections.ConfigDict()
+  if field.default is None:
+    return ml_collections.config_dict.placeholder(field.kind)
+  return field.default
 
 
 def check(config: ml_collections.ConfigDict) -> None:

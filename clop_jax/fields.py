@@ -4,12 +4,12 @@ The check of a config, its error messages, `--help` and docs/config.md all come
 from the declarations in `defaults`.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import difflib
 import math
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 
@@ -18,7 +18,7 @@ class Field:
   """A field of a config.
 
   Attributes:
-    default: Default value. A group of free options has a ConfigDict.
+    default: Default value.
     meaning: What it does, as documentation has it.
     kind: Type of the value, or of each number of a list.
     unit: Unit of a number, as 'px'; '' for none.
@@ -48,14 +48,6 @@ class Field:
   optional: bool = False
   may_be_empty: bool = False
   is_path: bool = False
-
-  def value(self) -> Any:
-    """Returns a new value for a config: the default, or a placeholder."""
-    if self.kind is dict:
-      return ml_collections.ConfigDict()
-    if self.default is None:
-      return ml_collections.config_dict.placeholder(self.kind)
-    return self.default
 
   def range(self) -> str:
     """Returns the range as documentation has it, '' if there is none."""
@@ -227,7 +219,7 @@ def switch(default: bool, meaning: str) -> Field:
 
 
 def check(
-  config: ml_collections.ConfigDict | dict,
+  config: Mapping,
   fields: dict[str, Field],
   *,
   where: str = 'config.',
@@ -270,7 +262,7 @@ def check(
 
 
 def flat(
-  config: ml_collections.ConfigDict | dict,
+  config: Mapping,
   fields: dict[str, Field],
   prefix: str = '',
 ) -> dict[str, Any]:

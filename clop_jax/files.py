@@ -177,11 +177,39 @@ def read_npz(
   data = epath.Path(path).read_bytes()
   try:
     with np.load(io.BytesIO(data)) as archive:
+      check_unpacked(archive)
       return {name: archive[name] for name in names}
   except Exception as error:
     # zipfile, zlib and NumPy raise a dozen kinds, depending on the place of the
     # damage. The file has been read, so none of them is the system's.
     raise _damaged(path, 'an npz file', error, fix) from error
+
+
+def check_unpacked(archive: np.lib.npyio.NpzFile) -> None:
+  """Checks that the arrays of an npz file fit the memory, before any is read.
+
+  A few megabytes of a zip file can unpack to any size.
+
+  Raises:
+    ValueError: If they do not fit.
+  """
+  assert archive.zip is not None
+  size = sum(member.file_size for member in archive.zip.infolist())
+  free = available_memory()
+  if size > free:
+    raise ValueError(
+      f'it unpacks to {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of '
+      'memory are free'
+    )
+
+
+def available_memory() -> int:
+  """Returns how many bytes of this machine's memory are free."""
+  with contextlib.suppress(OSError, ValueError, StopIteration):
+    with open('/proc/meminfo') as file:
+      line = next(x for x in file if x.startswith('MemAvailable:'))
+    return int(line.split()[1]) * 1024
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def _damaged(where, expected, error, fix):

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
+from clop_jax import defaults
 from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
 from clop_jax.data import reader as reader_lib
@@ -151,6 +152,12 @@ def with_num_classes(
       'config.data.num_classes must be the number of classes: it is '
       f'{config.data.num_classes} and the source does not say (2 will do where '
       'nothing is labelled)'
+    )
+  field = defaults.FIELDS['data.num_classes']
+  if not field.accepts(int(num_classes)):
+    raise ValueError(
+      f'config.data.num_classes must be {field.range()}, but the source has a '
+      f'label {num_classes - 1}; number its classes from 0'
     )
   config = ml_collections.ConfigDict(config.to_dict())
   config.data.num_classes = int(num_classes)

@@ -325,7 +325,8 @@ def _complete(subject, found):
   config, labels = subject.config, subject.labels
   test_labels = jnp.asarray(labels['test'])
   test_features = jnp.asarray(subject.features['test'])
-  unit = collapse.normalize(jnp.asarray(subject.embeddings['test']))
+  embeddings = jnp.asarray(subject.embeddings['test'])
+  unit = collapse.normalize(embeddings)
   prototypes = np.asarray(subject.run.prototypes)
   cosines = np.asarray(
     collapse.class_mean_cosines(unit, test_labels, len(prototypes))
@@ -335,7 +336,7 @@ def _complete(subject, found):
     'step': subject.run.step,
     **found['linear', 1],
     **found['knn', 1],
-    **_collapse_measures(unit, test_labels, prototypes, cosines),
+    **_collapse_measures(embeddings, test_labels, prototypes, cosines),
     'features_effective_rank': float(collapse.effective_rank(test_features)),
     'features_within_between_ratio': float(
       collapse.within_between_ratio(
@@ -425,8 +426,9 @@ def _frozen_part(run):
   return run.variables['params'], run.variables['batch_stats']
 
 
-def _collapse_measures(unit, labels, prototypes, cosines):
+def _collapse_measures(embeddings, labels, prototypes, cosines):
   """Measures of the normalized test embeddings, as plain numbers."""
+  unit = collapse.normalize(embeddings)
   num_classes = len(prototypes)
   angles = collapse.principal_angles(unit, labels, num_classes)
   between = ~np.eye(num_classes, dtype=bool)
@@ -434,7 +436,8 @@ def _collapse_measures(unit, labels, prototypes, cosines):
     'effective_rank': collapse.effective_rank(unit),
     'effective_rank_centered': collapse.effective_rank(unit, center=True),
     'embedding_variance': collapse.embedding_variance(unit),
-    'embedding_std': collapse.embedding_std(unit),
+    # These normalize by themselves, and lose less of a tiny spread.
+    'embedding_std': collapse.embedding_std(embeddings),
     'prototype_cosine': collapse.prototype_cosine(unit, labels, prototypes),
     'prototype_energy_share': collapse.prototype_energy_share(
       unit, labels, prototypes
@@ -446,6 +449,6 @@ def _collapse_measures(unit, labels, prototypes, cosines):
     'within_between_ratio': collapse.within_between_ratio(
       unit, labels, num_classes
     ),
-    'uniformity': collapse.uniformity(unit),
+    'uniformity': collapse.uniformity(embeddings),
   }
   return {name: float(value) for name, value in measures.items()}

@@ -41,6 +41,7 @@ from clop_jax import arguments
 _PRECISION = lax.Precision.HIGHEST
 
 
+@arguments.in_default_modes
 def cosine_distance(
   embedding: jax.Array,
   label: jax.Array,
@@ -84,6 +85,7 @@ def cosine_distance(
   return 1 - cosines[label] + repulsion / (cosines.size - 1) * others
 
 
+@arguments.in_default_modes
 def softmax_distance(
   embedding: jax.Array,
   label: jax.Array,
@@ -138,6 +140,7 @@ class Outcome(NamedTuple):
   collapsed: jax.Array
 
 
+@arguments.in_default_modes
 def simulate(
   model: str,
   learning_rates: jax.Array,
@@ -232,6 +235,7 @@ def simulate(
   return Outcome(mean_cosine, rank, clop_loss, mean_cosine > level)
 
 
+@arguments.in_default_modes
 def mean_pairwise_cosine(embeddings: jax.Array) -> jax.Array:
   r"""Mean cosine between embeddings of different classes.
 
@@ -256,6 +260,7 @@ def mean_pairwise_cosine(embeddings: jax.Array) -> jax.Array:
   return squared / (views**2 * k * (k - 1))
 
 
+@arguments.in_default_modes
 def critical_learning_rate(
   model: str,
   num_classes: int,
@@ -367,6 +372,7 @@ def critical_learning_rate(
   return mu / h
 
 
+@arguments.in_default_modes
 def opposite_views_critical_rate(
   num_classes: int, *, temperature: float = 1.0
 ) -> float:
@@ -411,6 +417,7 @@ def opposite_views_critical_rate(
   )
 
 
+@arguments.in_default_modes
 def bisect_critical_learning_rate(
   model: str,
   num_classes: int,
@@ -503,6 +510,7 @@ class Equilibrium(NamedTuple):
   clop_loss: float
 
 
+@arguments.in_default_modes
 def pull_equilibrium(
   num_classes: int,
   clop_weight: float,
@@ -572,6 +580,7 @@ def pull_equilibrium(
   return Equilibrium(1 - b**2, 1 - s / math.sqrt(k) - b * (1 - 1 / k))
 
 
+@arguments.in_default_modes
 def common_potential(
   direction: jax.Array,
   prototypes: jax.Array,
@@ -605,6 +614,7 @@ def common_potential(
   )
 
 
+@arguments.in_default_modes
 def common_hessian_eigenvalues(
   num_classes: int,
   distance: str = 'cosine',
@@ -652,6 +662,7 @@ def common_hessian_eigenvalues(
   return {'class': inside, 'outside': outside}
 
 
+@arguments.in_default_modes
 def hessian_spectrum(
   loss: Callable[[jax.Array], jax.Array], embeddings: jax.Array
 ) -> jax.Array:
@@ -708,6 +719,7 @@ def hessian_spectrum(
   return jnp.linalg.eigvalsh(hessian)
 
 
+@arguments.in_default_modes
 def nt_xent_hessian_eigenvalues(
   num_examples: int,
   *,
@@ -880,7 +892,7 @@ def _run_all(
     )
     rank = _effective_rank(end.reshape(-1, end.shape[-1]))
     if prototypes is None:
-      return mean_pairwise_cosine(end), rank, jnp.nan
+      return mean_pairwise_cosine(end), rank, jnp.full((), jnp.nan, end.dtype)
     clop_loss = 1 - jnp.mean(jnp.sum(end * prototypes, axis=-1))
     return mean_pairwise_cosine(end), rank, clop_loss
 

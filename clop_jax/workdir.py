@@ -355,8 +355,10 @@ def _completed(saved, default):
   """The saved fields, and those of the defaults that are missing there."""
   fields = default | saved
   for name, value in saved.items():
-    if isinstance(value, dict) and isinstance(default.get(name), dict) and (
-      name != 'options'
+    if (
+      isinstance(value, dict)
+      and isinstance(default.get(name), dict)
+      and (name != 'options')
     ):
       fields[name] = _completed(value, default[name])
   return fields

@@ -12,6 +12,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / 'clop_jax'
 # Layer of each module: it imports only from layers below its own. Where a
 # module may use fewer libraries than the others of its layer, they are listed.
 LAYERS = {
+  'arguments': -1,
+  'fields': -1,
   'linalg': -1,
   'files': -1,
   'loss': 0,
@@ -92,6 +94,8 @@ LAYERS = {
 }
 LIBRARIES = {
   'hlo': set(),
+  'arguments': {'jax', 'numpy'},
+  'fields': {'numpy'},
   'topologies': {'jax'},
   'files': {'etils', 'numpy'},
   'linalg': {'jax'},

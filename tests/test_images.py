@@ -59,6 +59,31 @@ def test_sixteen_bits_become_eight():
   np.testing.assert_array_equal(decoded, [[0, 0, 1, 255]])
 
 
+def test_sixteen_bits_of_a_pgm_become_eight():
+  deep = np.array([[0, 255, 256, 65535]], '>u2')
+  data = b'P5 4 1 65535\n' + deep.tobytes()
+  np.testing.assert_array_equal(images.decode(data, 'x'), [[0, 0, 1, 255]])
+
+
+@pytest.mark.parametrize('tagged', [False, True])
+def test_twelve_bits_are_scaled_or_spoken_of(tagged, capsys):
+  images._noted.clear()
+  file = io.BytesIO()
+  deep = Image.fromarray(np.array([[0, 16, 4095]], np.uint16))
+  deep.save(file, 'TIFF', tiffinfo={281: 4095} if tagged else {})
+  decoded = np.asarray(images.decode(file.getvalue(), 'x.tif'))
+  assert decoded.tolist() == [[0, 1, 255] if tagged else [0, 0, 15]]
+  note = capsys.readouterr().err
+  assert note == '' if tagged else 'x.tif' in note and '4095' in note
+
+
+def test_an_intact_image_that_is_too_large_is_not_corrupt(monkeypatch):
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 10)
+  with pytest.raises(images.LargeImageError, match=r'x\.png.*30 pixels'):
+    images.decode(encoded(picture()), 'x.png')
+  assert not issubclass(images.LargeImageError, images.CorruptImageError)
+
+
 ORIENTATION = 0x0112
 
 
@@ -191,8 +216,18 @@ def test_pillow_image_of_no_known_range_is_named():
 @pytest.mark.parametrize(
   ('image', 'channels', 'message'),
   [
-    (np.zeros((2, 2, 3), np.uint8), 1, r'x: the image has 3 channels.*channels=3'),
-    (np.zeros((2, 2, 4), np.uint8), 3, r'has 4 channels.*channels=3; .*\.\.\., :3'),
+    (
+      np.zeros((2, 2, 3), np.uint8),
+      1,
+      r'x: the image has 3 channels.*channels=3',
+    ),
+    (
+      np.zeros((2, 2, 4), np.uint8),
+      3,
+      r'has 4 channels.*channels=3; .*\.\.\., :3',
+    ),
+    (np.zeros((3, 8, 8), np.uint8), 3, r'first.*moveaxis\(image, 0, -1\)'),
+    (np.zeros((8, 8, 5), np.uint8), 3, '5 channels.*1 or 3 channels'),
     (np.zeros((2, 2, 3), np.float32), 3, r'x: images must be uint8 \[height'),
     (np.zeros((2, 2), np.uint8), 1, r'got uint8 \(2, 2\)'),
     (np.zeros((0, 5, 3), np.uint8), 3, 'one pixel, got height 0 and width 5;'),

@@ -173,7 +173,8 @@ def test_trust_ratio_leaves_biases_and_scales_alone():
 
 
 @on_all_platforms
-def test_lars_by_hand_over_three_steps():
+@pytest.mark.parametrize('rate_in_momentum', [True, False])
+def test_lars_by_hand_over_three_steps(rate_in_momentum):
   params, gradients = problem()
   # The rate changes: it belongs to the step whose gradient it scales.
   rates = [0.3, 0.2, 0.1]
@@ -183,6 +184,7 @@ def test_lars_by_hand_over_three_steps():
     momentum=0.8,
     weight_decay=0.01,
     trust_coefficient=0.02,
+    rate_in_momentum=rate_in_momentum,
   )
   w = params['dense']['kernel'].astype(np.float64)
   b = params['dense']['bias'].astype(np.float64)
@@ -192,9 +194,10 @@ def test_lars_by_hand_over_three_steps():
   ):
     g = gradient['dense']['kernel'].astype(np.float64) + 0.01 * w
     ratio = 0.02 * np.sqrt((w**2).sum()) / np.sqrt((g**2).sum())
-    velocity_w = 0.8 * velocity_w + rate * ratio * g
-    velocity_b = 0.8 * velocity_b + rate * gradient['dense']['bias']
-    w, b = w - velocity_w, b - velocity_b
+    inside, outside = (rate, 1) if rate_in_momentum else (1, rate)
+    velocity_w = 0.8 * velocity_w + inside * ratio * g
+    velocity_b = 0.8 * velocity_b + inside * gradient['dense']['bias']
+    w, b = w - outside * velocity_w, b - outside * velocity_b
     np.testing.assert_allclose(got['dense']['kernel'], w, atol=1e-6)
     np.testing.assert_allclose(got['dense']['bias'], b, atol=1e-6)
 

@@ -278,6 +278,17 @@ def test_knn_weighs_by_temperature_and_does_not_overflow():
     assert ours[40] == pytest.approx(expected)
 
 
+def test_knn_of_many_classes_takes_little_memory():
+  # One-hot votes would take 1,024 * 200 * 21,841 numbers, 17.9 GB.
+  shapes = [
+    jax.ShapeDtypeStruct((20_000, 32), jnp.float32),
+    jax.ShapeDtypeStruct((20_000,), jnp.int32),
+    jax.ShapeDtypeStruct((1024, 32), jnp.float32),
+  ]
+  compiled = probe._nearest.lower(*shapes, (20, 200), 21_841, 0.1).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 2**30
+
+
 def test_knn_default_neighbours_beyond_the_bank_are_reported_as_asked():
   arrays = knn_problem()
   assert set(probe.knn(*arrays, num_classes=K)) == {20, 200}

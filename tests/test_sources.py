@@ -107,14 +107,15 @@ def test_folder_tells_of_what_it_leaves_out_and_not_of_hidden_files(
   write(train / 'b' / 'more' / '.hidden' / 'z.png')
   write(train / 'b' / '.thumbnails' / 'z.png')
   (train / 'a' / 'gone.png').symlink_to(tree / 'nowhere.png')
+  (train / 'a' / 'self.png').symlink_to(train / 'a' / 'self.png')
   (train / 'a' / 'kept.png').symlink_to(train / 'a' / 'x.bmp')
   for _ in range(2):  # told once
     source = folder.Folder('train', str(tree))
     assert len(source) == 5
   (line,) = capsys.readouterr().err.splitlines()
   assert line == (
-    f'note: 3 files under {train} were left out (first: 1): broken links or '
-    'special files: 1; in folders below a class: 1; without the suffix of a '
+    f'note: 4 files under {train} were left out (first: 1): broken links or '
+    'special files: 2; in folders below a class: 1; without the suffix of a '
     'picture: 1'
   )
 

@@ -4,6 +4,8 @@ import zipfile
 
 import numpy as np
 
+from clop_jax import files
+
 
 class Arrays:
   """A source over arrays.
@@ -83,6 +85,13 @@ def load_npz(split: str, path: str | None) -> Arrays:
   try:
     # Opened here: NumPy leaves a file that it cannot read open.
     with open(path, 'rb') as opened, np.load(opened) as file:
+      try:
+        files.check_unpacked(file)
+      except ValueError as error:
+        raise ValueError(
+          f'config.data.data_dir={path}: {error}; use a machine with more '
+          "memory, or a folder of images with config.data.loader='stream'"
+        ) from None
       splits = [
         key.removesuffix('_images')
         for key in file.files

@@ -307,9 +307,7 @@ def random_crops(
     _random_box(picture.height, picture.width, crop_area, crop_aspect, rng)
     for _ in range(count)
   ]
-  return np.stack(
-    [_resize(picture, size, box, interpolation) for box in boxes]
-  )
+  return np.stack([_resize(picture, size, box, interpolation) for box in boxes])
 
 
 def _random_box(height, width, area_range, aspect_range, rng):

@@ -1,0 +1,187 @@
+"""Every config field is checked against its declaration, in one place."""
+
+import math
+import re
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import ml_collections
+import pytest
+
+from clop_jax import defaults
+from clop_jax import fields
+from tests import forked
+from tests import small
+
+CONFIG = 'configs/digits.py'
+NONSENSE = (
+  math.nan,
+  math.inf,
+  -math.inf,
+  -1,
+  -1.5,
+  10**20,
+  1e30,
+  'nonsense',
+  None,
+  True,
+  (),
+  (math.nan,),
+  (1, 2, 3, 4),
+  ('x',),
+  {},
+)
+
+
+def set_field(config, name, value):
+  group = config
+  *path, last = name.split('.')
+  for part in path:
+    group = group[part]
+  with group.ignore_type():
+    group[last] = value
+
+
+def good_values(field):
+  """Values at the ends of a field's range."""
+  if field.choices:
+    return list(field.choices)
+  if field.kind is bool:
+    return [True, False]
+  if field.kind is str:
+    return ['x', *[''] * field.may_be_empty, *[None] * field.optional]
+  if field.kind is dict:
+    return [{}, {'key': 'value'}]
+  step = 1 if field.kind is int else 1e-9
+  ends = [field.low + step * field.above, field.high - step * field.below]
+  ends = [field.kind(end) for end in ends]
+  if field.lengths is None:
+    return [*ends, *[None] * field.optional]
+  least, _ = field.lengths
+  return [tuple(sorted(ends * 2)[: max(least, 1)]), tuple(ends[:1] * least)]
+
+
+@pytest.mark.parametrize('name', defaults.FIELDS)
+def test_a_field_takes_its_range_and_nothing_else(name):
+  field = defaults.FIELDS[name]
+  config = defaults.get_config()
+  for value in good_values(field):
+    set_field(config, name, value)
+    defaults.check(config)
+  refused = 0
+  for value in NONSENSE:
+    if field.accepts(value):
+      continue
+    set_field(config, name, value)
+    if field.accepts(fields.flat(config, defaults.FIELDS)[name]):
+      continue  # ml_collections has made a number of it
+    with pytest.raises(ValueError, match=rf'config\.{name} must be .*, got'):
+      defaults.check(config)
+    refused += 1
+  assert refused >= 8
+  assert field.meaning.endswith(('.', ')'))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+  name=st.sampled_from(sorted(defaults.FIELDS)),
+  value=st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.one_of(st.integers(-2, 5), st.floats(), st.text(max_size=2))),
+  ),
+)
+def test_any_value_passes_or_is_named(name, value):
+  config = defaults.get_config()
+  set_field(config, name, tuple(value) if isinstance(value, list) else value)
+  try:
+    defaults.check(config)
+  except ValueError as error:
+    assert f'config.{name} must be' in str(error)
+    return
+  # What passes is finite and of its kind.
+  field = defaults.FIELDS[name]
+  values = value if isinstance(value, list) else [value]
+  for one in values:
+    if one is not None and field.kind in (int, float):
+      assert math.isfinite(one) and field.low <= one <= field.high
+
+
+def test_missing_unknown_and_replaced_parts_are_named():
+  for change, message in (
+    (
+      lambda c: c.train.__delattr__('batch_size'),
+      r'train\.batch_size.*missing',
+    ),
+    (lambda c: c.loss.update(clop_wieght=1.0), r'did you mean loss\.clop_w'),
+    (lambda c: set_field(c, 'train', 5), r'config\.train must be a group.*5'),
+  ):
+    config = defaults.get_config()
+    change(config)
+    with pytest.raises(ValueError, match=message):
+      defaults.check(config)
+
+
+def test_a_declaration_says_its_range():
+  ranges = {name: field.range() for name, field in defaults.FIELDS.items()}
+  assert ranges['augment.size'] == '1 to 4096 px'
+  assert ranges['optimizer.momentum'] == 'at least 0, below 1'
+  assert ranges['optimizer.name'] == 'sgd, lars, adamw'
+  field = fields.reals((0.1,), 'Numbers.', 0, 1, above=True)
+  assert field.expected() == (
+    'a list of 1 or more numbers, each above 0, at most 1'
+  )
+
+
+@pytest.mark.parametrize(
+  ('argument', 'message'),
+  [
+    ('config.loss.clop_weight=0', "'config.loss.clop_weight=0'.*begin with --"),
+    ('--config.seed=-1', r'config\.seed.*-1'),
+    ('--config.optimizer.learning_rate=nan', r'learning_rate.*nan'),
+    ('--config.augment.mean=(inf,)', r'augment\.mean.*inf'),
+    ('--config.eval.probe_iterations=0', r'eval\.probe_iterations.* 0'),
+  ],
+)
+def test_a_command_refuses_before_anything_is_written(
+  argument, message, tmp_path
+):
+  line = forked.refused(
+    'clop_jax.train',
+    f'--config={small.ROOT / CONFIG}',
+    '--workdir=w',
+    argument,
+    cwd=tmp_path,
+  )
+  assert re.search(message, line)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '',
+    'def get_config(',
+    'import nowhere_to_be_found',
+    'def get_config():\n  return None\n',
+    'def get_config():\n  return 5\n',
+    'import ml_collections\nget_config = ml_collections.ConfigDict\n',
+    'def get_config():\n  raise RuntimeError("x")\n',
+  ],
+)
+def test_a_broken_config_file_is_one_line(text, tmp_path):
+  (tmp_path / 'c.py').write_text(text)
+  line = forked.refused(
+    'clop_jax.train', '--config=c.py', '--workdir=w', cwd=tmp_path
+  )
+  assert 'c.py' in line or 'config' in line
+  assert not (tmp_path / 'w').exists()
+
+
+def test_a_config_of_ones_own_type_is_checked():
+  config = ml_collections.FrozenConfigDict(defaults.get_config())
+  defaults.check(config)
