@@ -16,6 +16,7 @@ whole = fields.whole
 _MANY = 10**9
 _LARGE = 1e6
 _PIXELS = 4096
+_BATCH = 1 << 20
 
 # What a group of fields is about, or some of a group from one field on.
 NOTES = {
@@ -240,13 +241,17 @@ FIELDS = {
     'bfloat16',
   ),
   'model.embedding_dim': whole(
-    128, 'Dimension of embeddings and prototypes.', 1, 100_000
+    # The logged effective rank takes a matrix of this size squared.
+    128,
+    'Dimension of embeddings and prototypes.',
+    1,
+    16_384,
   ),
   'model.head_layers': whole(
     2, 'Dense layers of the projection head; 0 is no head.', 0, 16
   ),
   'model.head_hidden_dim': whole(
-    128, "Width of the head's hidden layers.", 1, 100_000
+    128, "Width of the head's hidden layers.", 1, 65_536
   ),
   'model.head_bn': switch(
     True, "Batch normalization in the head's hidden layers."
@@ -409,7 +414,7 @@ FIELDS = {
   ),
   # train
   'train.batch_size': whole(
-    128, 'Images over all devices.', 1, _MANY, unit='images'
+    128, 'Images over all devices.', 1, _BATCH, unit='images'
   ),
   'train.num_micro_batches': whole(
     1,
@@ -487,7 +492,7 @@ FIELDS = {
   ),
   # eval
   'eval.batch_size': whole(
-    512, 'Images over all devices.', 1, _MANY, unit='images'
+    512, 'Images over all devices.', 1, _BATCH, unit='images'
   ),
   'eval.crop_share': share(
     1.0,
@@ -521,7 +526,7 @@ FIELDS = {
     above=True,
   ),
   'eval.finetune_batch_size': whole(
-    128, 'Images over all devices.', 1, _MANY, unit='images'
+    128, 'Images over all devices.', 1, _BATCH, unit='images'
   ),
   'eval.finetune_epochs': whole(
     30,

@@ -444,7 +444,13 @@ def first_state(create, config, workdir, mesh, initial):
 
 def count_steps(config, steps_per_epoch):
   """The one place where epochs become steps."""
-  return config.train.num_epochs * steps_per_epoch
+  steps = config.train.num_epochs * steps_per_epoch
+  if steps >= 2**31:
+    raise ValueError(
+      f'config.train.num_epochs={config.train.num_epochs} makes {steps:,} '
+      f'steps, and at most {2**31 - 1:,} can be counted'
+    )
+  return steps
 
 
 def split_steps(start, stop, size, boundaries):
