@@ -297,9 +297,12 @@ def _print_help():
   if 'config' in flags.FLAGS:
     print('--config.FIELD=VALUE sets a field of the config. The fields are:\n')
     for name, field in defaults.FIELDS.items():
-      print(f'  config.{name} = {field.default!r}')
-      text = f'{field.meaning} {field.range().capitalize()}'.strip()
-      print(textwrap.indent(textwrap.fill(text, 72), '      '))
+      limits = f' ({field.range()})' if field.range() else ''
+      print(
+        textwrap.fill(f'  config.{name} = {field.default!r}{limits}', 78),
+        textwrap.indent(textwrap.fill(field.meaning, 72), '      '),
+        sep='\n',
+      )
   print('--helpfull shows the flags of all libraries too.')
 
 

@@ -49,7 +49,7 @@ FIELDS = {
     is_path=True,
   ),
   'data.options': fields.Field(
-    None, 'Keyword arguments of the source; see clop_jax/data/sources.py.', dict
+    {}, 'Keyword arguments of the source; see clop_jax/data/sources.py.', dict
   ),
   'data.train_split': text(
     'train', 'Split for training, and for fitting the probe.'

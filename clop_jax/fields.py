@@ -101,7 +101,9 @@ class Field:
         one = f'a list of {count} {many}{order}'
         if self.range():
           one += ', each'
-      text = f'{one} {self.range()}'.rstrip()
+      limits = self.range()
+      limits = f'from {limits}' if ' to ' in limits else limits
+      text = f'{one} {limits}'.rstrip()
     return f'None or {text}' if self.optional else text
 
   def accepts(self, value: Any) -> bool:

@@ -540,6 +540,37 @@ def test_principal_angles_of_orthogonal_subspaces_are_right_angles():
   np.testing.assert_allclose(angles, expected, atol=2e-3)
 
 
+def test_small_angles_and_weak_directions_are_told_apart():
+  # Two classes share a strong direction. Their second ones are a thousandth as
+  # strong, and 0.01 rad apart.
+  rng = np.random.default_rng(6)
+  basis = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+  turned = np.cos(0.01) * basis[1] + np.sin(0.01) * basis[2]
+  strong, weak = rng.normal(size=(2, 60, 1))
+  labels = np.arange(60) % 2
+  second = np.where(labels[:, None], turned, basis[1])
+  z = strong * basis[0] + 1e-3 * weak * second
+  angles = run(
+    collapse.principal_angles,
+    z.astype(np.float32),
+    labels,
+    num_classes=2,
+    subspace_dim=2,
+  )
+  np.testing.assert_allclose(angles[0, 1], [0, 0.01], atol=1e-3)
+  one = run(collapse.principal_angles, basis[:2], np.arange(2), num_classes=2)
+  np.testing.assert_allclose(one[0, 1], [np.pi / 2], atol=1e-5)
+  # A class of one example has no plane.
+  planes = run(
+    collapse.principal_angles,
+    basis[:2].astype(np.float32),
+    np.arange(2),
+    num_classes=2,
+    subspace_dim=2,
+  )
+  assert np.isfinite(planes[..., 0]).all() and np.isnan(planes[..., 1]).all()
+
+
 @pytest.mark.parametrize(
   ('call', 'message'),
   [

@@ -46,7 +46,7 @@ SMALL = [
     ),
     (
       [f'--config={CONFIG}', '--config.train.batch_size=None', '--workdir=w'],
-      'config.train.batch_size must be a whole number 1 to',
+      'config.train.batch_size must be a whole number from 1 to',
     ),
     (
       ['--config=nowhere.py', '--workdir=w'],

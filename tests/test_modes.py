@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clop_jax import augment
 from clop_jax import collapse
 from clop_jax import loss
 from clop_jax import prototypes
@@ -129,6 +130,67 @@ def test_numbers_of_every_kind_are_one_number(name):
     np.testing.assert_allclose(traced, expected, rtol=1e-5)
     with jax.numpy_dtype_promotion('strict'):
       function(np.float64(number))
+
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
+RECIPE = {
+  'mean': (0.5,) * 3,
+  'std': (0.2,) * 3,
+  'blur_probability': 0.5,
+  'solarize_probability': 0.5,
+  'randaugment_layers': 2,
+  'randaugment_magnitude': 9.0,
+}
+STARTS = value_of(jax.ShapeDtypeStruct((1, 2, 6, 8), jnp.float32), 3)
+RATES = np.array([1.0, 2.0], np.float32)
+
+
+def simulated(model, **keywords):
+  return lambda: theory.simulate(model, RATES, STARTS, steps=5, **keywords)
+
+
+def view(**keywords):
+  return lambda: augment.view(
+    jax.random.key(0), jnp.asarray(PICTURE), **RECIPE, **keywords
+  )
+
+
+# Calls of the theory and of the augmentation, which has no gradient.
+CALLS = {
+  'repulsion': simulated(
+    'repulsion', prototypes=np.eye(6, 8, dtype=np.float32), clop_weight=0.5
+  ),
+  'infonce': simulated('infonce'),
+  'row_softmax': simulated('row_softmax', correlation=0.5),
+  'tangent': simulated('tangent'),
+  'mean cosine': lambda: theory.mean_pairwise_cosine(jnp.asarray(STARTS[0])),
+  'critical': lambda: theory.critical_learning_rate('repulsion', 6, 8),
+  'opposite': lambda: theory.opposite_views_critical_rate(6),
+  'equilibrium': lambda: theory.pull_equilibrium(6, 0.5),
+  'potential': lambda: theory.common_potential(C[0], C),
+  'common Hessian': lambda: theory.common_hessian_eigenvalues(6),
+  'spectrum': lambda: theory.hessian_spectrum(
+    lambda x: jnp.sum(x**2), jnp.asarray(STARTS[0, 0])
+  ),
+  'NT-Xent Hessian': lambda: theory.nt_xent_hessian_eigenvalues(6),
+  'smaller view': view(size=8),
+  'larger view': view(size=16),
+  'bicubic view': view(size=8, interpolation='bicubic'),
+  'whole image': lambda: augment.whole(
+    jnp.asarray(PICTURE)[None], size=8, mean=(0.5,) * 3, std=(0.2,) * 3
+  ),
+}
+
+
+@pytest.mark.parametrize('name', CALLS)
+def test_modes_do_not_matter_to_theory_and_augmentation(name):
+  expected = jax.tree.leaves(CALLS[name]())
+  for mode in MODES.values():
+    with mode():
+      got = jax.tree.leaves(CALLS[name]())
+    for one, other in zip(got, expected, strict=True):
+      assert getattr(one, 'dtype', None) == getattr(other, 'dtype', None)
+      np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 # A wrong number, label or array: the function, and what the error must name.
