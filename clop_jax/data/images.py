@@ -346,25 +346,30 @@ INTERPOLATIONS = tuple(_FILTERS)
 def _resize(picture, size, box, interpolation):
   top, left, height, width = box
   # Rounding must not put the box a hair outside, which Pillow refuses.
-  left, top = max(left, 0.0), max(top, 0.0)
-  right = min(left + width, picture.width)
-  bottom = min(top + height, picture.height)
-  # The filter is wider than the box: without a crop it would mix in what is
-  # beside it.
-  outer = (
-    math.floor(left),
-    math.floor(top),
-    math.ceil(right),
-    math.ceil(bottom),
-  )
-  if outer != (0, 0, *picture.size):
-    picture = picture.crop(outer)
   resized = picture.resize(
     (size, size),
     _FILTERS[interpolation],
-    box=(left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]),
+    box=(
+      max(left, 0.0),
+      max(top, 0.0),
+      min(left + width, picture.width),
+      min(top + height, picture.height),
+    ),
   )
   return as_array(resized)
+
+
+def _cut_out(picture, box):
+  """The pixels that a box touches, and the box in their coordinates.
+
+  Pillow's filter is wider than a pixel: it would mix in what is beside the box.
+  """
+  top, left, height, width = box
+  first_x, first_y = max(math.floor(left), 0), max(math.floor(top), 0)
+  last_x = min(math.ceil(left + width), picture.width)
+  last_y = min(math.ceil(top + height), picture.height)
+  cut = picture.crop((first_x, first_y, last_x, last_y))
+  return cut, (top - first_y, left - first_x, height, width)
 
 
 def contact_sheet(
