@@ -307,7 +307,8 @@ def random_crops(
     _random_box(picture.height, picture.width, crop_area, crop_aspect, rng)
     for _ in range(count)
   ]
-  return np.stack([_resize(picture, size, box, interpolation) for box in boxes])
+  cuts = [_cut_out(picture, box) for box in boxes]
+  return np.stack([_resize(cut, size, box, interpolation) for cut, box in cuts])
 
 
 def _random_box(height, width, area_range, aspect_range, rng):
