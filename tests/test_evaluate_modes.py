@@ -408,7 +408,10 @@ def test_a_run_on_other_data_writes_a_file_of_its_own(
     ),
     (['--eval=epochs=3'], '--eval=epochs=... is not a field of config.eval; '),
     (['--eval=finetune_epochs'], '--eval=finetune_epochs must be FIELD=VALUE'),
-    (['--eval=finetune_epochs=0.5'], 'must be as 2, got 0.5'),
+    (
+      ['--eval=finetune_epochs=0.5'],
+      '=... must be a whole number from 1 to 1000000000 epochs, got 0.5',
+    ),
     (['--eval=probe_l2=a'], '--eval=probe_l2=a must be FIELD=VALUE, as '),
     (['--table=a.txt'], '--table must end in .csv or .md, got a.txt'),
     (['--table=nowhere/a.md'], '--table=nowhere/a.md: there is no folder'),
