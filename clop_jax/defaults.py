@@ -376,7 +376,11 @@ FIELDS = {
   # optimizer
   'optimizer.name': choice('sgd', 'The optimizer.', 'sgd', 'lars', 'adamw'),
   'optimizer.learning_rate': real(
-    0.2, 'Base learning rate; see scaling.', 0, _LARGE
+    # To see a run diverge is a purpose, too.
+    0.2,
+    'Base learning rate; see scaling.',
+    0,
+    1e30,
   ),
   'optimizer.scaling': choice(
     'linear',

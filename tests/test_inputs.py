@@ -64,9 +64,6 @@ def test_the_loader_is_chosen_by_size(digits_dir):
   config.data.host_crops = True
   with pytest.raises(ValueError, match=r'host_crops=True .*cannot keep'):
     inputs.is_resident(config, reader)
-  config.data.loader = 'disk'
-  with pytest.raises(ValueError, match=r"\['auto', 'resident', 'stream'\]"):
-    inputs.is_resident(config, reader)
   config.data.loader, config.train.batch_size = 'auto', 32
   config.data.num_workers = 0
   mesh = parallel.make_mesh(jax.devices()[:1])
@@ -278,7 +275,7 @@ def test_a_streamed_run_with_workers_leaves_nothing_on_stderr(tmp_path):
       r"'bad': labels must be in .*got 9 at index 1",
     ),
     ({'data__test_split': 'free'}, 'has no labelled example to evaluate with'),
-    ({'eval__crop_share': 3.0}, r'crop_share must be in \(0, 1\], got 3'),
+    ({'eval__crop_share': 3.0}, r'crop_share must.*got 3'),
   ],
 )
 def test_what_could_not_be_evaluated_is_refused_before_the_training(
