@@ -150,7 +150,7 @@ _MANY = 10_000
 
 
 def _number(x):
-  return f'{int(x)}' if x == int(x) else f'{x:g}'
+  return f'{int(x)}' if x == int(x) and abs(x) < 1e15 else f'{x:g}'
 
 
 def whole(
