@@ -241,7 +241,7 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
     ),
     (
       {'prototypes__kind': 'aligned', 'prototypes__align_after_epochs': 0},
-      'align_after_epochs must be at least 1 .* got 0',
+      'align_after_epochs.* 1 .* got 0',
     ),
     (
       {'prototypes__kind': 'aligned', 'prototypes__align_after_epochs': 2},
@@ -249,15 +249,15 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
     ),
     (
       {'prototypes__kind': 'aligned', 'prototypes__align_every_epochs': 0},
-      'align_every_epochs must be None or at least 1, got 0',
+      'align_every_epochs.*None.*got 0',
     ),
     (
       {'prototypes__kind': 'learned', 'prototypes__learning_rate': 0.0},
-      'prototypes.learning_rate must be above 0, got 0.0',
+      r'prototypes\.learning_rate.*above 0.*got 0\.0',
     ),
     (
       {'loss__pseudo_label_threshold': 1.5},
-      r'pseudo_label_threshold must be None or in \(0, 1\], got 1.5',
+      r'pseudo_label_threshold.*None.*got 1\.5',
     ),
     (
       {
@@ -270,17 +270,17 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
       {'loss__clop_after_epochs': 2},
       'clop_after_epochs must .* below config.train.num_epochs=2',
     ),
-    ({'loss__clop_repulsion': -1.0}, 'repulsion must be at least 0, got -1'),
+    ({'loss__clop_repulsion': -1.0}, 'clop_repulsion.*got -1'),
     ({'data__num_classes': 1}, 'num_classes must be at least 2'),
-    ({'optimizer__name': 'adam'}, r"\['adamw', 'lars', 'sgd'\], got 'adam'"),
-    ({'optimizer__scaling': 'cubic'}, r"\['linear', 'none', 'sqrt'\]"),
+    ({'optimizer__name': 'adam'}, r"optimizer\.name.*'adamw'.*got 'adam'"),
+    ({'optimizer__scaling': 'cubic'}, r"scaling.*'sqrt'.*got 'cubic'"),
     ({'optimizer__warmup_epochs': 2.0}, r'warmup_steps must be in \[0, total'),
     ({'loss__clop_distance': 'l2'}, r"distance must be one of \['cosine'"),
     (
       {'data__name': 'digit'},
       r"data.name must be folder, npz, .* got 'digit'; near it: digits",
     ),
-    ({'data__label_fraction': 1.5}, r'label_fraction must be in \[0, 1\]'),
+    ({'data__label_fraction': 1.5}, r'label_fraction.*got 1\.5'),
     (
       {'model__embedding_dim': 8},
       r'num_classes must be at most dim=8 for orthonormal.*got 10',
@@ -291,9 +291,9 @@ def test_every_contrastive_loss_can_be_named(contrastive, digits_dir):
     ),
     ({'train__batch_size': 100}, 'multiple of the 8 devices, got 100'),
     ({'train__batch_size': 1440}, 'at most the 1438 examples, got 1440'),
-    ({'train__log_every_steps': 0}, 'log_every_steps must be at least 1'),
+    ({'train__log_every_steps': 0}, 'log_every_steps.*got 0'),
     ({'train__keep_checkpoints': 0}, r'keep_checkpoints must .*got 0'),
-    ({'train__num_micro_batches': 0}, 'num_micro_batches must be at least 1'),
+    ({'train__num_micro_batches': 0}, 'num_micro_batches.*got 0'),
     (
       {'train__num_micro_batches': 3},
       r'num_micro_batches must .* divide .* one device .* 32 here, got 3',
