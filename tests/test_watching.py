@@ -442,11 +442,11 @@ def test_the_alarm_expects_no_more_than_there_can_be():
   [
     (
       {'watch__images_every_epochs': -1},
-      'watch.images_every_epochs must be at least 0, got -1',
+      r'watch\.images_every_epochs.*got -1',
     ),
     (
       {'watch__probe_every_epochs': -2},
-      'watch.probe_every_epochs must be at least 0, got -2',
+      r'watch\.probe_every_epochs.*got -2',
     ),
     (
       {'watch__probe': 'svm'},
@@ -454,11 +454,11 @@ def test_the_alarm_expects_no_more_than_there_can_be():
     ),
     (
       {'watch__collapse_share': 1.5},
-      r'watch.collapse_share must be in \[0, 1\], got 1.5',
+      r'watch\.collapse_share.*got 1\.5',
     ),
     (
       {'watch__collapse_patience': 0},
-      'watch.collapse_patience must be at least 1, got 0',
+      r'watch\.collapse_patience.*got 0',
     ),
     (
       {'watch__probe_every_epochs': 1, 'data__test_split': ''},
@@ -466,7 +466,7 @@ def test_the_alarm_expects_no_more_than_there_can_be():
       'empty; set it to 0 and evaluate afterwards',
     ),
     (
-      {'watch__probe_every_epochs': 1, 'eval__batch_size': 0},
+      {'watch__probe_every_epochs': 1, 'eval__batch_size': 100},
       'probe_every_epochs=1: batch_size must be a positive multiple of',
     ),
   ],
