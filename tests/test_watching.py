@@ -466,8 +466,8 @@ def test_the_alarm_expects_no_more_than_there_can_be():
       'empty; set it to 0 and evaluate afterwards',
     ),
     (
-      {'watch__probe_every_epochs': 1, 'eval__batch_size': 100},
-      'probe_every_epochs=1: batch_size must be a positive multiple of',
+      {'watch__probe_every_epochs': 1, 'eval__batch_size': 0},
+      r'eval\.batch_size.*got 0',
     ),
   ],
 )
