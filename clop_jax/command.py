@@ -355,10 +355,9 @@ def _unset(override):
   *path, last = name.split('.')
   for part in path:
     group = group[part]
-  if not defaults.FIELDS[name].optional:
-    raise ValueError(
-      f'--config.{name} must be {defaults.FIELDS[name].expected()}, got None'
-    )
+  field = defaults.FIELDS.get(name)  # a source's own option has none
+  if field is not None and not field.optional:
+    raise ValueError(f'--config.{name} must be {field.expected()}, got None')
   group[last] = None
 
 

@@ -200,7 +200,7 @@ def train_together(
         for member in members:
           member.checkpoints.wait()
         raise preemption.PreemptionError(
-          f'told to end: saved step {done} of {total_steps}'
+          f'preempted: saved step {done} of {total_steps}'
         )
 
 

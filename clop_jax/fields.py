@@ -157,29 +157,20 @@ def whole(
   default: int | None, meaning: str, low: int, high: int, **more
 ) -> Field:
   """Declares a whole number."""
-  return Field(
-    default,
-    meaning,
-    int,
-    low=low,
-    high=high,
-    optional=default is None,
-    **more,
-  )
+  return _bounded(int, default, meaning, low, high, **more)
 
 
 def real(
   default: float | None, meaning: str, low: float, high: float, **more
 ) -> Field:
   """Declares a number."""
+  return _bounded(float, default, meaning, low, high, **more)
+
+
+def _bounded(kind, default, meaning, low, high, **more):
+  optional = default is None
   return Field(
-    default,
-    meaning,
-    float,
-    low=low,
-    high=high,
-    optional=default is None,
-    **more,
+    default, meaning, kind, low=low, high=high, optional=optional, **more
   )
 
 

@@ -193,8 +193,8 @@ def check_unpacked(archive: np.lib.npyio.NpzFile) -> None:
   Raises:
     ValueError: If they do not fit.
   """
-  assert archive.zip is not None
-  size = sum(member.file_size for member in archive.zip.infolist())
+  members = archive.zip.infolist() if archive.zip else []
+  size = sum(member.file_size for member in members)
   free = available_memory()
   if size > free:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""What helps when a run needs more memory than there is."""
+"""Advice for a run that needs more memory than there is."""
 
 import re
 

@@ -25,7 +25,7 @@ from clop_jax import peers
 
 DATA_AXIS = 'data'
 
-# Process 0 lets the others go on when JAX listens, or they wait for a second.
+# Process 0 releases the others once JAX listens; a second later otherwise.
 _LISTENS_AFTER_SECONDS = 0.2
 
 # Of what the layers below raise when another process has gone.

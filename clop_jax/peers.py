@@ -328,7 +328,7 @@ class Peers:
     self._left = False
 
   def release(self) -> None:
-    """Lets the others go on from `meet`; process 0 alone does this."""
+    """Lets the others return from `meet`; only process 0 calls this."""
     for connection in self._connections.values():
       connection.send('go')
 

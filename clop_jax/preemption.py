@@ -30,7 +30,7 @@ _notice: 'Notice | None' = None
 
 
 class PreemptionError(Exception):
-  """The run was told to end, and has saved; the same command goes on."""
+  """The run was preempted and has saved; the same command resumes it."""
 
 
 def listen() -> None:
@@ -127,7 +127,7 @@ class Notice:
       ctypes.CFUNCTYPE(None, ctypes.c_int)(self._service)(number)
 
   def came(self) -> bool:
-    """Whether this process, of a run of one, is to end."""
+    """Returns True if a run of one process should save and end."""
     import jax
 
     return not jax.distributed.is_initialized() and (

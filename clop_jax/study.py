@@ -96,7 +96,7 @@ def study(
         if notice.reached(range(0)):
           # So was the process, which had nothing to save.
           raise preemption.PreemptionError(
-            'told to end before it began; the same command begins anew'
+            'preempted before it began; rerun the same command'
           ) from error
         raise
     stack.enter_context(workdir_lib.locked(workdir))
@@ -155,7 +155,7 @@ def _run(plan, todo, groups, pool, notice):
       'earlier checkpoint)'
     )
     raise preemption.PreemptionError(
-      f'told to end: {len(todo) - count} of {len(plan.cells)} cells are left'
+      f'preempted: {len(todo) - count} of {len(plan.cells)} cells are left'
       f'{unsaved if killed else ""}; the same command goes on'
     )
 

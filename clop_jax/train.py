@@ -249,8 +249,7 @@ def _run(
     if done < total_steps:
       what = f'saved step {done}' if start < done else f'still at step {done}'
       raise preemption.PreemptionError(
-        f'told to end: {what} of {total_steps}; the same command goes on from '
-        'there'
+        f'preempted: {what} of {total_steps}; rerun the same command to resume'
       )
 
 

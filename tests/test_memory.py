@@ -1,4 +1,4 @@
-"""What a command says when there is too little memory."""
+"""Commands that run out of memory end in one line with advice."""
 
 import sys
 import types

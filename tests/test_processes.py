@@ -328,7 +328,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
   assert not errors[0]
   last = outputs[0].splitlines()[-1]
   step = int(last.split('saved step ')[1].split()[0])
-  assert last.endswith('the same command goes on from there')
+  assert last.endswith('rerun the same command to resume')
   saved = checkpoint.verify(str(tmp_path))[-1]
   assert (saved.step, saved.fault) == (step, None) and step < 30
   codes, outputs, errors = finish(start(flags))

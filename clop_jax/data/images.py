@@ -93,10 +93,9 @@ def _grey_or_rgb(image, name):
 
 
 def _highest_value(image):
-  """What a TIFF says that its largest value can be, or None."""
+  """Returns the largest sample value that a TIFF declares, or None."""
   tags = getattr(image, 'tag_v2', {})
-  bits = 281  # MaxSampleValue
-  value = tags.get(bits)
+  value = tags.get(281)  # MaxSampleValue
   value = value[0] if isinstance(value, tuple) else value
   return value if isinstance(value, int) and 255 < value < 65535 else None
 

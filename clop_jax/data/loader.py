@@ -497,7 +497,7 @@ def _signals_blocked():
 
 
 def _begin_worker(index, count):
-  """Leaves it to the main process when to end, also if that is killed."""
+  """Makes a worker end when the main process does, and at no other time."""
   del index, count
   # Schedulers and terminals send these to all processes at the same time, and
   # the main one needs its data to save, or ends the workers itself.
@@ -508,7 +508,8 @@ def _begin_worker(index, count):
 
 def _end_with_parent():
   parent = multiprocessing.parent_process()
-  assert parent is not None  # as in any worker
+  if parent is None:
+    return  # called outside of a worker
   parent.join()
   # The tracker of multiprocessing then frees what memory is still shared.
   os._exit(1)
