@@ -151,12 +151,12 @@ def _run(plan, todo, groups, pool, notice):
     killed = pool.killed()
     unsaved = (
       f' ({killed} of their processes had not saved after '
-      f'{workers.SECONDS_TO_END} s and were killed: these go on from an '
+      f'{workers.SECONDS_TO_END} s and were killed: these resume from an '
       'earlier checkpoint)'
     )
     raise preemption.PreemptionError(
       f'preempted: {len(todo) - count} of {len(plan.cells)} cells are left'
-      f'{unsaved if killed else ""}; the same command goes on'
+      f'{unsaved if killed else ""}; rerun the same command to resume'
     )
 
 

@@ -69,6 +69,14 @@ def test_a_field_takes_its_range_and_nothing_else(name):
   for value in good_values(field):
     set_field(config, name, value)
     defaults.check(config)
+  for end, is_open, step in (
+    (field.low, field.above, -1),
+    (field.high, field.below, 1),
+  ):
+    if math.isfinite(end):
+      beyond = field.kind(end if is_open else end + step * max(1, abs(end)))
+      many = (beyond,) * max(1, field.lengths[0]) if field.lengths else beyond
+      assert not field.accepts(many)
   refused = 0
   for value in NONSENSE:
     if field.accepts(value):
@@ -129,6 +137,8 @@ def test_missing_unknown_and_replaced_parts_are_named():
 def test_a_declaration_says_its_range():
   ranges = {name: field.range() for name, field in defaults.FIELDS.items()}
   assert ranges['augment.size'] == '1 to 4096 px'
+  # Infinity is no number, whatever the range.
+  assert not fields.Field(0.0, 'A number.', float).accepts(math.inf)
   assert ranges['optimizer.momentum'] == 'at least 0, below 1'
   assert ranges['optimizer.name'] == 'sgd, lars, adamw'
   field = fields.reals((0.1,), 'Numbers.', 0, 1, above=True)

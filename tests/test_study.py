@@ -423,7 +423,7 @@ def test_a_study_that_is_told_to_end_saves_and_goes_on(tmp_path, monkeypatch):
 
   teller = threading.Thread(target=tell)
   teller.start()
-  message = 'told to end: 2 of 3 cells are left; the same command goes on'
+  message = 'preempted: 2 of 3 cells are left; rerun the same command to resume'
   with pytest.raises(preemption.PreemptionError, match=f'^{message}$'):
     study.study(str(folder), defaults.get_config(), {'seed': [0, 1, 2]}, jobs=1)
   teller.join()
