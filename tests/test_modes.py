@@ -165,6 +165,7 @@ CALLS = {
   'tangent': simulated('tangent'),
   'mean cosine': lambda: theory.mean_pairwise_cosine(jnp.asarray(STARTS[0])),
   'critical': lambda: theory.critical_learning_rate('repulsion', 6, 8),
+  'bisected': lambda: theory.bisect_critical_learning_rate('repulsion', 4, 6),
   'opposite': lambda: theory.opposite_views_critical_rate(6),
   'equilibrium': lambda: theory.pull_equilibrium(6, 0.5),
   'potential': lambda: theory.common_potential(C[0], C),
