@@ -202,7 +202,7 @@ def labels(
         f'{name} must be below the number of classes, {num_classes}, got '
         f'{known[position]} at index {where}'
       )
-    return jnp.asarray(np.where(known < 0, -1, known).astype(np.int32))
+    return jnp.asarray(np.maximum(known.astype(np.int64), -1).astype(np.int32))
   # Saturated: a plain conversion would make another class of a large label.
   info = jnp.iinfo(dtype)
   x = value
