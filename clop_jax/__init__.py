@@ -7,7 +7,7 @@ __version__ = '0.1.0'
 
 
 def load(workdir: str, *, which: str = 'latest', devices=None):
-  """A trained run as functions of images; see `clop_jax.restored.load`."""
-  from clop_jax import restored
+  """Returns a trained run as functions of images; see `restored.load`."""
+  from clop_jax.experiment import restored
 
   return restored.load(workdir, which=which, devices=devices)

@@ -24,20 +24,20 @@ import ml_collections
 import numpy as np
 import tqdm
 
+from clop_jax import cli
 from clop_jax import column_files
-from clop_jax import command
-from clop_jax import files
-from clop_jax import inputs
-from clop_jax import parallel
-from clop_jax import probe
-from clop_jax import remote
-from clop_jax import restored
-from clop_jax import workdir as workdir_lib
 from clop_jax.data import arrays
 from clop_jax.data import folder
 from clop_jax.data import images as images_lib
 from clop_jax.data import loader
 from clop_jax.data import sources
+from clop_jax.evaluation import probe
+from clop_jax.experiment import inputs
+from clop_jax.experiment import restored
+from clop_jax.experiment import workdir as workdir_lib
+from clop_jax.runtime import files
+from clop_jax.runtime import parallel
+from clop_jax.runtime import remote
 
 WHAT = ('features', 'embeddings')
 _AHEAD = 2  # batches that the devices have while the host writes one
@@ -297,12 +297,12 @@ def _writer(out, names, step):
 
 def define_flags() -> None:
   """Defines the command's flags; importing this module defines none."""
-  flags.DEFINE(command.PATH, 'workdir', None, 'Workdir of a run.')
+  flags.DEFINE(cli.PATH, 'workdir', None, 'Workdir of a run.')
   flags.DEFINE_string(
     'checkpoint', 'latest', 'latest, best (by train.keep_best) or a step.'
   )
   flags.DEFINE(
-    command.PATH,
+    cli.PATH,
     'source',
     None,
     'A folder of images, at any depth; a file *.npz with <split>_images; or a '
@@ -312,14 +312,12 @@ def define_flags() -> None:
     'split', None, 'Of the data set, the npz file or FOLDER/<split>/<class>.'
   )
   flags.DEFINE(
-    command.PATH,
+    cli.PATH,
     'data_dir',
     None,
     'Of a data set in --source, as config.data.data_dir.',
   )
-  flags.DEFINE(
-    command.PATH, 'out', None, 'The file to write: *.npz or *.parquet.'
-  )
+  flags.DEFINE(cli.PATH, 'out', None, 'The file to write: *.npz or *.parquet.')
   flags.DEFINE_list('what', list(WHAT), 'features, embeddings or both.')
   flags.DEFINE_integer(
     'batch_size',
@@ -365,4 +363,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command.run(main, define_flags)
+  cli.run(main, define_flags)

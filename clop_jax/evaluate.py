@@ -24,17 +24,17 @@ import sys
 from absl import flags
 import jax
 
-from clop_jax import checkpoint
-from clop_jax import command
-from clop_jax import evaluation_files
-from clop_jax import figures
-from clop_jax import files
-from clop_jax import measurement
-from clop_jax import parallel
-from clop_jax import protocol
-from clop_jax import report
-from clop_jax import restored
-from clop_jax import workdir as workdir_lib
+from clop_jax import cli
+from clop_jax.evaluation import figures
+from clop_jax.evaluation import files as evaluation_files
+from clop_jax.evaluation import measurement
+from clop_jax.evaluation import protocol
+from clop_jax.experiment import checkpoint
+from clop_jax.experiment import restored
+from clop_jax.experiment import workdir as workdir_lib
+from clop_jax.runtime import files
+from clop_jax.runtime import parallel
+from clop_jax.study import report
 
 # What scripts use of these modules, under the command's name.
 Evaluation = measurement.Evaluation
@@ -204,7 +204,7 @@ def _rows(name, found):
 def define_flags() -> None:
   """Defines the command's flags; importing this module defines none."""
   flags.DEFINE_multi(
-    command.PATH,
+    cli.PATH,
     flags.ArgumentSerializer(),
     'workdir',
     None,
@@ -212,7 +212,7 @@ def define_flags() -> None:
     "pattern ('runs/*'); repeat it to compare runs.",
   )
   flags.DEFINE(
-    command.PATH,
+    cli.PATH,
     'figure',
     None,
     'PNG that compares the runs (several workdirs).',
@@ -234,7 +234,7 @@ def define_flags() -> None:
     'data', None, 'Another data set than the one of the training, by name.'
   )
   flags.DEFINE(
-    command.PATH, 'data_dir', None, 'Of --data, as config.data.data_dir.'
+    cli.PATH, 'data_dir', None, 'Of --data, as config.data.data_dir.'
   )
   flags.DEFINE_string('train_split', None, 'Of --data; default: train.')
   flags.DEFINE_string('test_split', None, 'Of --data; default: test.')
@@ -245,10 +245,10 @@ def define_flags() -> None:
     'finetune_epochs=5 or finetune_learning_rates=0.01,0.1; may be repeated.',
   )
   flags.DEFINE(
-    command.PATH, 'table', None, 'The table as a file, too: .csv or .md.'
+    cli.PATH, 'table', None, 'The table as a file, too: .csv or .md.'
   )
   flags.DEFINE(
-    command.PATH,
+    cli.PATH,
     'out',
     None,
     'Folder for eval.json, figures and the other results instead of the '
@@ -411,4 +411,4 @@ def _raise_first(outputs):
 
 
 if __name__ == '__main__':
-  command.run(main, define_flags)
+  cli.run(main, define_flags)

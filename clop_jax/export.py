@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import clop_jax
-from clop_jax import command
-from clop_jax import files
-from clop_jax import restored
-from clop_jax import torchvision_weights
-from clop_jax import workdir as workdir_lib
+from clop_jax import cli
 from clop_jax.data import images as images_lib
+from clop_jax.experiment import restored
+from clop_jax.experiment import workdir as workdir_lib
+from clop_jax.models import torchvision
+from clop_jax.runtime import files
 
 ENDINGS = ('.safetensors', '.stablehlo')
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -134,7 +134,7 @@ def to_weights(
   config, variables = run.config, jax.device_get(run.variables)
 
   def of(part, prefix):
-    return torchvision_weights.to_torchvision(
+    return torchvision.to_torchvision(
       {name: variables[name][part] for name in ('params', 'batch_stats')},
       num_batches=run.step,
       prefix=prefix,
@@ -145,7 +145,7 @@ def to_weights(
     weights |= of('projection_head', 'projection_head.')
     weights['prototypes'] = np.asarray(run.prototypes)
   text = json.dumps(workdir_lib.to_json(config), sort_keys=True)
-  construction = torchvision_weights.construction(
+  construction = torchvision.construction(
     depth=config.model.depth,
     stem=config.model.stem,
     channels=config.data.channels,
@@ -254,13 +254,11 @@ def _megabytes(data):
 
 def define_flags() -> None:
   """Defines the command's flags; importing this module defines none."""
-  flags.DEFINE(command.PATH, 'workdir', None, 'Workdir of the run.')
+  flags.DEFINE(cli.PATH, 'workdir', None, 'Workdir of the run.')
   flags.DEFINE_string(
     'checkpoint', 'latest', 'latest, best (by train.keep_best) or a step.'
   )
-  flags.DEFINE(
-    command.PATH, 'out', None, f'File to write: {" or ".join(ENDINGS)}.'
-  )
+  flags.DEFINE(cli.PATH, 'out', None, f'File to write: {" or ".join(ENDINGS)}.')
   flags.DEFINE_bool(
     'with_head', False, '.safetensors: projection head and prototypes too.'
   )
@@ -300,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command.run(main, define_flags)
+  cli.run(main, define_flags)

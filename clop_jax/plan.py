@@ -22,15 +22,15 @@ import ml_collections
 from ml_collections import config_flags
 import numpy as np
 
-from clop_jax import command
+from clop_jax import cli
 from clop_jax import defaults
-from clop_jax import experiment
-from clop_jax import hlo
-from clop_jax import inputs
-from clop_jax import memory as memory_lib
-from clop_jax import parallel
-from clop_jax import topologies
 from clop_jax import train
+from clop_jax.experiment import build
+from clop_jax.experiment import inputs
+from clop_jax.experiment import memory as memory_lib
+from clop_jax.runtime import hlo
+from clop_jax.runtime import parallel
+from clop_jax.runtime import topologies
 
 # Training images, their size and their classes, for data sets that need not be
 # on this machine. Theirs are known; all others are read.
@@ -189,7 +189,7 @@ def plan(
     total_steps=total_steps,
     images=total_steps * config.train.batch_size,
     dtype=np.dtype(
-      experiment.compute_dtype(config.model.dtype, devices[0].platform)
+      build.compute_dtype(config.model.dtype, devices[0].platform)
     ).name,
     flop=flop,
     memory=_memory(compiled, state, shared),
@@ -493,4 +493,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command.run(main, define_flags, joins=False)
+  cli.run(main, define_flags, joins=False)

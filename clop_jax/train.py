@@ -8,7 +8,7 @@ bit that of a run that was never stopped.
 
 if __name__ == '__main__':
   # SIGTERM may come during the imports below, which take seconds.
-  from clop_jax import preemption
+  from clop_jax.runtime import preemption
 
   preemption.listen()
 
@@ -25,22 +25,22 @@ import ml_collections
 from ml_collections import config_flags
 import numpy as np
 
-from clop_jax import checkpoint
-from clop_jax import command
+from clop_jax import cli
 from clop_jax import defaults
-from clop_jax import experiment
-from clop_jax import files
-from clop_jax import inputs
-from clop_jax import metrics_log
-from clop_jax import parallel
-from clop_jax import preemption
-from clop_jax import profiling
-from clop_jax import wandb_log
-from clop_jax import watching
-from clop_jax import workdir as workdir_lib
 from clop_jax.data import labels as label_policy
 from clop_jax.data import loader
 from clop_jax.data import sources
+from clop_jax.experiment import build
+from clop_jax.experiment import checkpoint
+from clop_jax.experiment import inputs
+from clop_jax.experiment import metrics_log
+from clop_jax.experiment import workdir as workdir_lib
+from clop_jax.runtime import files
+from clop_jax.runtime import parallel
+from clop_jax.runtime import preemption
+from clop_jax.tracking import profiling
+from clop_jax.tracking import wandb as wandb_log
+from clop_jax.tracking import watch
 
 
 def train(
@@ -64,7 +64,7 @@ def train(
       names; see `clop_jax.data.sources`.
     devices: default: all.
     profile_steps: so many steps are recorded, see `profiling`; None: none.
-    watched: whether to do what `config.watch` says, see `watching`.
+    watched: whether to do what `config.watch` says, see `tracking.watch`.
     wandb: 'offline' or 'online' logs to Weights & Biases as well; None: not.
 
   Raises:
@@ -92,11 +92,11 @@ def train(
   reader = inputs.training_reader(config, examples, labels)
   data = inputs.training_loader(config, reader, mesh)
   total_steps = count_steps(config, data.steps_per_epoch)
-  run = experiment.build(
+  run = build.build(
     config, total_steps=total_steps, steps_per_epoch=data.steps_per_epoch
   )
   # Traced before anything is written: what a wrong value breaks, breaks here.
-  target = experiment.abstract_state(run, mesh)
+  target = build.abstract_state(run, mesh)
   read_initial = initial_reader(config, target, workdir)
   shared = parallel.replicate(mesh, _shared(config, true_labels))
   shared |= {'resident': data.resident}
@@ -108,9 +108,9 @@ def train(
   longest = max(len(steps) for steps in chunks)
   program.lower(longest)
   check_best(config, program.metric_names(longest), total_steps, save_every)
-  watch: watching.Watch | watching.Off = watching.Off()
+  watcher: watch.Watch | watch.Off = watch.Off()
   if watched:
-    watch = watching.Watch(
+    watcher = watch.Watch(
       config,
       run=run,
       target=target,
@@ -123,14 +123,14 @@ def train(
       wandb=wandb,
     )
 
-  watch.check(workdir)
+  watcher.check(workdir)
   with (
     workdir_lib.claim(config, workdir, labels, true_labels),
     workdir_lib.open_checkpoints(config, workdir) as checkpoints,
   ):
     state = checkpoints.restore_latest(target, warn=parallel.warn)
     done = 0 if state is None else int(state.step)
-    watch.prepare(range(done, total_steps))
+    watcher.prepare(range(done, total_steps))
     if state is None:
       shardings = jax.tree.map(lambda x: x.sharding, target)
       create = jax.jit(run.create_state, out_shardings=shardings)
@@ -158,7 +158,7 @@ def train(
     if profile_steps is not None and parallel.is_main():
       recorder = profiling.Recorder(workdir, profile_steps, chunks, program)
     batches = data.batches(chunks)
-    watch_files = watch.writing(workdir, start, state)
+    watch_files = watcher.writing(workdir, start, state)
     with log, recorder, watch_files, contextlib.closing(batches):
       _run(
         program,
@@ -171,7 +171,7 @@ def train(
         log=log,
         checkpoints=checkpoints,
         recorder=recorder,
-        watch=watch,
+        watcher=watcher,
       )
 
 
@@ -187,7 +187,7 @@ def _run(
   log,
   checkpoints,
   recorder,
-  watch,
+  watcher,
 ):
   """The steps of `chunks`, `(steps, batch)` each, logged and saved."""
   losses, due, logged = [], [], []
@@ -202,7 +202,7 @@ def _run(
       last = {k: v[-1] for k, v in jax.device_get(metrics).items()}
       logged.append(metrics_log.to_floats(last))
       log.write(step, logged[-1])
-      watch.logged(step, logged[-1])
+      watcher.logged(step, logged[-1])
       checkpoints.raise_failure()
     due.clear()
 
@@ -233,10 +233,10 @@ def _run(
         due.append((done, [*losses], metrics))
         losses.clear()
       # Who is told to end has no time for it.
-      if watch.due(steps) and not told:
+      if watcher.due(steps) and not told:
         write_all(done)
         # Before the save: what is lost here is trained again.
-        watch.reached(steps, state)
+        watcher.reached(steps, state)
       if told or done % save_every == 0 or done == total_steps:
         save(done, state)
         saved = done
@@ -290,8 +290,8 @@ def _shared(config, true_labels):
   """Arguments of every dispatch other than the data."""
   # Numbers are arguments, not constants: runs that differ in them alone share
   # what JAX's compilation cache holds.
-  numbers = jax.tree.map(np.float32, experiment.numbers_of(config))
-  shared = {'key': experiment.training_key(config), 'numbers': numbers}
+  numbers = jax.tree.map(np.float32, build.numbers_of(config))
+  shared = {'key': build.training_key(config), 'numbers': numbers}
   if config.loss.pseudo_label_threshold is not None:
     shared['true_label'] = true_labels.astype(np.int32)
   return shared
@@ -327,7 +327,7 @@ def abstract_program(
   data = inputs.abstract_loader(
     config, mesh, num_examples=num_examples, image_shape=image_shape
   )
-  run = experiment.build(
+  run = build.build(
     config,
     total_steps=count_steps(config, data.steps_per_epoch),
     steps_per_epoch=data.steps_per_epoch,
@@ -339,7 +339,7 @@ def abstract_program(
     jax.eval_shape(lambda: _shared(config, np.zeros(num_examples, np.int32))),
   )
   shared |= {'resident': data.resident}
-  state = experiment.abstract_state(run, mesh)
+  state = build.abstract_state(run, mesh)
   return Program(run, data, mesh, state, shared)
 
 
@@ -406,7 +406,7 @@ def initial_reader(config, target, *workdirs):
   What is not going on from a checkpoint has the file read already, so that one
   that does not fit is refused before anything is written.
   """
-  read = functools.cache(lambda: experiment.initial_weights(config, target))
+  read = functools.cache(lambda: build.initial_weights(config, target))
   if not all(workdir_lib.has_checkpoint(workdir) for workdir in workdirs):
     read()
   return read
@@ -533,7 +533,7 @@ def define_flags() -> None:
   """Defines the command's flags; importing this module defines none."""
   config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
   flags.DEFINE(
-    command.PATH,
+    cli.PATH,
     'workdir',
     None,
     'Folder of the run: config, checkpoints, metrics.',
@@ -567,4 +567,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  command.run(main, define_flags)
+  cli.run(main, define_flags)

@@ -1,6 +1,6 @@
 """SimCLR with CLOP on CIFAR-10, ResNet-50: the paper's setting.
 
-python -m clop_jax.data.prepare --name=cifar10
+python -m clop_jax.prepare --name=cifar10
 python -m clop_jax.train --config=configs/cifar10.py --workdir=runs/cifar10
 python -m clop_jax.evaluate --workdir=runs/cifar10
 

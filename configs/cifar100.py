@@ -1,6 +1,6 @@
 """SimCLR with CLOP on CIFAR-100, ResNet-50: the paper's setting.
 
-python -m clop_jax.data.prepare --name=cifar100
+python -m clop_jax.prepare --name=cifar100
 python -m clop_jax.train --config=configs/cifar100.py --workdir=runs/cifar100
 python -m clop_jax.evaluate --workdir=runs/cifar100
 

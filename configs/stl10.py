@@ -1,6 +1,6 @@
 """SimCLR with CLOP on STL-10 (96x96): 5,000 labelled images, 100,000 without.
 
-python -m clop_jax.data.prepare --name=stl10
+python -m clop_jax.prepare --name=stl10
 python -m clop_jax.train --config=configs/stl10.py --workdir=runs/stl10
 python -m clop_jax.evaluate --workdir=runs/stl10
 

@@ -1,6 +1,6 @@
 """SimCLR with CLOP on Tiny-ImageNet (64x64, 200 classes): the paper's setting.
 
-python -m clop_jax.data.prepare --name=tiny_imagenet
+python -m clop_jax.prepare --name=tiny_imagenet
 python -m clop_jax.train --config=configs/tiny_imagenet.py --workdir=runs/tiny
 python -m clop_jax.evaluate --workdir=runs/tiny
 

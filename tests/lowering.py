@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from clop_jax import parallel
+from clop_jax.runtime import parallel
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 

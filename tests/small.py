@@ -14,9 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-from clop_jax import train_state
-from clop_jax import train_step
 from clop_jax.data import sources
+from clop_jax.training import train_state
+from clop_jax.training import train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 

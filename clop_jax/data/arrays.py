@@ -4,7 +4,7 @@ import zipfile
 
 import numpy as np
 
-from clop_jax import files
+from clop_jax.runtime import files
 
 
 class Arrays:

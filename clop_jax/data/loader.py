@@ -26,8 +26,8 @@ from jax.sharding import Mesh
 import numpy as np
 import tqdm
 
-from clop_jax import parallel
 from clop_jax.data import reader as reader_lib
+from clop_jax.runtime import parallel
 
 _LEAST_SHARED = 1 << 16  # bytes
 _FEW_EXAMPLES = 2000  # read in less time than a bar takes to be looked at

@@ -16,12 +16,12 @@ from typing import Protocol
 import numpy as np
 import tqdm
 
-from clop_jax import remote
 from clop_jax.data import arrays
 from clop_jax.data import folder
 from clop_jax.data import images
 from clop_jax.data import synthetic
 from clop_jax.data import tfds_source
+from clop_jax.runtime import remote
 
 
 class Source(Protocol):

@@ -12,10 +12,10 @@ import sys
 import numpy as np
 import tqdm
 
-from clop_jax import locks
 from clop_jax.data import images
+from clop_jax.runtime import locks
 
-_PREPARE = 'python -m clop_jax.data.prepare'
+_PREPARE = 'python -m clop_jax.prepare'
 
 
 class TfdsSource:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from clop_jax import augment
+from clop_jax.data import augment
 from tests.benchmarks import pillow_views
 
 BATCH, SIZE, PROCESSES, TURNS, BAR = 512, 32, 2, 25, 5.0

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clop_jax import augment
-from clop_jax import train_state
+from clop_jax.data import augment
+from clop_jax.training import train_state
 from tests.benchmarks import contest
 from tests.benchmarks import steps
 

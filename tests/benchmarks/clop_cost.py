@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clop_jax import augment
 from clop_jax import loss
 from clop_jax import prototypes
-from clop_jax import train_state
+from clop_jax.data import augment
 from clop_jax.models import heads
 from clop_jax.models import resnet
+from clop_jax.training import train_state
 
 NUM_CLASSES, DIM, TURNS = 100, 128, 7
 # Name, backbone, side of an image in pixels, channels, batch.

@@ -21,9 +21,9 @@ from PIL import Image
 
 import clop_jax
 from clop_jax import embed
-from clop_jax import experiment
-from clop_jax import parallel
-from clop_jax import workdir as workdir_lib
+from clop_jax.experiment import build
+from clop_jax.experiment import workdir as workdir_lib
+from clop_jax.runtime import parallel
 from tests import small
 
 _BATCH = 256
@@ -34,7 +34,7 @@ def make_run(workdir: str, *, size: int, depth: int) -> None:
   config = small.digits_config(
     None, augment__size=size, model__depth=depth, eval__batch_size=_BATCH
   )
-  built = experiment.build(config, total_steps=1, steps_per_epoch=1)
+  built = build.build(config, total_steps=1, steps_per_epoch=1)
   labels = np.zeros(10, np.int32)
   with (
     workdir_lib.claim(config, workdir, labels, labels),

@@ -90,8 +90,9 @@ EPOCHS="${EPOCHS:-10}"
 # The most telling first. XLA need not try which algorithm is the fastest for
 # programs that run once.
 TESTS=(
-  tests/test_{loss,linalg,optimizer,gpu_updates,prototypes,train_step}.py
-  tests/test_{models,collapse,probe}.py
+  tests/method/test_{loss,linalg,prototypes,collapse}.py
+  tests/training/test_{optimizer,gpu_updates,train_step}.py
+  tests/models/test_models.py tests/evaluation/test_probe.py
 )
 PYTEST=(--numprocesses=12 --dist=worksteal)
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
@@ -112,7 +113,7 @@ if [ -n "$SMALL" ]; then
     '--config.eval.knn_neighbours=(1,)' '--config.eval.probe_l2=(0.1,)'
     --config.eval.probe_iterations=2
   )
-  TESTS=(tests/test_prototypes.py -k 'polar_factor or pmap')
+  TESTS=(tests/method/test_prototypes.py -k 'polar_factor or pmap')
   PYTEST=()
 else
   # Not a CPU where the GPU's library is missing.

@@ -26,13 +26,13 @@ import numpy as np
 from PIL import Image
 import sklearn.datasets
 
-from clop_jax import augment
 from clop_jax import defaults
-from clop_jax import experiment
-from clop_jax import parallel
+from clop_jax.data import augment
 from clop_jax.data import folder
 from clop_jax.data import loader
 from clop_jax.data import reader as reader_lib
+from clop_jax.experiment import build
+from clop_jax.runtime import parallel
 
 SIZE, BATCH, TURNS = 64, 128, 5
 PROCESSES = len(os.sched_getaffinity(0))
@@ -61,8 +61,8 @@ def resident():
     seed=0,
     mesh=mesh,
   )
-  run = experiment.build(config, total_steps=1000, steps_per_epoch=100)
-  key = parallel.replicate(mesh, experiment.training_key(config))
+  run = build.build(config, total_steps=1000, steps_per_epoch=100)
+  key = parallel.replicate(mesh, build.training_key(config))
 
   def gathered(state, resident, batch, key):
     batch = jax.tree.map(lambda x: x[0], batch)
@@ -106,7 +106,7 @@ def resident():
   for _ in range(200):
     jax.block_until_ready(gather(data.resident, next(batches)))
   alone = (time.perf_counter() - began) / 200
-  recipe = experiment.recipe(config)
+  recipe = build.recipe(config)
 
   @jax.jit
   def views(resident, batch, step):

@@ -1,4 +1,4 @@
-"""A random view of an image with Pillow: the peer of clop_jax/augment.py.
+"""A random view of an image with Pillow: the peer of clop_jax/data/augment.py.
 
 The CIFAR recipe of the defaults there, with the operations of torchvision's PIL
 backend: boxes of whole pixels, factors as `ImageEnhance` takes them, the hue

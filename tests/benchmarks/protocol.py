@@ -9,7 +9,7 @@ from sklearn import exceptions
 from sklearn import linear_model
 from sklearn import neighbors
 
-from clop_jax import probe
+from clop_jax.evaluation import probe
 from tests.benchmarks import contest
 
 NEIGHBOURS, ITERATIONS, L2, CLASSES = 200, 100, 1e-3, 100

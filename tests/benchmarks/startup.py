@@ -23,7 +23,7 @@ def start(small: bool) -> dict[str, float]:
   began = time.perf_counter()
   import jax
 
-  from clop_jax import compilation_cache
+  from clop_jax.runtime import compilation_cache
   from tests.benchmarks import steps
 
   compilation_cache.enable()

@@ -12,13 +12,13 @@ import numpy as np
 import optax
 
 from clop_jax import loss
-from clop_jax import parallel
 from clop_jax import prototypes
-from clop_jax import train_state
-from clop_jax import train_step
 from clop_jax.data import loader
 from clop_jax.models import heads
 from clop_jax.models import resnet
+from clop_jax.runtime import parallel
+from clop_jax.training import train_state
+from clop_jax.training import train_step
 from tests.benchmarks import contest
 from tests.benchmarks import machine
 

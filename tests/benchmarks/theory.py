@@ -18,7 +18,8 @@ matplotlib.use('agg')
 from matplotlib import pyplot as plt
 import numpy as np
 
-from clop_jax import loss, theory
+from clop_jax import loss
+from clop_jax import theory
 
 TAU = 0.5
 MODELS = 'repulsion', 'symmetric', 'row_softmax', 'tangent', 'infonce'

@@ -1,9 +1,9 @@
 """Random views in batched PyTorch, on the images' device.
 
-The CIFAR recipe of clop_jax/augment.py, one grid_sample for crop, resize and
-flip of the whole batch. Two things are left out, which makes this peer faster
-than what it stands for: the colour operations keep one order (Pillow's and ours
-is random), and a crop larger than the view is not antialiased.
+The CIFAR recipe of clop_jax/data/augment.py, one grid_sample for crop, resize
+and flip of the whole batch. Two things are left out, which makes this peer
+faster than what it stands for: the colour operations keep one order (Pillow's
+and ours is random), and a crop larger than the view is not antialiased.
 """
 
 import math

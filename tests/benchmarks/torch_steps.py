@@ -1,4 +1,4 @@
-"""Whole training steps in PyTorch, as peers of clop_jax/train_step.py.
+"""Whole training steps in PyTorch, as peers of clop_jax/training/train_step.py.
 
 `authors` is the step as the authors' code makes it, `expert` what somebody who
 knows PyTorch well would write for the same loss. Both come to the same network,

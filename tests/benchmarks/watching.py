@@ -34,9 +34,9 @@ def train_once(watched: bool) -> dict[str, float]:
   """Trains, and gives seconds: `wall`, `cpu` and of `watching` the thread's."""
   import jax
 
-  from clop_jax import event_files
   from clop_jax import train
-  from clop_jax import watching
+  from clop_jax.tracking import tensorboard
+  from clop_jax.tracking import watch
 
   spent = []
 
@@ -56,8 +56,8 @@ def train_once(watched: bool) -> dict[str, float]:
     setattr(owner, name, wrapper)
 
   for name in ('__init__', '_open', 'logged', 'reached'):
-    timed(watching.Watch, name)
-  timed(event_files.EventFile, 'close')
+    timed(watch.Watch, name)
+  timed(tensorboard.EventFile, 'close')
   config = small.digits_config(None, **_OPTIONS)
   began = time.perf_counter(), time.process_time()
   with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,542 @@
+"""Two random views of each image, made on the device inside jit.
+
+Each example has a key of its own, a pure function of (run key, step, example
+number): what is drawn for a view does not depend on the batch that the example
+came in, nor on how many devices there are. (Its pixels may differ in the last
+bit where XLA compiles another batch size into other instructions.) Images are
+float32 in [0, 1] until `normalize`. Between crop and blur they are planar,
+`[channels, height, width]`: the compiler then makes vector code of the colour
+operations.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import itertools
+import math
+
+import dm_pix as pix
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from clop_jax import arguments
+from clop_jax.data import images as images_lib
+from clop_jax.data import randaugment
+
+_in_32_bits = functools.partial(arguments.in_default_modes, x64=False)
+
+
+@_in_32_bits
+def example_keys(
+  key: jax.Array, step: jax.Array, index: jax.Array
+) -> jax.Array:
+  """One key per example, from the run's key, the step and the example.
+
+  Args:
+    key: the run's PRNG key.
+    step: integer scalar.
+    index: `[batch]` numbers of the examples in their data set.
+
+  Returns:
+    `[batch]` keys.
+  """
+  step_key = jax.random.fold_in(key, step)
+  return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
+
+
+@_in_32_bits
+def two_views(keys: jax.Array, images: jax.Array, **recipe) -> jax.Array:
+  """Two independent views of each image.
+
+  Args:
+    keys: `[batch]` PRNG keys, see `example_keys`.
+    images: `[batch, height, width, channels]`, uint8; or, where each view has
+      an image of its own (crops made on the host), `[2, batch, height, width,
+      channels]`. Then pass `crop_probability=0.0`, or they are cropped again.
+    **recipe: the keyword arguments of `view`.
+
+  Returns:
+    `[2, batch, size, size, channels]` float32, normalized.
+
+  Raises:
+    ValueError: if images have neither shape, and as `view` does.
+  """
+  shape = images.shape
+  if len(shape) not in (4, 5) or (len(shape) == 5 and shape[0] != 2):
+    raise ValueError(
+      'images must have shape [batch, height, width, channels] or [2, batch, '
+      f'height, width, channels], got {shape}'
+    )
+  both = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
+  make: Callable = functools.partial(view, **recipe)
+  of_view = 0 if images.ndim == 5 else None
+  return jax.vmap(jax.vmap(make), in_axes=(1, of_view))(both, images)
+
+
+@_in_32_bits
+def view(
+  key: jax.Array,
+  image: jax.Array,
+  *,
+  size: int,
+  mean: Sequence[float],
+  std: Sequence[float],
+  crop_probability: float = 1.0,
+  crop_area: tuple[float, float] = (0.08, 1.0),
+  crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
+  interpolation: str = 'bilinear',
+  flip_probability: float = 0.5,
+  jitter_probability: float = 0.8,
+  brightness: float = 0.4,
+  contrast: float = 0.4,
+  saturation: float = 0.4,
+  hue: float = 0.1,
+  grey_probability: float = 0.2,
+  blur_probability: float = 0.0,
+  blur_sigma: tuple[float, float] = (0.1, 2.0),
+  solarize_probability: float = 0.0,
+  solarize_threshold: float = 0.5,
+  randaugment_layers: int = 0,
+  randaugment_magnitude: float = 0.0,
+) -> jax.Array:
+  """One random view of an image, normalized.
+
+  In this order: crop and resize, flip, RandAugment, jitter, grey, blur,
+  solarize, normalize.
+
+  An operation whose probability is 0 is left out of the program. Saturation,
+  hue and grey mean nothing for an image of one channel and are left out too.
+
+  Args:
+    key: a PRNG key.
+    image: `[height, width, channels]` uint8, 1 or 3 channels.
+    size: height and width of the view, pixels.
+    mean: per channel, of images in [0, 1].
+    std: per channel, of images in [0, 1].
+    crop_probability: of a random crop; otherwise the whole image is resized.
+    crop_area: range of the crop's share of the area.
+    crop_aspect: range of the crop's width over height, drawn log-uniformly.
+    interpolation: 'bilinear' or 'bicubic' (Keys, a = -1/2, as Pillow),
+      antialiased. Nothing outside of the pixels that the crop touches is read.
+    flip_probability: of a horizontal flip.
+    jitter_probability: of the colour jitter as a whole.
+    brightness: factor from `[1 - brightness, 1 + brightness]`; 0 is off.
+    contrast: likewise.
+    saturation: likewise.
+    hue: turn from `[-hue, hue]`, in turns of the colour circle; 0 is off.
+    grey_probability: of dropping the colour.
+    blur_probability: of a Gaussian blur.
+    blur_sigma: range of its standard deviation, pixels.
+    solarize_probability: of inverting the bright pixels.
+    solarize_threshold: the least value, in [0, 1], that is inverted.
+    randaugment_layers: number of `randaugment` operations; 0 is off.
+    randaugment_magnitude: their strength, in [0, 30].
+
+  Returns:
+    `[size, size, channels]` float32.
+
+  Raises:
+    ValueError: while tracing, if the image's shape or dtype or a number is out
+      of its range, also of an operation that is off; the error calls a number
+      by its field of the config.
+
+  Reference:
+    Chen et al., arXiv 2002.05709, appendix A; solarize: Grill et al., arXiv
+    2006.07733, appendix B; RandAugment: Cubuk et al., arXiv 1909.13719.
+  """
+  if image.ndim != 3 or image.shape[-1] not in (1, 3):
+    raise ValueError(
+      f'image must have shape [height, width, 1 or 3], got {image.shape}'
+    )
+  probabilities = {
+    'crop_probability': crop_probability,
+    'flip_probability': flip_probability,
+    'jitter_probability': jitter_probability,
+    'grey_probability': grey_probability,
+    'blur_probability': blur_probability,
+    'solarize_probability': solarize_probability,
+  }
+  for name, probability in probabilities.items():
+    _check_number(name, probability, highest=1)
+  _check_number('solarize_threshold', solarize_threshold, highest=1)
+  _check_number('brightness', brightness)
+  _check_number('contrast', contrast)
+  _check_number('saturation', saturation)
+  # Half a turn either way is the whole circle.
+  _check_number('hue', hue, highest=0.5)
+  images_lib.check_crops(
+    size=size,
+    crop_area=crop_area,
+    crop_aspect=crop_aspect,
+    interpolation=interpolation,
+  )
+  images_lib.check_range('config.augment.blur_sigma', blur_sigma)
+  randaugment.check(randaugment_layers, randaugment_magnitude)
+  coloured = image.shape[-1] == 3
+  draws = _draw(key, randaugment_layers)
+  x = _crop_and_flip(
+    draws,
+    unit_range(image),
+    size=size,
+    crop_probability=crop_probability,
+    area_range=crop_area,
+    aspect_range=crop_aspect,
+    interpolation=interpolation,
+    flip_probability=flip_probability,
+  )
+  if randaugment_layers:
+    x = randaugment.apply(
+      draws['randaugment'], x, magnitude=randaugment_magnitude
+    )
+  if jitter_probability:
+    x = _colour_jitter(
+      draws,
+      x,
+      probability=jitter_probability,
+      brightness=brightness,
+      contrast=contrast,
+      saturation=saturation if coloured else 0.0,
+      hue=hue if coloured else 0.0,
+    )
+  if grey_probability and coloured:
+    x = jnp.where(draws['grey'] < grey_probability, randaugment.luma(x), x)
+  if blur_probability:
+    sigma = _between(draws['blur_sigma'], *blur_sigma)
+    x = jnp.where(draws['blur'] < blur_probability, _gaussian_blur(x, sigma), x)
+  if solarize_probability:
+    solarized = (draws['solarize'] < solarize_probability) & (
+      x >= solarize_threshold
+    )
+    x = jnp.where(solarized, 1 - x, x)
+  return normalize(jnp.moveaxis(x, 0, -1), mean=mean, std=std)
+
+
+def _check_number(name, value, highest=None):
+  try:
+    fits = 0 <= value <= (math.inf if highest is None else highest)
+    fits = fits and math.isfinite(value)
+  except (TypeError, ValueError):  # no number, or several
+    fits = False
+  if not fits:
+    expected = 'a number >= 0' if highest is None else f'in [0, {highest}]'
+    raise ValueError(f'config.augment.{name} must be {expected}, got {value!r}')
+
+
+@_in_32_bits
+def unit_range(images: jax.Array) -> jax.Array:
+  """uint8 images of any shape to float32 in [0, 1].
+
+  Raises:
+    ValueError: if the images are not uint8.
+  """
+  if images.dtype != jnp.uint8:
+    raise ValueError(f'images must be uint8, got {images.dtype}')
+  return images.astype(jnp.float32) / 255
+
+
+@_in_32_bits
+def whole(
+  images: jax.Array,
+  *,
+  size: int,
+  mean: Sequence[float],
+  std: Sequence[float],
+  interpolation: str = 'bilinear',
+) -> jax.Array:
+  """Whole images as evaluation shows them to a network.
+
+  Args:
+    images: `[..., height, width, channels]` uint8.
+    size: height and width of the result.
+    mean: per channel.
+    std: per channel.
+    interpolation: 'bilinear' or 'bicubic', antialiased.
+
+  Returns:
+    Float32 `[..., size, size, channels]`, normalized.
+  """
+  images = resize(unit_range(images), size, interpolation=interpolation)
+  return normalize(images, mean=mean, std=std)
+
+
+@_in_32_bits
+def normalize(
+  images: jax.Array, *, mean: Sequence[float], std: Sequence[float]
+) -> jax.Array:
+  """`(images - mean) / std` per channel; images are float32 in [0, 1].
+
+  Raises:
+    ValueError: if there is not one mean and one positive std for each channel.
+  """
+  channels = images.shape[-1]
+  for name, values, above in (('mean', mean, None), ('std', std, 0)):
+    try:
+      fits = len(values) == channels and all(map(math.isfinite, values))
+      fits = fits and (above is None or min(values) > above)
+    except TypeError:  # one number, or something else
+      fits = False
+    if not fits:
+      which = 'number' if above is None else f'number > {above}'
+      raise ValueError(
+        f'config.augment.{name} must have one {which} for each of the '
+        f'{channels} channels, got {values!r}'
+      )
+  return (images - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+@_in_32_bits
+def resize(
+  images: jax.Array, size: int, *, interpolation: str = 'bilinear'
+) -> jax.Array:
+  """`[batch, height, width, channels]` to `size` x `size`, antialiased."""
+  if images.shape[1:3] == (size, size):
+    return images
+  shape = (images.shape[0], size, size, images.shape[3])
+  method = {'bilinear': 'linear', 'bicubic': 'cubic'}[interpolation]
+  resized = jax.image.resize(images, shape, method=method, antialias=True)
+  # A cubic overshoots at edges.
+  return jnp.clip(resized, 0.0, 1.0) if method == 'cubic' else resized
+
+
+# Everything random in a view, as numbers uniform in [0, 1). They come from one
+# call of the generator: a key for each operation would be derived again inside
+# every kernel that XLA fuses it into, which took ten times as long to compile.
+# And an operation that is switched off leaves the others' draws as they were.
+_DRAWS = {
+  'crop': (),
+  'area': (10,),
+  'aspect': (10,),
+  'place': (2,),
+  'flip': (),
+  'jitter': (),
+  'jitter_amounts': (4,),
+  'jitter_order': (4,),
+  'grey': (),
+  'blur': (),
+  'blur_sigma': (),
+  # New ones go to the end, where they leave the numbers before as they were.
+  'solarize': (),
+}
+
+
+def _draw(key, randaugment_layers=0):
+  """The numbers of `_DRAWS`, and two for each RandAugment layer, by name."""
+  shapes = {**_DRAWS, 'randaugment': (randaugment_layers, 2)}
+  sizes = [math.prod(shape) for shape in shapes.values()]
+  ends = list(itertools.accumulate(sizes))
+  uniform = jax.random.uniform(key, (ends[-1],))
+  parts = jnp.split(uniform, ends[:-1])
+  return {
+    name: part.reshape(shape)
+    for (name, shape), part in zip(shapes.items(), parts, strict=True)
+  }
+
+
+def _between(uniform, low, high):
+  return low + uniform * (high - low)
+
+
+def _crop_and_flip(
+  draws,
+  image,
+  *,
+  size,
+  crop_probability,
+  area_range,
+  aspect_range,
+  interpolation,
+  flip_probability,
+):
+  """A random box of the image as planes `[channels, size, size]`."""
+  height, width, _ = image.shape
+  flip = draws['flip'] < flip_probability
+  box = jnp.array([0.0, 0.0, height, width])
+  if crop_probability:
+    random_box = _random_box(draws, height, width, area_range, aspect_range)
+    box = jnp.where(draws['crop'] < crop_probability, random_box, box)
+  elif (height, width) == (size, size):
+    planes = jnp.moveaxis(image, -1, 0)
+    return jnp.where(flip, planes[..., ::-1], planes)
+  top, left, box_height, box_width = box
+  columns = _resampling_weights(left, box_width, width, size, interpolation)
+  # A third of the numbers that the picture has.
+  columns = jnp.where(flip, columns[::-1], columns)
+  product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+  if height <= size and interpolation == 'bilinear':
+    bands = _interpolate_rows(image, top, box_height, size)
+  else:
+    rows = _resampling_weights(top, box_height, height, size, interpolation)
+    bands = product('yh,hwc->ywc', rows, image)
+  planes = product('xw,ywc->cyx', columns, bands)
+  # A cubic overshoots at edges.
+  return planes if interpolation == 'bilinear' else jnp.clip(planes, 0.0, 1.0)
+
+
+def _interpolate_rows(image, start, length, size):
+  """As `_resampling_weights` would, where nothing shrinks: of two rows each."""
+  centers = start + (jnp.arange(size) + 0.5) * (length / size) - 0.5
+  above = jnp.floor(centers)
+  share = (centers - above)[:, None, None]
+  first, last = _touched(start, length, image.shape[0])
+
+  def rows(index):
+    index = jnp.clip(index, first, last).astype(jnp.int32)
+    return image.at[index].get(mode='promise_in_bounds')
+
+  return (1 - share) * rows(above) + share * rows(above + 1)
+
+
+def _touched(start, length, source):
+  """First and last pixel that an interval of an axis touches, as floats."""
+  first = jnp.clip(jnp.floor(start), 0, source - 1)
+  # Rounding must not add a pixel of which a hair is touched.
+  last = jnp.clip(jnp.ceil(start + length - 1e-3) - 1, first, source - 1)
+  return first, last
+
+
+def _resampling_weights(start, length, source, size, interpolation):
+  """`[size, source]` weights that resample an interval of one axis.
+
+  Antialiased, as Pillow does: shrinking averages over the source's pixels.
+  """
+  scale = length / size
+  centers = start + (jnp.arange(size) + 0.5) * scale - 0.5
+  pixels = jnp.arange(source)
+  distances = jnp.abs(centers[:, None] - pixels) / jnp.maximum(scale, 1.0)
+  if interpolation == 'bilinear':
+    weights = jnp.maximum(1 - distances, 0.0)
+  else:
+    weights = _cubic(distances)
+  first, last = _touched(start, length, source)
+  weights = jnp.where((pixels >= first) & (pixels <= last), weights, 0.0)
+  return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def _cubic(x):
+  """Keys' cubic kernel with a = -1/2, of distances >= 0."""
+  near = (1.5 * x - 2.5) * x**2 + 1
+  far = ((2.5 - 0.5 * x) * x - 4) * x + 2
+  return jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
+
+
+def _random_box(draws, height, width, area_range, aspect_range):
+  """Top, left, height, width of a box inside the image, in pixels (float).
+
+  Ten boxes are drawn and the first that fits is taken; if none does, the
+  largest centred one within the aspect range. The sides are not rounded to
+  pixels, which would distort area and aspect of a small image.
+  """
+  area = _between(draws['area'], *area_range)
+  log_aspect_range = (math.log(aspect) for aspect in aspect_range)
+  aspect = jnp.exp(_between(draws['aspect'], *log_aspect_range))
+  heights = jnp.sqrt(area * height * width / aspect)
+  widths = heights * aspect
+  fits = (heights <= height) & (widths <= width)
+  first = jnp.argmax(fits)
+  fallback_aspect = min(max(width / height, aspect_range[0]), aspect_range[1])
+  fallback_height = min(height, width / fallback_aspect)
+  fallback = jnp.array([fallback_height, fallback_height * fallback_aspect])
+  any_fits = jnp.any(fits)
+  sides = jnp.where(
+    any_fits, jnp.stack([heights[first], widths[first]]), fallback
+  )
+  free = jnp.array([height, width]) - sides
+  place = jnp.where(any_fits, draws['place'], 0.5)
+  return jnp.concatenate([place * free, sides])
+
+
+def _colour_jitter(
+  draws, planes, *, probability, brightness, contrast, saturation, hue
+):
+  """Brightness, contrast, saturation and hue in a random order.
+
+  The order is data, and a switch between four operations at four places would
+  compute all sixteen. But three of the operations are one formula, `_blend`,
+  with other numbers, and the identity with zeros. So there is a blend for each
+  of them before hue and after it, and the order says which are zeros.
+  """
+  limits = jnp.array([brightness, contrast, saturation, hue])
+  used = jnp.array([bool(brightness), bool(contrast), bool(saturation)])
+  num_blends = sum(bool(limit) for limit in (brightness, contrast, saturation))
+  amounts = _between(draws['jitter_amounts'], -limits, limits)
+  amounts = jnp.where(draws['jitter'] < probability, amounts, 0.0)
+  ranks = draws['jitter_order']
+
+  def place(operation, carry):
+    steps, turn = carry
+    rank = ranks[operation]
+    row = jnp.sum(used & (ranks[:3] < rank))
+    if hue:
+      row += num_blends * (rank > ranks[3])
+    cell = (jnp.arange(steps.shape[0]) == row)[:, None] & (
+      jnp.arange(3) == operation
+    )
+    turn = jnp.where(operation == 3, amounts[3], turn)
+    return jnp.where(cell, amounts[operation], steps), turn
+
+  # In loops, because their results are put into memory: the compiler would do
+  # other arithmetic again for each pixel, and without vector instructions.
+  # The zero is of the draws, so that shard_map finds it as varying as they are.
+  zero = 0 * amounts[0]
+  steps = jnp.zeros((num_blends * (2 if hue else 1), 3)) + zero
+  steps, turn = lax.fori_loop(0, 4, place, (steps, zero))
+  planes = _blends(planes, steps[:num_blends])
+  if hue:
+    planes = _blends(_turn_hue(planes, turn), steps[num_blends:])
+  return planes
+
+
+def _blends(planes, steps):
+  return lax.scan(lambda x, step: (_blend(x, *step), None), planes, steps)[0]
+
+
+def _blend(planes, brightness, contrast, saturation):
+  """Amounts, factor minus one, of which at most one is not zero.
+
+  Factors as Pillow's ImageEnhance defines them: a blend with black, with the
+  mean grey, with the grey image. (dm-pix adds a constant for brightness and
+  takes the contrast of each channel.)
+  """
+  grey = randaugment.luma(planes)
+  change = (
+    brightness * planes
+    + contrast * (planes - jnp.mean(grey))
+    + saturation * (planes - grey)
+  )
+  return jnp.clip(planes + change, 0.0, 1.0)
+
+
+def _turn_hue(planes, turn):
+  """Turns the colour circle of RGB planes, keeping HSV's other two numbers."""
+  red, green, blue = planes
+  high = jnp.maximum(jnp.maximum(red, green), blue)
+  low = jnp.minimum(jnp.minimum(red, green), blue)
+  spread = high - low
+  scale = 1 / jnp.where(spread > 0, spread, 1.0)
+  # In sixths of the circle. (dm-pix takes remainders, which are slow.)
+  hue = jnp.where(
+    high == red,
+    (green - blue) * scale,
+    jnp.where(
+      high == green, 2 + (blue - red) * scale, 4 + (red - green) * scale
+    ),
+  )
+  hue += 6 * turn
+  hue -= 6 * jnp.floor(hue / 6)
+  distance = jnp.abs(hue - jnp.array([3.0, 2.0, 4.0])[:, None, None])
+  first = (jnp.arange(3) == 0)[:, None, None]
+  shares = jnp.where(first, distance - 1, 2 - distance)
+  turned = low + spread * jnp.clip(shares, 0.0, 1.0)
+  # To the hue and back is not exact.
+  return jnp.where(turn == 0, planes, turned)
+
+
+def _gaussian_blur(planes, sigma):
+  # SimCLR's kernel: a tenth of the image, at least 3 pixels. Blurring pads with
+  # zeros, which would darken the border, so the edge is repeated first.
+  radius = max(1, planes.shape[1] // 20)
+  padded = jnp.pad(planes, ((0, 0), (radius, radius), (radius, radius)), 'edge')
+  # dm-pix takes other channel axes than the last one, but then it fails.
+  padded = jnp.moveaxis(padded, 0, -1)
+  blurred = pix.gaussian_blur(padded, sigma, 2 * radius, padding='VALID')
+  return jnp.moveaxis(blurred, -1, 0)

@@ -1,0 +1,1 @@
+"""Linear probe, kNN and fine-tuning of trained networks."""

@@ -1,0 +1,1 @@
+"""Tests of probe, kNN and fine-tuning."""

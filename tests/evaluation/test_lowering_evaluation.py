@@ -1,0 +1,173 @@
+"""Evaluation, watching and embedding lower for every platform."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clop_jax
+from clop_jax.evaluation import finetune
+from clop_jax.evaluation import probe
+from clop_jax.experiment import build
+from clop_jax.experiment import inputs
+from clop_jax.experiment import restored
+from clop_jax.runtime import parallel
+from clop_jax.tracking import contact_sheet
+from clop_jax.tracking import pictures
+from tests import lowering
+from tests import small
+from tests.experiment import test_configs
+from tests.commands import test_export
+from tests.training import test_lowering_step as steps
+
+FEATURE_DIM, CLASSES = 64, 10
+
+
+def images_of(config, count=64, side=None):
+  """Shapes of a batch as `probe.applied` places it on the devices."""
+  side = side or config.data.image_size or config.augment.size
+  return jax.ShapeDtypeStruct(
+    (count, side, side, config.data.channels),
+    np.uint8,
+    sharding=parallel.split(lowering.mesh()),
+  )
+
+
+def variables_of(run):
+  return build.abstract_state(run, lowering.mesh()).variables
+
+
+def floats(*shape):
+  return jax.ShapeDtypeStruct(shape, np.float32)
+
+
+def integers(*shape):
+  return jax.ShapeDtypeStruct(shape, np.int32)
+
+
+@pytest.fixture(autouse=True)
+def defaults_of_an_accelerator(monkeypatch):
+  # For what takes the platform from the process, as `clop_jax.load` does.
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+
+
+@pytest.mark.parametrize('path', test_configs.PATHS, ids=lambda path: path.stem)
+def test_feature_extraction_lowers(path):
+  config = steps.config_of(path)
+  run = steps.built(config)
+  function = restored.frozen(run, config, lowering.mesh())
+  lowering.check(function, variables_of(run), images_of(config))
+
+
+def test_restored_run_lowers_inside_other_functions(tmp_path):
+  run = clop_jax.load(test_export.save_run(tmp_path / 'run'))
+  # Of another size than the run's views: resized on the device.
+  images = images_of(run.config, side=12)
+  lowering.check(jax.jit(run.apply), images)
+  lowering.check(run.pure, run.variables, images)
+
+  def total(variables, images):
+    return jnp.sum(run.pure(variables, images)[1])
+
+  lowering.check(jax.jit(jax.grad(total)), run.variables, images)
+
+
+def test_linear_probe_lowers():
+  lowering.check(
+    probe._fit,
+    floats(100, FEATURE_DIM),
+    integers(100),
+    floats(100),
+    floats(),
+    num_classes=CLASSES,
+    steps=30,
+  )
+
+
+def test_knn_lowers():
+  # At the size of CIFAR-10, with the neighbours that the defaults ask for.
+  lowering.check(
+    probe._nearest,
+    floats(50_000, 2048),
+    integers(50_000),
+    floats(1024, 2048),
+    (20, 200),
+    CLASSES,
+    0.1,
+  )
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    {'model__bn_scope': 'device'},
+    {'data__loader': 'stream'},
+    {'eval__finetune_augment': False},
+    {'model__depth': 18},
+  ],
+  ids=str,
+)
+def test_fine_tuning_lowers(changes):
+  config = small.digits_config('unused', **changes)
+  mesh, augment = lowering.mesh(), config.augment
+  run = steps.built(config)
+  variables = {
+    name: part['backbone'] for name, part in variables_of(run).items()
+  }
+  images = images_of(config)
+  features, _ = jax.eval_shape(
+    restored.frozen(run, config, mesh), variables_of(run), images
+  )
+  sizes = {'num_classes': CLASSES, 'feature_dim': features.shape[-1]}
+  trainer = finetune.Trainer(
+    run.backbone,
+    variables,
+    recipe=finetune.recipe(
+      size=augment.size,
+      mean=augment.mean,
+      std=augment.std,
+      crop_area=augment.crop_area,
+      crop_aspect=augment.crop_aspect,
+      flip_probability=augment.flip_probability,
+      random=config.eval.finetune_augment,
+    ),
+    bn_scope=config.model.bn_scope,
+    mesh=mesh,
+    seed=0,
+    **sizes,
+  )
+  data = inputs.abstract_loader(
+    config, mesh, num_examples=1437, image_shape=(8, 8, 1)
+  )
+  state = jax.eval_shape(
+    lambda variables: finetune.create_state(variables, **sizes), variables
+  )
+  shared = {
+    'key': jax.eval_shape(lambda: jax.random.key(0)),
+    'numbers': {'learning_rate': floats(), 'total_steps': floats()},
+    'resident': data.resident,
+  }
+  lowering.check(trainer._step, state, shared, data.structure(1))
+  lowering.check(trainer._apply, state, images)
+
+
+def test_pictures_of_embeddings_lower():
+  lowering.check(pictures._measures, floats(256, 128))
+
+
+@pytest.mark.parametrize('path', test_configs.PATHS, ids=lambda path: path.stem)
+def test_pictures_of_views_lower(path):
+  config = steps.config_of(path)
+  size, channels = config.augment.size, config.data.channels
+  sheets = contact_sheet.Sheets(
+    build.recipe(config),
+    build.training_key(config),
+    reader=None,
+    plain=None,
+    host_crops=config.data.host_crops,
+  )
+  crops = (2,) if config.data.host_crops else ()
+  images = jax.ShapeDtypeStruct((*crops, 16, size, size, channels), np.uint8)
+  key = build.training_key(config)
+  lowering.check(sheets._make, key, integers(), integers(16), images)

@@ -1,0 +1,479 @@
+import contextlib
+import errno
+import gc
+import importlib
+import os
+import pathlib
+import re
+import resource
+import shutil
+import tempfile
+import time
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clop_jax import train
+from clop_jax.experiment import checkpoint
+from clop_jax.runtime import parallel
+from clop_jax.training import train_state
+
+
+def make_state(step, mesh):
+  state = train_state.TrainState(
+    step=jnp.int32(step),
+    params={'w': jnp.arange(5000.0).reshape(50, 100) + step},
+    batch_stats={'mean': jnp.full(7, 0.5 * step)},
+    opt_state=({'trace': jnp.full((50, 100), 2.0 * step)}, jnp.int32(step)),
+    prototypes=jnp.eye(4) * step,
+  )
+  return parallel.replicate(mesh, state)
+
+
+def target_of(state, mesh):
+  sharding = parallel.replicated(mesh)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+  )
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# Orbax leaves coroutines behind when a read or a save fails. A command ends
+# before they are collected.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
+
+@pytest.fixture(autouse=True)
+def collected():
+  yield
+  gc.collect()  # here, where their complaints are ignored
+
+
+@pytest.fixture
+def mesh():
+  return parallel.make_mesh(jax.devices()[:1])
+
+
+@pytest.fixture
+def folder(tmp_path, mesh):
+  """Checkpoints of steps 1, 2 and 3."""
+  path = tmp_path / 'checkpoints'
+  with checkpoint.Checkpoints(str(path)) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(make_state(step, mesh), step)
+  return path
+
+
+def restore(path, mesh, **kwargs):
+  warnings = []
+  target = target_of(make_state(0, mesh), mesh)
+  with checkpoint.Checkpoints(str(path), **kwargs) as checkpoints:
+    return checkpoints.restore_latest(target, warn=warnings.append), warnings
+
+
+def test_the_whole_state_comes_back_from_the_newest_checkpoint(folder, mesh):
+  state, warnings = restore(folder, mesh)
+  assert_equal(state, make_state(3, mesh))
+  assert not warnings
+
+
+def test_restored_on_eight_devices_what_one_saved(folder):
+  mesh = parallel.make_mesh()
+  state, _ = restore(folder, mesh)
+  assert_equal(state, make_state(3, mesh))
+  assert len(state.params['w'].sharding.device_set) == 8
+
+
+@flax.struct.dataclass
+class LaterState(train_state.TrainState):
+  """As a later version of the code could have it."""
+
+  added: Any = None
+
+
+def test_a_state_with_a_new_optional_field_reads_older_checkpoints(
+  folder, mesh
+):
+  before = target_of(make_state(0, mesh), mesh)
+  target = LaterState(**vars(before))
+  with checkpoint.Checkpoints(str(folder)) as checkpoints:
+    state = checkpoints.restore(3, target)
+  assert isinstance(state, LaterState) and state.added is None
+  assert_equal(
+    train_state.TrainState(
+      **{k: v for k, v in vars(state).items() if k != 'added'}
+    ),
+    make_state(3, mesh),
+  )
+
+
+def test_an_empty_folder_gives_none(tmp_path, mesh):
+  assert restore(tmp_path / 'new', mesh) == (None, [])
+
+
+def test_only_the_newest_are_kept(tmp_path, mesh):
+  with checkpoint.Checkpoints(str(tmp_path), keep=2) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(make_state(step, mesh), step)
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 3]
+
+
+def data_files(step_folder):
+  """The files of a checkpoint that its arrays are read from, largest first."""
+  files = [p for p in pathlib.Path(step_folder).rglob('*') if p.is_file()]
+  return sorted(files, key=lambda p: p.stat().st_size, reverse=True)
+
+
+def truncate(file):
+  file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(file):
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 0x10
+  file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize('read_only', [False, True])
+@pytest.mark.parametrize(
+  'harm',
+  [truncate, flip_a_bit, pathlib.Path.unlink, lambda f: f.write_bytes(b'')],
+  ids=['truncated', 'one bit', 'missing', 'emptied'],
+)
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
+  folder, mesh, harm, read_only, capfd
+):
+  harm(data_files(folder / '3')[0])
+  state, warnings = restore(folder, mesh, read_only=read_only)
+  assert_equal(state, make_state(2, mesh))
+  assert len(warnings) == 1
+  assert 'step 3' in warnings[0] and 'damaged' in warnings[0]
+  # The report is not buried under what the failed read leaves behind.
+  assert 'Traceback' not in capfd.readouterr().err
+  # Nothing is lost: training puts the damaged one aside, evaluation nothing.
+  aside = pathlib.Path(f'{folder}_damaged') / '3'
+  assert aside.exists() is not read_only
+  assert (folder / '3').exists() is read_only
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(folder, mesh):
+  shutil.copytree(folder / '3', folder / '4.orbax-checkpoint-tmp')
+  state, warnings = restore(folder, mesh)
+  assert_equal(state, make_state(3, mesh))
+  assert not warnings
+
+
+def test_the_damaged_step_can_be_saved_again(folder, mesh):
+  truncate(data_files(folder / '3')[0])
+  restore(folder, mesh)
+  with checkpoint.Checkpoints(str(folder)) as checkpoints:
+    checkpoints.save(make_state(3, mesh), 3)
+  state, _ = restore(folder, mesh)
+  assert_equal(state, make_state(3, mesh))
+
+
+# As TensorStore words them; of `ABORTED` it is a folder's name.
+_TEXTS = [
+  ("PERMISSION_DENIED: Error opening \"zarr\" driver: Error reading local file "
+   "\"/a/manifest.ocdbt\" [os_error_code='13']", errno.EACCES),
+  ("ABORTED: Error reading local file \"/a/b\" [os_error_code='116']",
+   errno.ESTALE),
+  ("UNKNOWN: Error reading local file \"/a/b\" [os_error_code='5']", errno.EIO),
+  ('UNAVAILABLE: Error reading "gs://b/x": HTTP 503', errno.EIO),
+  ('RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes', errno.ENOMEM),
+  ("NOT_FOUND: \"/a\" does not exist [os_error_code='2']", None),
+  ('NOT_FOUND: "/runs/ABORTED/1" does not exist', None),
+  ('DATA_LOSS: Error decoding "zarr" chunk: truncated', None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('error', 'number'),
+  [
+    *[(ValueError(text), number) for text, number in _TEXTS],
+    (OSError(errno.EIO, 'x'), errno.EIO),
+    (OSError(errno.EMFILE, 'x'), errno.EMFILE),
+    (OSError(errno.ENOENT, 'x'), None),
+    (OSError(errno.ENOTDIR, 'x'), None),
+    (MemoryError(), errno.ENOMEM),
+    (KeyError('state'), None),
+  ],
+)
+def test_what_the_system_refuses_is_told_from_damage(error, number):
+  wrapped = ValueError('outer')
+  wrapped.__cause__ = ExceptionGroup('several', [KeyError('x'), error])
+  for one in (error, wrapped):
+    found = checkpoint.system_error(one)
+    assert (found and found.errno) == number
+
+
+# A step, a file that Orbax looks for, and one that TensorStore reads.
+@pytest.mark.parametrize(
+  ('fault', 'name'),
+  [
+    ('permission', '3'),
+    ('permission', '3/default/manifest.ocdbt'),
+    ('loop', '3'),
+    ('loop', '3/default/_METADATA'),
+    ('loop', '3/default/manifest.ocdbt'),
+  ],
+)
+def test_an_unreadable_checkpoint_stays_and_no_older_one_takes_its_place(
+  fault, name, folder, mesh
+):
+  path = folder / name
+  with contextlib.ExitStack() as stack:
+    if fault == 'permission':
+      importlib.import_module('grp')  # as etils does, where it may not be able
+      path.chmod(0)
+      stack.enter_context(_without_privileges(path))
+    else:
+      path.rename(folder.parent / 'kept')
+      path.symlink_to(path)
+    with pytest.raises(
+      checkpoint.UnreadableCheckpointError,
+      match=rf'step 3 .*(denied|levels).*{name}',
+    ):
+      restore(folder, mesh)
+  assert not pathlib.Path(f'{folder}_damaged').exists()
+  assert sorted(os.listdir(folder)) == ['1', '2', '3']
+
+
+@contextlib.contextmanager
+def _without_privileges(path):
+  """As a user who is not root, but can reach the path."""
+  with contextlib.ExitStack() as stack:
+    if os.geteuid() == 0:
+      for above in path.parents:
+        if 'pytest' in str(above):
+          stack.callback(above.chmod, above.stat().st_mode)
+          above.chmod(0o777)
+      os.seteuid(65534)
+      stack.callback(os.seteuid, 0)
+    yield
+
+
+@pytest.mark.parametrize(
+  'name', ['run[1]', '[2024] a/b', 'a*b', 'x\\y', 'l\udcff', 'gs:/y']
+)
+def test_any_name_of_a_local_folder_will_do(name, tmp_path, mesh):
+  folder = os.path.join(tmp_path, name, 'checkpoints')
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    checkpoints.save(make_state(1, mesh), 1)
+    link = pathlib.Path(checkpoints._place)
+    assert link.is_symlink()
+  assert os.listdir(folder) == ['1'] and not link.parent.exists()
+  if name == 'run[1]':  # what follows is the same for all
+    state, warnings = restore(folder, mesh, read_only=True)
+    assert_equal(state, make_state(1, mesh))
+    assert not warnings
+
+
+def test_a_link_needs_a_folder_with_a_plain_name(tmp_path, monkeypatch):
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / '[1]'))
+  with pytest.raises(ValueError, match=r'run\[1\] .*set TMPDIR'):
+    checkpoint.check_directory(str(tmp_path / 'run[1]'))
+  checkpoint.check_directory(str(tmp_path / 'run'))
+
+
+def test_a_first_checkpoint_that_cannot_be_opened_ends_the_run(
+  tmp_path, mesh, monkeypatch
+):
+  # What keeps it from that does not matter; here Orbax looks for a pattern.
+  monkeypatch.setattr(checkpoint, '_UNUSABLE', re.compile('$.'))
+  folder = tmp_path / 'run[1]'
+  with (
+    checkpoint.Checkpoints(str(folder)) as checkpoints,
+    pytest.raises(OSError, match=r'step 1 .*run\[1\].* cannot be opened'),
+  ):
+    checkpoints.save(make_state(1, mesh), 1)
+
+
+@pytest.mark.parametrize('replaced', [False, True])
+def test_a_removed_folder_ends_the_run_and_is_not_made_again(
+  replaced, folder, mesh
+):
+  with checkpoint.Checkpoints(str(folder)) as checkpoints:
+    shutil.rmtree(folder)
+    if replaced:
+      folder.mkdir()
+    with pytest.raises(OSError, match=rf'was removed .*{folder}'):
+      checkpoints.save(make_state(4, mesh), 4)
+  assert not folder.exists() or not os.listdir(folder)
+
+
+def test_all_damaged_is_an_error_that_names_them_and_changes_nothing(
+  folder, mesh
+):
+  for step in (1, 2, 3):
+    for file in data_files(folder / str(step))[:1]:
+      truncate(file)
+  with pytest.raises(
+    checkpoint.DamagedCheckpointError,
+    match=r'all checkpoints.*\[1, 2, 3\]\); nothing',
+  ):
+    restore(folder, mesh)
+  assert sorted(os.listdir(folder)) == ['1', '2', '3']
+
+
+def test_the_checksum_sees_any_changed_entry_and_any_swap():
+  tree = {'a': jnp.arange(6.0), 'b': jnp.array([1, 2], jnp.int32)}
+  sums = {int(checkpoint._checksum(tree))}
+  for i in range(6):
+    changed = tree | {'a': tree['a'].at[i].add(1e-6 + i * 1e-6)}
+    sums.add(int(checkpoint._checksum(changed)))
+  sums.add(int(checkpoint._checksum(tree | {'b': tree['b'][::-1]})))
+  sums.add(int(checkpoint._checksum(tree | {'a': -tree['a']})))
+  assert len(sums) == 9
+
+
+def test_keep_below_one_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='keep must be at least 1, got 0'):
+    checkpoint.Checkpoints(str(tmp_path), keep=0)
+
+
+def save_all(path, mesh, metrics, **options):
+  with checkpoint.Checkpoints(str(path), **options) as checkpoints:
+    for step, values in enumerate(metrics, 1):
+      checkpoints.save(make_state(step, mesh), step, values)
+    checkpoints.wait()
+    return checkpoints.steps(), checkpoints.best_step()
+
+
+@pytest.mark.parametrize(
+  ('mode', 'best'),
+  [('max', 2), ('min', 3)],
+)
+def test_the_best_is_kept_beside_the_newest(mode, best, tmp_path, mesh):
+  accuracies = [0.5, 0.9, 0.1, 0.4, 0.6]
+  metrics = [{'accuracy': value, 'loss': 1.0} for value in accuracies]
+  options = {'keep': 1, 'best_metric': 'accuracy', 'best_mode': mode}
+  assert save_all(tmp_path, mesh, metrics, **options) == ([best, 5], best)
+  # It is known again when the folder is opened again, and can be restored.
+  target = target_of(make_state(0, mesh), mesh)
+  with checkpoint.Checkpoints(
+    str(tmp_path), read_only=True, **options
+  ) as checkpoints:
+    assert checkpoints.best_step() == best
+    assert_equal(checkpoints.restore(best, target), make_state(best, mesh))
+    with pytest.raises(ValueError, match=r'no checkpoint of step 4 .*5\]'):
+      checkpoints.restore(4, target)
+
+
+def test_a_metric_that_is_missing_or_nan_is_never_the_best(tmp_path, mesh):
+  metrics = [{}, {'loss': 2.0}, {'loss': float('nan')}, None, {'loss': 3.0}]
+  steps, best = save_all(
+    tmp_path, mesh, metrics, keep=5, best_metric='loss', best_mode='min'
+  )
+  assert (steps, best) == ([1, 2, 3, 4, 5], 2)
+
+
+def test_without_a_metric_there_is_no_best(tmp_path, mesh):
+  assert save_all(tmp_path, mesh, [None, None]) == ([1, 2], None)
+  with pytest.raises(ValueError, match=r"one of \['max', 'min'\], got 'most'"):
+    checkpoint.Checkpoints(str(tmp_path), best_mode='most')
+
+
+@contextlib.contextmanager
+def folder_is_gone(path):
+  path.rename(f'{path}.before')
+  path.write_text('')
+  yield
+
+
+@contextlib.contextmanager
+def large_files_are_refused(path):
+  del path
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize('harm', [folder_is_gone, large_files_are_refused])
+@pytest.mark.parametrize('seen_by', ['the log', 'a diverged loss'])
+def test_a_failed_save_is_raised_before_the_next_one(
+  harm, seen_by, tmp_path, mesh
+):
+  path = tmp_path / 'checkpoints'
+  began = time.monotonic()
+  with (
+    pytest.raises(checkpoint.SaveError, match=str(path)),
+    checkpoint.Checkpoints(str(path)) as checkpoints,
+  ):
+    checkpoints.save(make_state(1, mesh), 1)
+    checkpoints.wait()
+    with harm(path):
+      checkpoints.save(make_state(2, mesh), 2)
+      if seen_by == 'a diverged loss':
+        with pytest.raises(FloatingPointError) as diverged:
+          train.check_finite([np.array([np.nan])], 3, checkpoints)
+        raise diverged.value.__cause__
+      while time.monotonic() - began < 30:
+        checkpoints.raise_failure()
+        time.sleep(0.01)
+  assert time.monotonic() - began < 30
+
+
+def test_verify_tells_what_is_there_and_whether_it_is_whole(tmp_path, mesh):
+  folder = tmp_path / 'checkpoints'
+  metrics = [{'loss': 3.0}, {'loss': 2.0}, {'loss': 1.0}]
+  save_all(folder, mesh, metrics, keep=3, best_metric='loss')
+  found = checkpoint.verify(str(tmp_path))
+  assert [entry.step for entry in found] == [1, 2, 3]
+  assert [entry.fault for entry in found] == [None] * 3
+  assert [entry.metrics for entry in found] == metrics
+  flip_a_bit(data_files(folder / '2')[0])
+  truncate(data_files(folder / '3')[0])
+  before = sorted(os.listdir(folder))
+  first, second, third = checkpoint.verify(str(tmp_path))
+  assert first.fault is None
+  assert second.fault is not None and third.fault is not None
+  assert sorted(os.listdir(folder)) == before
+  with pytest.raises(ValueError, match='has no folder checkpoints'):
+    checkpoint.verify(str(folder))
+
+
+def test_verify_reads_on_one_device_what_eight_have_saved(tmp_path):
+  mesh = parallel.make_mesh()
+  save_all(tmp_path / 'checkpoints', mesh, [None])
+  (found,) = checkpoint.verify(str(tmp_path))
+  assert found.fault is None
+
+
+@pytest.mark.parametrize('devices', [1, 2, 4])
+def test_what_eight_devices_saved_is_restored_on_fewer(tmp_path, devices):
+  everything = parallel.make_mesh()
+  save_all(tmp_path, everything, [None])
+  few = parallel.make_mesh(jax.devices()[:devices])
+  state, warnings = restore(tmp_path, few)
+  assert not warnings
+  assert_equal(state, make_state(1, few))
+  assert state.params['w'].sharding == parallel.replicated(few)
+
+
+def test_a_remote_folder_goes_to_orbax_as_it_is(monkeypatch):
+  seen = []
+
+  class Manager:
+    def __init__(self, directory, options):
+      seen.append(directory)
+
+  monkeypatch.setattr(checkpoint.ocp, 'CheckpointManager', Manager)
+  for path in ('gs://bucket/run/checkpoints', 's3://bucket/checkpoints'):
+    checkpoint.Checkpoints(path)
+    assert seen.pop() == path
+  checkpoint.Checkpoints('runs/a')
+  assert seen.pop() == os.path.abspath('runs/a')

@@ -1,0 +1,282 @@
+"""A run's folder, here and remote."""
+
+import io
+import json
+import os
+
+from etils import epath
+import fsspec
+from fsspec.implementations import memory
+import numpy as np
+import pytest
+
+from clop_jax import defaults
+from clop_jax.experiment import metrics_log
+from clop_jax.experiment import workdir
+from clop_jax.runtime import files
+
+LABELS = np.array([0, -1, 2], np.int32)
+TRUE = np.array([0, 1, 2], np.int32)
+
+
+class Bucket(memory.MemoryFileSystem):
+  """A remote file system that is in memory."""
+
+  protocol = 's3'
+
+
+@pytest.fixture(params=['local', 'remote'])
+def folder(request, tmp_path):
+  if request.param == 'local':
+    yield str(tmp_path / 'run')
+    return
+  fsspec.register_implementation('s3', Bucket, clobber=True)
+  path = f's3://bucket/{tmp_path.name}/run'
+  yield path
+  Bucket.store.clear()
+
+
+def config_of(**changes):
+  config = defaults.get_config()
+  for name, value in changes.items():
+    config.train[name] = value
+  return config
+
+
+def test_a_claimed_workdir_has_its_config_and_labels(folder):
+  with workdir.claim(config_of(), folder, LABELS, TRUE):
+    loaded = workdir.load_config(folder)
+    assert workdir.to_json(loaded) == workdir.to_json(config_of())
+    path = epath.Path(folder) / 'labels.npz'
+    found = files.read_npz(path, ['labels'], fix='')['labels']
+    np.testing.assert_array_equal(found, LABELS)
+  names = {path.name for path in epath.Path(folder).iterdir()}
+  assert names - {'.lock'} == {'config.json', 'labels.npz'}
+  # And again, with the same.
+  with workdir.claim(config_of(), folder, LABELS, TRUE):
+    pass
+
+
+def test_another_config_or_other_data_are_refused(folder):
+  with workdir.claim(config_of(), folder, LABELS, TRUE):
+    pass
+  message = 'another config: train.num_epochs is 20 there and 3 here'
+  with (
+    pytest.raises(ValueError, match=message),
+    workdir.claim(config_of(num_epochs=3), folder, LABELS, TRUE),
+  ):
+    pass
+  with (
+    pytest.raises(ValueError, match=r'other data .*3 examples there, 2 here'),
+    workdir.claim(config_of(), folder, LABELS[:2], TRUE[:2]),
+  ):
+    pass
+
+
+def _half(data):
+  return data[: len(data) // 2]
+
+
+def _flipped(data):
+  return data[:80] + bytes([data[80] ^ 1]) + data[81:]
+
+
+def _npz(**arrays):
+  file = io.BytesIO()
+  np.savez(file, **arrays)
+  return file.getvalue()
+
+
+def _config(**fields):
+  return json.dumps(workdir.to_json(defaults.get_config()) | fields).encode()
+
+
+_DAMAGES = [
+  ('labels.npz', _half, 'damaged'),
+  ('labels.npz', lambda _: b'', 'damaged'),
+  ('labels.npz', _flipped, 'damaged'),
+  ('labels.npz', lambda _: _npz(labels=np.array([{}])), 'damaged'),
+  ('labels.npz', lambda _: _npz(other=LABELS), 'damaged'),
+  ('labels.npz', lambda _: _npz(labels=np.ones((2, 2))), 'float64'),
+  ('config.json', _half, 'damaged'),
+  ('config.json', lambda _: b'"caf\xe9"', 'damaged'),
+  ('config.json', lambda _: b'[' * 100_000, 'damaged'),
+  ('config.json', lambda _: b'17', 'damaged .*17'),
+  ('config.json', lambda _: _config(train=5), 'train .*5'),
+  ('config.json', lambda _: _config(model=None), 'model .*None'),
+  ('config.json', lambda _: _config(seed={}), 'seed .*{}'),
+  ('config.json', lambda _: _config(eval={'probe_l2': ['a']}), 'eval.probe_l2'),
+  ('config.json', lambda _: _config(data={'name': None}), 'data.name .*None'),
+  ('metrics.jsonl', lambda _: b'{"loss": 3}\n', 'line 1, .*step is None'),
+  ('metrics.jsonl', lambda _: b'{"step": 1}\n17\n', 'line 2, .*17'),
+  ('metrics.jsonl', lambda _: b'\xff\n{"step": 1}\n', 'line 1, .*damaged'),
+  ('metrics.jsonl', lambda _: b'{"step": 1}\nx\n{"step": 2}\n', 'line 2, '),
+  ('metrics.jsonl', lambda _: b'{"step": 1, "loss": "a"}\n', 'line 1, .*loss'),
+  ('metrics.jsonl', lambda _: b'\0\0', 'line 1, '),
+]
+
+
+@pytest.mark.parametrize(('name', 'damage', 'message'), _DAMAGES)
+def test_a_damaged_file_is_named_and_nothing_is_changed(
+  name, damage, message, tmp_path
+):
+  with workdir.claim(config_of(), str(tmp_path), LABELS, TRUE):
+    pass
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
+  path = tmp_path / name
+  path.write_bytes(damage(path.read_bytes()))
+  before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+  # Another value of `eval`, which would be written.
+  config = config_of()
+  config.eval.probe_iterations = 7
+  with (
+    pytest.raises(ValueError, match=f'{name}.*{message}'),
+    workdir.claim(config, str(tmp_path), LABELS, TRUE),
+  ):
+    pass
+  assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+  readers = {
+    'labels.npz': lambda: workdir.num_labels(str(tmp_path)),
+    'config.json': lambda: workdir.load_config(str(tmp_path)),
+    'metrics.jsonl': lambda: metrics_log.JsonLines(str(path), start=9),
+  }
+  with pytest.raises(ValueError, match=f'{name}.*{message}'):
+    readers[name]()
+  assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize('name', ['config.json', 'labels.npz', 'metrics.jsonl'])
+def test_a_file_that_the_system_refuses_does_not_count_as_missing(
+  name, tmp_path
+):
+  with workdir.claim(config_of(), str(tmp_path), LABELS, TRUE):
+    pass
+  (tmp_path / name).unlink(missing_ok=True)
+  (tmp_path / name).symlink_to(name)
+  with (
+    pytest.raises(OSError, match=f'Too many .*{name}'),
+    workdir.claim(config_of(), str(tmp_path), LABELS, TRUE),
+  ):
+    pass
+  assert (tmp_path / name).is_symlink()
+
+
+def test_a_refused_run_writes_nothing(tmp_path):
+  with workdir.claim(config_of(), str(tmp_path), LABELS, TRUE):
+    pass
+  before = (tmp_path / 'config.json').read_bytes()
+  config = config_of()
+  config.eval.probe_iterations = 7
+  with (
+    pytest.raises(ValueError, match='other data'),
+    workdir.claim(config, str(tmp_path), LABELS[:2], TRUE[:2]),
+  ):
+    pass
+  assert (tmp_path / 'config.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('has_begun', [False, True])
+def test_a_run_that_fails_before_its_first_step_can_be_corrected(
+  has_begun, folder
+):
+  with (
+    pytest.raises(ValueError, match='not logged in'),
+    workdir.claim(config_of(), folder, LABELS, TRUE),
+  ):
+    if has_begun:
+      (epath.Path(folder) / 'metrics.jsonl').write_text('{"step": 1}\n')
+    raise ValueError('not logged in')
+  for name in ('config.json', 'labels.npz'):
+    assert (epath.Path(folder) / name).exists() is has_begun
+
+
+def test_a_remote_path_that_orbax_takes_for_a_pattern_is_refused():
+  fsspec.register_implementation('s3', Bucket, clobber=True)
+  with (
+    pytest.raises(ValueError, match=r'--workdir .*s3://bucket/run\[1\]'),
+    workdir.claim(config_of(), 's3://bucket/run[1]', LABELS, TRUE),
+  ):
+    pass
+  assert not epath.Path('s3://bucket/run[1]').exists()
+
+
+@pytest.mark.parametrize(
+  ('pattern', 'expected'),
+  [
+    ('a[1]', ['a[1]']),
+    ('a*', ['a1', 'a[1]']),
+    ('[2]/*', ['2/b', '[2]/b']),
+    ('[2]', ['[2]/b']),
+    ('a[0-9]', ['a1']),
+  ],
+)
+def test_patterns_and_literal_brackets_are_found(
+  pattern, expected, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  for name in ('a1', 'a[1]', '2/b', '[2]/b'):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / 'config.json').touch()
+  assert workdir.find(pattern) == expected
+
+
+def test_other_settings_of_the_evaluation_go_on_and_hold(folder):
+  with workdir.claim(config_of(), folder, LABELS, TRUE):
+    pass
+  config = config_of()
+  config.eval.finetune_epochs = 7
+  config.watch.probe = 'both'
+  with workdir.claim(config, folder, LABELS, TRUE):
+    pass
+  loaded = workdir.load_config(folder)
+  assert loaded.eval.finetune_epochs == 7
+  loaded = workdir.to_json(loaded)
+  assert loaded | {'eval': None} == workdir.to_json(config_of()) | {
+    'eval': None
+  }
+
+
+def test_a_local_workdir_is_one_run_s_until_it_ends(tmp_path):
+  path = str(tmp_path)
+  with workdir.claim(config_of(), path, LABELS, TRUE):
+    message = f'in use by another run .process {os.getpid()} on '
+    with (
+      pytest.raises(ValueError, match=message),
+      workdir.claim(config_of(), path, LABELS, TRUE),
+    ):
+      pass
+  with workdir.claim(config_of(), path, LABELS, TRUE):
+    pass
+
+
+def log_of(folder, start):
+  epath.Path(folder).mkdir(parents=True, exist_ok=True)
+  path = os.path.join(folder, 'metrics.jsonl')
+  options = {'start': start, 'total_steps': 10, 'batch_size': 4}
+  return path, metrics_log.MetricsLog(path, **options)
+
+
+def test_the_log_goes_on_from_where_the_run_does(folder, capsys):
+  values = {'loss': 1.5, 'clop_loss': 0.25, 'effective_rank': float('nan')}
+  path, log = log_of(folder, 0)
+  with log:
+    for step in (1, 2, 3):
+      log.write(step, values)
+  assert 'step 3/10: loss 1.5000, clop 0.2500' in capsys.readouterr().out
+  # A line that a kill cut short, and one that will be trained again.
+  file = epath.Path(path)
+  file.write_text(file.read_text() + '{"step": 4, "lo')
+  path, log = log_of(folder, 2)
+  with log:
+    log.write(3, values | {'loss': 7.0})
+  lines = [json.loads(line) for line in file.read_text().splitlines()]
+  assert [line['step'] for line in lines] == [1, 2, 3]
+  assert [line['loss'] for line in lines] == [1.5, 1.5, 7.0]
+  # NaN is no JSON.
+  assert lines[0]['effective_rank'] is None
+
+
+def test_a_silent_log_writes_nothing(tmp_path, capsys):
+  with metrics_log.Silent() as log:
+    log.write(1, {'loss': 1.0})
+  assert not capsys.readouterr().out

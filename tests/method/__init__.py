@@ -1,0 +1,1 @@
+"""Tests of losses, prototypes, collapse measures and theory."""

@@ -1,0 +1,150 @@
+"""The directions of imports, and what a light import may load."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests import small
+
+PACKAGE = small.ROOT / 'clop_jax'
+
+# Modules that do not lie in a folder, by the row that they belong to.
+METHOD = ('arguments', 'linalg', 'loss', 'prototypes', 'collapse', 'theory')
+CONFIG = ('fields', 'defaults')
+
+# Each row imports from itself and the rows named here; CONTRIBUTING.md explains
+# them. What is in none of the folders above is a command.
+MAY_IMPORT = {
+  'method': (),
+  'runtime': (),
+  'models': (),
+  'config': (),
+  'data': ('method', 'runtime'),
+  'training': ('method', 'runtime', 'models', 'data'),
+  'experiment': ('training', 'config'),
+  'evaluation': ('experiment',),
+  'tracking': ('evaluation',),
+  'commands': ('tracking',),
+  'study': ('commands',),
+}
+# Only these read the config.
+READS_CONFIG = {
+  'config',
+  'experiment',
+  'evaluation',
+  'tracking',
+  'commands',
+  'study',
+}
+LIBRARIES = {
+  'method': {'jax', 'numpy', 'optax'},
+  'models': {'jax', 'flax', 'etils', 'numpy', 'safetensors', 'torch'},
+  'training': {'jax', 'flax', 'optax', 'numpy'},
+}
+
+
+def row_of(name):
+  """Returns the row of a module, given by its dotted name."""
+  folder = name.split('.')[0]
+  if folder in MAY_IMPORT:
+    return folder
+  if folder in METHOD:
+    return 'method'
+  return 'config' if folder in CONFIG else 'commands'
+
+
+def reachable(row):
+  rows = set(MAY_IMPORT[row])
+  return rows.union(*(reachable(lower) for lower in rows))
+
+
+def modules(row):
+  for path in sorted(PACKAGE.rglob('*.py')):
+    name = '.'.join(path.relative_to(PACKAGE).with_suffix('').parts)
+    if name != '__init__' and row_of(name) == row:
+      yield name, path
+
+
+def imports(path):
+  """Returns the modules of ours and the libraries that a file imports."""
+  ours, others = set(), set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      others |= {alias.name.split('.')[0] for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      package = node.module or ''
+      if package.split('.')[0] == 'clop_jax':
+        prefix = package.removeprefix('clop_jax').strip('.')
+        ours |= {f'{prefix}.{alias.name}'.strip('.') for alias in node.names}
+      else:
+        others.add(package.split('.')[0])
+  return ours, others - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize('row', MAY_IMPORT)
+def test_a_folder_imports_only_from_the_folders_below_it(row):
+  allowed = reachable(row) | {row}
+  found = list(modules(row))
+  assert found
+  for name, path in found:
+    ours, others = imports(path)
+    for imported in ours:
+      assert row_of(imported) in allowed, f'{name} imports {imported}'
+    assert others <= LIBRARIES.get(row, others), name
+    if row not in READS_CONFIG:
+      assert 'ml_collections' not in others, name
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+  graph = {
+    name: imports(path)[0] for row in MAY_IMPORT for name, path in modules(row)
+  }
+  done: set[str] = set()
+
+  def visit(name, above):
+    assert name not in above, f'{" -> ".join([*above, name])}'
+    if name not in done:
+      for imported in graph.get(name, ()):
+        visit(imported, [*above, name])
+      done.add(name)
+
+  for name in graph:
+    visit(name, [])
+
+
+def loaded_by(statement):
+  code = f'{statement}\nimport sys\nprint(" ".join(sys.modules))'
+  result = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  return {name.split('.')[0] for name in result.stdout.split()}
+
+
+def test_importing_the_losses_loads_jax_and_nothing_heavier():
+  loaded = loaded_by('import clop_jax.loss')
+  assert 'jax' in loaded
+  assert not loaded & {
+    'flax',
+    'optax',
+    'grain',
+    'orbax',
+    'tensorflow_datasets',
+    'tensorflow',
+    'matplotlib',
+    'sklearn',
+    'dm_pix',
+    'ml_collections',
+  }
+
+
+def test_a_training_step_needs_no_input_or_checkpoint_library():
+  loaded = loaded_by('from clop_jax.training import train_step, optimizer')
+  assert not loaded & {
+    'grain',
+    'orbax',
+    'tensorflow_datasets',
+    'tensorflow',
+    'ml_collections',
+  }

@@ -1,0 +1,1 @@
+"""Tests of devices, processes and file systems."""
