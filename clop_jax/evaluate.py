@@ -34,7 +34,7 @@ from clop_jax.experiment import restored
 from clop_jax.experiment import workdir as workdir_lib
 from clop_jax.runtime import files
 from clop_jax.runtime import parallel
-from clop_jax.study import report
+from clop_jax.evaluation import tables
 
 # What scripts use of these modules, under the command's name.
 Evaluation = measurement.Evaluation
@@ -319,7 +319,7 @@ def main() -> None:
   if figure:
     figures.check_path(figure, 'figure')
   if table:
-    report.check_table(table)
+    tables.check_table(table)
   runs = _named(paths)
   jobs, outputs = [], []
   for name, workdir in runs:
@@ -361,12 +361,12 @@ def main() -> None:
     # Also when the next one could not be measured.
     if parallel.is_main() and done:
       if is_plain:
-        text = report.table(names, [found.complete for found in done])
+        text = tables.table(names, [found.complete for found in done])
       else:
-        text = report.evaluation_table(rows)
+        text = tables.evaluation_table(rows)
       print(text)
       if table:
-        report.write_table(table, text, rows)
+        tables.write_table(table, text, rows)
   if parallel.is_main() and figure and done:
     arrays = [found.arrays for found in done]
     if any(len(a['labels']) != len(arrays[0]['labels']) for a in arrays):

@@ -314,7 +314,7 @@ def abstract_program(
     mesh: Mesh of the devices, which need not be attached to this process.
     num_examples: Number of training images.
     image_shape: `(height, width, channels)` of the images in the data set.
-    platform: Platform whose defaults the config takes, see `experiment.build`.
+    platform: Platform whose defaults the config takes, see `build.build`.
       None is the mesh's.
 
   Returns:
@@ -350,7 +350,7 @@ class Program:
     """Traces nothing yet.
 
     Args:
-      run: See `experiment.Experiment`.
+      run: See `build.Experiment`.
       data: Loader whose `structure` the batches have.
       mesh: See `parallel.make_mesh`.
       state: Training state, or its shapes.
@@ -416,11 +416,11 @@ def first_state(create, config, workdir, mesh, initial):
   """The state before the first step; what it starts from is put on record.
 
   Args:
-    create: `experiment.Experiment.create_state`, jitted.
+    create: `build.Experiment.create_state`, jitted.
     config: of the run.
     workdir: gets `initial_weights.json` if there are any.
     mesh: see `parallel.make_mesh`.
-    initial: see `experiment.initial_weights`.
+    initial: see `build.initial_weights`.
 
   Returns:
     The state.

@@ -18,10 +18,10 @@ import time
 from tests import small
 
 _SERVER = """
-import importlib, json, os, signal, sys
-from clop_jax import preemption
+import importlib.util, json, os, signal, sys
+from clop_jax.runtime import preemption
 import orbax.checkpoint, sklearn.linear_model, tensorboardX, tensorflow_datasets
-from clop_jax import command, evaluate, train
+from clop_jax import cli, evaluate, train
 from clop_jax.data import digits
 
 def become(arguments, cwd, environment, files):
@@ -36,10 +36,12 @@ def become(arguments, cwd, environment, files):
   os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
   kind, what, *sys.argv[1:] = arguments
   if kind == '-m':
-    module = importlib.import_module(what)
+    spec = importlib.util.find_spec(what)
+    is_package = spec and spec.submodule_search_locations
+    module = importlib.import_module(what + '.__main__' * bool(is_package))
     if what == 'clop_jax.train':
       preemption.listen()
-    command.run(module.main, module.define_flags)
+    cli.run(module.main, module.define_flags)
   else:
     exec(compile(what, '-c', 'exec'), {'__name__': '__main__'})
 

@@ -66,6 +66,12 @@ def environment(devices=1):
   }
 
 
+def source_of(command):
+  """Returns the path of the module that `python -m` runs."""
+  path = ROOT / command.replace('.', '/')
+  return path / '__main__.py' if path.is_dir() else path.with_suffix('.py')
+
+
 def call(*arguments, cwd=None):
   """Runs a command of ours in a process of its own, on one device."""
   return subprocess.run(

@@ -370,7 +370,7 @@ def principal_plane(embeddings: np.ndarray) -> np.ndarray:
 
   Example:
     >>> import numpy as np
-    >>> from clop_jax import figures
+    >>> from clop_jax.evaluation import figures
     >>> x = np.array([[0, 0, 5], [0, 4, 5], [0, 8, 5]])
     >>> print(np.abs(figures.principal_plane(x)).round(3))
     [[4. 0.]

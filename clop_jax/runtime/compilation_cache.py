@@ -1,6 +1,6 @@
 """What has been compiled once is kept: a second start waits a few seconds.
 
-The commands switch it on (`command.run`); a program that imports `clop_jax`
+The commands switch it on (`cli.run`); a program that imports `clop_jax`
 decides for itself.
 """
 

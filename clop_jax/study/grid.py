@@ -35,7 +35,7 @@ def parse(
 
   Example:
     >>> from clop_jax import defaults
-    >>> from clop_jax import grid
+    >>> from clop_jax.study import grid
     >>> grid.parse(['seed=0,1', 'loss.clop_weight=0,1'], defaults.get_config())
     {'seed': [0, 1], 'loss.clop_weight': [0.0, 1.0]}
   """

@@ -1,30 +1,21 @@
-"""Tables and the HTML report of evaluated runs; no networks.
+"""The HTML report of a study.
 
 A study's report is one page with everything in it (`study_report`): tables of
 its `results`, and its `study_figures`.
 """
 
 import base64
-from collections.abc import Sequence
-import csv
 import html
-import io
 import json
 import os
 import statistics
 
 import numpy as np
 
-from clop_jax.runtime import files
+from clop_jax.evaluation import tables
 from clop_jax.study import figures as study_figures
 from clop_jax.study import results
 
-_COLUMNS = (
-  ('linear top-1', 'linear_top1', '{:.3f}'),
-  ('kNN top-1', 'knn_top1', '{:.3f}'),
-  ('effective rank', 'effective_rank', '{:.1f}'),
-  ('prototype cosine', 'prototype_cosine', '{:.3f}'),
-)
 # Of a study: title, metric, factor (percent), digits.
 _STUDY_COLUMNS = (
   ('linear top-1, %', 'linear_top1', 100, 1),
@@ -50,7 +41,6 @@ _MAIN_FIELDS = (
   'train.batch_size',
   'train.num_epochs',
 )
-_NONE = '–'  # noqa: RUF001 (as tables have it)
 _CSS = """
 body {font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
   max-width: 1060px; margin: 0 auto; padding: 0 16px 48px}
@@ -73,111 +63,11 @@ pre {overflow-x: auto; background: #f5f5f5; padding: .6em; font-size: .85em}
 """
 
 
-def table(names: Sequence[str], evaluations: Sequence[dict]) -> str:
-  """A Markdown table of evaluation results, one row a run.
-
-  Args:
-    names: of the runs.
-    evaluations: each run's `eval.json`.
-
-  Returns:
-    The lines, aligned for a terminal.
-
-  Example:
-    >>> from clop_jax import report
-    >>> result = {'linear_top1': 0.5, 'knn_top1': 0.25}
-    >>> result |= {'effective_rank': 3.0, 'prototype_cosine': 0.125}
-    >>> print(report.table(['a'], [result]))
-    | method | linear top-1 | kNN top-1 | effective rank | prototype cosine |
-    |--------|--------------|-----------|----------------|------------------|
-    | a      | 0.500        | 0.250     | 3.0            | 0.125            |
-  """
-  header = ['method', *(title for title, _, _ in _COLUMNS)]
-  rows = [
-    [name, *(f.format(evaluation[key]) for _, key, f in _COLUMNS)]
-    for name, evaluation in zip(names, evaluations, strict=True)
-  ]
-  return _markdown(header, rows)
-
-
-# Of `evaluation_table`: title, key, format. A column that no row has is left
-# out.
-_EVALUATION_COLUMNS = (
-  ('run', 'run', '{}'),
-  ('step', 'step', '{:,}'),
-  ('data', 'data', '{}'),
-  ('labels', 'num_labels', '{:,}'),
-  ('of all', 'label_fraction', '{:.4g}'),
-  ('linear top-1', 'linear_top1', '{:.3f}'),
-  ('kNN top-1', 'knn_top1', '{:.3f}'),
-  ('fine-tuned top-1', 'finetune_top1', '{:.3f}'),
-  ('effective rank', 'effective_rank', '{:.1f}'),
-  ('prototype cosine', 'prototype_cosine', '{:.3f}'),
-)
-
-
-def evaluation_table(rows: Sequence[dict]) -> str:
-  """A Markdown table of what was measured in several modes.
-
-  Args:
-    rows: one for each run, step and fraction of the labels.
-
-  Returns:
-    The lines, aligned for a terminal.
-
-  Example:
-    >>> from clop_jax import report
-    >>> row = {'run': 'a', 'step': 50, 'data': 'digits', 'num_labels': 143}
-    >>> row |= {'label_fraction': 0.1, 'finetune_top1': 0.875}
-    >>> print(report.evaluation_table([row]))
-    | run | step | data   | labels | of all | fine-tuned top-1 |
-    |-----|------|--------|--------|--------|------------------|
-    | a   | 50   | digits | 143    | 0.1    | 0.875            |
-  """
-  columns = _columns_of(rows)
-  cells = [
-    [f.format(row[key]) if key in row else _NONE for _, key, f in columns]
-    for row in rows
-  ]
-  return _markdown([title for title, _, _ in columns], cells)
-
-
-def _columns_of(rows):
-  return [c for c in _EVALUATION_COLUMNS if any(c[1] in row for row in rows)]
-
-
-def check_table(path: str) -> None:
-  """Raises ValueError if `write_table` could not write there."""
-  folder = os.path.dirname(os.path.abspath(path))
-  if not path.endswith(('.csv', '.md')):
-    raise ValueError(f'--table must end in .csv or .md, got {path}')
-  if not os.path.isdir(folder):
-    raise ValueError(f'--table={path}: there is no folder {folder}')
-
-
-def write_table(path: str, text: str, rows: Sequence[dict]) -> None:
-  """Writes a table: the text as it is, or the rows with all their digits.
-
-  Args:
-    path: ends in .md or .csv.
-    text: in Markdown.
-    rows: see `evaluation_table`; the columns of a .csv file have their keys.
-  """
-  if path.endswith('.csv'):
-    file = io.StringIO()
-    keys = [key for _, key, _ in _columns_of(rows)]
-    writer = csv.DictWriter(file, keys, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    text = file.getvalue().removesuffix('\n')
-  _write(path, text + '\n')
-
-
 def study_report(workdir: str) -> str:
   """Writes a study's page, its figures and its table.
 
   `report.html` has all figures inside and needs neither network nor script;
-  `figures/*.png` are the same figures, `table.md` the tables for documents.
+  `figures/*.png` are the same figures, `table.md` the means for documents.
   A diverged cell counts as chance accuracy and effective rank 0 in every mean;
   a failed cell is listed and left out. The page says so.
 
@@ -194,18 +84,18 @@ def study_report(workdir: str) -> str:
   title = f'Study of CLOP on {study.config.get("data.name", "unnamed data")}'
   body = [f'<h1>{_text(title)}</h1>', *_header(study)]
   if study.where({}):
-    tables = [_means_table(study), *_settling_tables(study)]
+    means = [_means_table(study), *_settling_tables(study)]
     body += [*_sweep_section(study), *_cell_section(study)]
     body.append('<h2>Tables</h2>')
-    for name, header, rows, caption in tables:
+    for name, header, rows, caption in means:
       body.append(f'<h3>{_text(name)}</h3>')
       body.append(_html_table(header, rows))
       body.append(f'<p class="note">{_text(caption)}</p>')
     # With each table: it may be pasted without the others.
     markdown = [
-      f'{name}\n\n{_grid_line(study)}\n\n{_markdown(header, rows)}\n\n'
+      f'{name}\n\n{_grid_line(study)}\n\n{tables.markdown(header, rows)}\n\n'
       f'{caption}\n'
-      for name, header, rows, caption in tables
+      for name, header, rows, caption in means
     ]
   else:
     failed = len(study.cells)
@@ -227,9 +117,9 @@ def study_report(workdir: str) -> str:
     '<details><summary>all fields</summary>'
     f'<pre>{_text(config)}</pre></details>'
   )
-  _write(os.path.join(workdir, 'table.md'), '\n'.join(markdown))
+  tables.write(os.path.join(workdir, 'table.md'), '\n'.join(markdown))
   path = os.path.join(workdir, 'report.html')
-  _write(path, _page(title, body))
+  tables.write(path, _page(title, body))
   return path
 
 
@@ -266,7 +156,7 @@ def _header(study):
   for status in ('diverged', 'failed'):
     cells = [c for c in study.cells if c.status == status]
     if cells:
-      errors = [[c.name, c.row.get('error') or _NONE] for c in cells]
+      errors = [[c.name, c.row.get('error') or tables.NONE] for c in cells]
       body.append(f'<h3>{status.capitalize()} cells</h3>')
       body.append(_html_table(['cell', 'error'], errors))
   return body
@@ -327,7 +217,7 @@ def _means_table(study):
       rows.append([*_shown(settings), *means, count, str(diverged)])
   caption = (
     'Mean ± standard deviation over the seeds (n - 1 in the denominator; '
-    f'{_NONE} with one seed).'
+    f'{tables.NONE} with one seed).'
   )
   diverged, failed = study.count('diverged'), study.count('failed')
   if diverged:
@@ -376,7 +266,7 @@ def _spread_table(study):
     )
     # The same rates for every line, or the spreads could not be compared.
     shared = np.isfinite(means).all(axis=0)
-    numbers = [_NONE] * (len(header) - len(others) - 1)
+    numbers = [tables.NONE] * (len(header) - len(others) - 1)
     if shared.sum() >= 2:
       spreads = 100 * np.ptp(means[:, shared], axis=1)
       numbers[: len(lines)] = [f'{s:.1f}' for s in spreads]
@@ -384,7 +274,7 @@ def _spread_table(study):
         ours, alone = (
           spreads[lines.index({results.WEIGHT: w})] for w in (clop, 0)
         )
-        numbers[-1] = f'{ours / alone:.2f}' if alone else _NONE
+        numbers[-1] = f'{ours / alone:.2f}' if alone else tables.NONE
     count = f'{shared.sum()} of {len(rates)}'
     rows.append([*_shown(settings), *numbers, count])
   caption = (
@@ -413,7 +303,7 @@ def _batch_table(study):
       100 * study.mean('linear_top1', settings | side) for side in pair
     )
     numbers = [f'{ours:.1f}', f'{theirs:.1f}', f'{ours - theirs:+.1f}']
-    numbers = [_NONE if n.endswith('nan') else n for n in numbers]
+    numbers = [tables.NONE if n.endswith('nan') else n for n in numbers]
     rows.append([*_shown(settings), *numbers])
   caption = 'Seed means of the linear top-1 accuracy.'
   name = 'Smallest batch with CLOP against the largest without'
@@ -448,8 +338,8 @@ def _rank_table(study):
 
 def _mean_and_deviation(values, digits):
   if not values:
-    return _NONE
-  deviation = _NONE
+    return tables.NONE
+  deviation = tables.NONE
   if len(values) > 1:
     deviation = f'{statistics.stdev(values):.{digits}f}'
   return f'{statistics.fmean(values):.{digits}f} ± {deviation}'
@@ -481,19 +371,6 @@ def _distinct(values):
 
 
 # Pieces of Markdown and HTML.
-
-
-def _markdown(header, rows):
-  rows = [[c.replace('|', r'\|') for c in row] for row in [header, *rows]]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    '| '
-    + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))
-    + ' |'
-    for row in rows
-  ]
-  lines.insert(1, '|' + '|'.join('-' * (width + 2) for width in widths) + '|')
-  return '\n'.join(lines)
 
 
 def _text(text):
@@ -534,7 +411,7 @@ def _html_table(header, rows):
 
 
 def _looks_numeric(cell):
-  return cell.lstrip('+-')[:1].isdigit() or cell == _NONE
+  return cell.lstrip('+-')[:1].isdigit() or cell == tables.NONE
 
 
 def _html_figure(figure):
@@ -560,8 +437,3 @@ def _page(title, body):
     f'<title>{_text(title)}</title>\n<style>{_CSS}</style>\n</head>\n'
     f'<body>\n{content}\n</body>\n</html>\n'
   )
-
-
-def _write(path, text):
-  """Never there in part: a page may be open while the study goes on."""
-  files.write_whole(path, text.encode('utf-8', 'backslashreplace'))

@@ -86,7 +86,7 @@ class Study:
     notes: one for each file that was asked for and could not be read.
 
   Example:
-    >>> from clop_jax import results
+    >>> from clop_jax.study import results
     >>> grid = {'loss.clop_weight': [0, 1], 'seed': [0, 1]}
     >>> rows = ('done', {'knn_top1': '0.9'}), ('diverged', {})
     >>> cells = [
@@ -403,7 +403,7 @@ def settings_name(settings: dict) -> str:
   """What cells of these settings are called.
 
   Example:
-    >>> from clop_jax import results
+    >>> from clop_jax.study import results
     >>> results.settings_name({'loss.clop_weight': 0, 'train.batch_size': 64})
     'alone, batch size 64'
   """

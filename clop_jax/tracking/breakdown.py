@@ -125,7 +125,7 @@ def read_program(text: str) -> Program:
     The program.
 
   Example:
-    >>> from clop_jax import breakdown
+    >>> from clop_jax.tracking import breakdown
     >>> program = breakdown.read_program('''HloModule jit_step, x=y
     ... ENTRY %main (p: f32[2]) -> f32[2] {
     ...   %dot.1 = f32[2] dot(%p), metadata={op_name="jit(step)/losses/dot"}

@@ -88,7 +88,7 @@ class Pictures:
     Args:
       step: the one that was made last.
       variables: of the networks, then; not changed and not kept.
-      sinks: what gets it on the main process, see `event_files.EventFile`.
+      sinks: what gets it on the main process, see `tensorboard.EventFile`.
 
     Returns:
       Whether the embeddings could be drawn: they are finite, then.

@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who ask for it; takes what `event_files` does."""
+"""Weights & Biases, for those who ask for it; takes what `tensorboard` does."""
 
 import importlib.util
 import io
@@ -76,22 +76,22 @@ class WandbLog:
     self._wandb = wandb
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    """See `event_files.EventFile.scalars`."""
+    """See `tensorboard.EventFile.scalars`."""
     self._run.log(values, step=step)
 
   def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
-    """See `event_files.EventFile.histogram`."""
+    """See `tensorboard.EventFile.histogram`."""
     counts = np.histogram(values, bins=tensorboard.BINS)
     made = self._wandb.Histogram(np_histogram=counts)
     self._run.log({tag: made}, step=step)
 
   def picture(self, step: int, tag: str, png: bytes) -> None:
-    """See `event_files.EventFile.picture`."""
+    """See `tensorboard.EventFile.picture`."""
     with Image.open(io.BytesIO(png)) as image:
       self._run.log({tag: self._wandb.Image(image)}, step=step)
 
   def text(self, step: int, tag: str, text: str) -> None:
-    """An alert, which can send a mail; see `event_files.EventFile.text`."""
+    """An alert, which can send a mail; see `tensorboard.EventFile.text`."""
     self._run.alert(tag, f'step {step}: {text}', level='WARN')
 
   def close(self, failed: bool = False) -> None:

@@ -157,7 +157,7 @@ def leaf_norms(
 
   Example:
     >>> import jax.numpy as jnp
-    >>> from clop_jax import gpu_updates
+    >>> from clop_jax.training import gpu_updates
     >>> tree = {'bias': jnp.array([3.0, 4.0]), 'kernel': jnp.ones((2, 2))}
     >>> print(gpu_updates.leaf_norms(tree))
     [5. 2.]

@@ -66,7 +66,7 @@ def value_and_grad(
 
   Example:
     >>> import jax.numpy as jnp
-    >>> from clop_jax import grad_cache
+    >>> from clop_jax.training import grad_cache
     >>> batch = jnp.array([[1.0], [2.0]])
     >>> _, _, _, gradient = grad_cache.value_and_grad(
     ...   lambda w, x: ((w * x)[None], {}),

@@ -27,7 +27,7 @@ def scaled_learning_rate(base: float, batch_size: int, scaling: str) -> float:
     ValueError: for an unknown scaling.
 
   Example:
-    >>> from clop_jax import optimizer
+    >>> from clop_jax.training import optimizer
     >>> optimizer.scaled_learning_rate(0.3, 512, 'linear')
     0.6
 
@@ -196,7 +196,7 @@ def global_norms(*trees) -> list[jax.Array]:
 
   Example:
     >>> import jax.numpy as jnp
-    >>> from clop_jax import optimizer
+    >>> from clop_jax.training import optimizer
     >>> tree = {'bias': jnp.array([3.0, 4.0]), 'kernel': jnp.ones((2, 2))}
     >>> print(*optimizer.global_norms(tree, tree['kernel']))
     5.3851647 2.0

@@ -75,11 +75,11 @@ def test_an_optional_field_can_be_unset(capfd):
   code = f"""
 import os, sys
 from absl import flags
-from clop_jax import command, train
+from clop_jax import cli, train
 train.define_flags()
 for unset in ([], ['--config.data.image_size=None']):
   if not os.fork():
-    command._parse({argv!r} + unset)
+    cli._parse({argv!r} + unset)
     sys.exit(print(flags.FLAGS.config.data.image_size))
   os.wait()
 """
@@ -92,7 +92,7 @@ def test_who_stops_listening_does_not_end_the_work(stream, tmp_path):
   # As `train ... | head -1` does.
   code = f"""
 import sys
-from clop_jax import command
+from clop_jax import cli
 def main():
   print('first', file=sys.{stream}, flush=True)
   sys.stdin.readline()
@@ -100,7 +100,7 @@ def main():
     print('nobody reads this', file=sys.{stream}, flush=True)
   print('nor this', end='', file=sys.{stream})
   open('done', 'w').close()
-command.run(main, lambda: None)
+cli.run(main, lambda: None)
 """
   pipes = {'stdin': subprocess.PIPE, stream: subprocess.PIPE}
   process = subprocess.Popen(
@@ -117,7 +117,7 @@ command.run(main, lambda: None)
 
 def test_an_interrupt_is_one_line(tmp_path):
   code = (
-    'from clop_jax import command\n'
+    'from clop_jax import cli\n'
     'def main():\n'
     '  raise KeyboardInterrupt\n'
     'command.run(main, lambda: None)\n'
@@ -175,12 +175,12 @@ def test_a_traceback_can_be_asked_for(tmp_path):
 def test_a_full_disk_is_one_clear_line(tmp_path):
   code = """
 import errno, os
-from clop_jax import command
+from clop_jax import cli
 
 def main():
   raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'checkpoints/5')
 
-command.run(main, lambda: None)
+cli.run(main, lambda: None)
 """
   result = subprocess.run(
     [sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path

@@ -287,7 +287,7 @@ jax.distributed.initialize(
   coordinator_bind_address=f'127.0.0.1:{sys.argv[1]}',
 )
 import numpy as np
-from clop_jax import parallel
+from clop_jax.runtime import parallel
 from clop_jax.data import arrays, loader, reader
 
 read = []

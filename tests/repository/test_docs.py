@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import os
-import pathlib
 import re
 import runpy
 import shlex
@@ -101,14 +100,18 @@ def test_the_index_has_every_page():
 _PARSER = """
 import importlib, json, os, sys, tempfile
 from absl import flags
-from clop_jax import command, grid
+from clop_jax import cli
+from clop_jax.study import grid
 # Only the flags are of interest.
-command.parallel.start = command.compilation_cache.enable = lambda *_, **__: 0
+cli.parallel.start = cli.compilation_cache.enable = lambda *_, **__: 0
 commands = json.load(sys.stdin)
 modules = {}
 for name, _ in commands:
   try:
-    modules[name] = importlib.import_module(name)
+    module = importlib.import_module(name)
+    if hasattr(module, '__path__'):
+      module = importlib.import_module(name + '.__main__')
+    modules[name] = module
   except ImportError as error:
     modules[name] = str(error)
 
@@ -126,7 +129,7 @@ for name, arguments in commands:
     if not child:
       os.dup2(file.fileno(), 2)
       sys.argv = [name, *arguments]
-      command.run(main, modules[name].define_flags)
+      cli.run(main, modules[name].define_flags)
     _, status = os.waitpid(child, 0)
     file.seek(0)
     errors.append(file.read() if status else '')
@@ -235,8 +238,7 @@ def test_modules_and_scripts_of_commands_exist(command):
   if command.words[:2] == ['python', '-m']:
     assert importlib.util.find_spec(rest[1]) is not None
     if rest[1].startswith(('clop_jax', 'tests')):
-      spec = importlib.util.find_spec(rest[1])
-      source = pathlib.Path(spec.origin).read_text()
+      source = small.source_of(rest[1]).read_text()
       assert "__name__ == '__main__'" in source
       if rest[1].startswith('tests.'):
         for flag in re.findall(r'--[\w-]+', ' '.join(rest[2:])):
@@ -276,8 +278,8 @@ _ARRAYS = {'test_images', 'test_labels', 'test_split', 'test_top1'}
 
 @pytest.mark.parametrize('name', FILES)
 def test_tests_that_the_text_names_exist(name):
-  sources = ''.join(path.read_text() for path in ROOT.glob('tests/*.py'))
-  for path in re.findall(r'tests/\w+\.py', read(name)):
+  sources = ''.join(path.read_text() for path in ROOT.glob('tests/**/*.py'))
+  for path in re.findall(r'tests/[\w/]+\.py', read(name)):
     assert (ROOT / path).exists(), f'{name} names {path}'
   # `test_images` and the like are arrays of npz files.
   named = {*re.findall(r'`(test_\w+)`', read(name))} - _ARRAYS

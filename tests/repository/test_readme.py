@@ -90,8 +90,8 @@ class Recorded:
 
 def test_the_commands_of_the_readme_exist():
   for command in re.findall(r'python -m (clop_jax\.\w+)', README):
-    path = small.ROOT / (command.replace('.', '/') + '.py')
-    assert "if __name__ == '__main__':" in path.read_text()
+    code = small.source_of(command).read_text()
+    assert "if __name__ == '__main__':" in code
   for path in re.findall(r'bash ([\w/]+\.sh)', README):
     assert (small.ROOT / path).exists()
   for path in re.findall(r'\]\(([\w/.]+)\)', README):

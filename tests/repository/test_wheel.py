@@ -17,9 +17,11 @@ import clop_jax
 from tests import small
 
 COMMANDS = sorted(
-  '.'.join(path.relative_to(small.ROOT).with_suffix('').parts)
+  '.'.join(path.relative_to(small.ROOT).with_suffix('').parts).removesuffix(
+    '.__main__'
+  )
   for path in (small.ROOT / 'clop_jax').rglob('*.py')
-  if 'command.run(main, define_flags)' in path.read_text()
+  if 'cli.run(main, define_flags)' in path.read_text()
 )
 
 
@@ -92,10 +94,8 @@ def test_every_command_tells_what_it_is_for(installed, alone):
   for command in COMMANDS:
     printed = run(installed, '-m', command, '--help', **alone)
     assert f'python -m {command}' in printed
-    module = small.ROOT / (command.replace('.', '/') + '.py')
-    defined = re.findall(
-      r"DEFINE_\w+\(\s*'(\w+)'", module.read_text().replace('config_flags.', '')
-    )
+    code = small.source_of(command).read_text().replace('config_flags.', '')
+    defined = re.findall(r"DEFINE_\w+\(\s*'(\w+)'", code)
     assert defined
     for flag in defined:
       assert f'--{flag}' in printed or f'--[no]{flag}' in printed

@@ -9,7 +9,7 @@ import pytest
 
 # In a process of its own: the cache is one of a process.
 SCRIPT = """
-from clop_jax import compilation_cache
+from clop_jax.runtime import compilation_cache
 print(compilation_cache.enable())
 import jax
 import jax.numpy as jnp

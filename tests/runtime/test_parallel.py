@@ -191,7 +191,7 @@ def test_no_cluster_is_no_error():
   names = {k: v for k, v in os.environ.items() if not k.startswith('SLURM')}
   code = (
     'import jax\n'
-    'from clop_jax import parallel\n'
+    'from clop_jax.runtime import parallel\n'
     'parallel.start()\n'
     'print(jax.distributed.is_initialized(), jax.process_count())\n'
   )

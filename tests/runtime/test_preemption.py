@@ -81,7 +81,7 @@ def run(code):
 def test_a_listening_command_ends_by_sigterm_at_any_moment(exit_code, code):
   result = run(f"""
 import hashlib, os, signal, sys, threading, time
-from clop_jax import preemption
+from clop_jax.runtime import preemption
 assert 'jax' not in sys.modules
 preemption.listen()
 

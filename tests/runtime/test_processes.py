@@ -73,14 +73,14 @@ import sys
 from absl import flags
 import numpy as np
 import sklearn.datasets
-from clop_jax import command, parallel
+from clop_jax import cli, parallel
 
 flags.DEFINE_string('digits_dir', None, '')
 flags.DEFINE_string('out', None, '')
 
 def main():
   import jax
-  from clop_jax import experiment
+  from clop_jax.experiment import build
   from clop_jax.data import loader
   from tests import small
   config = small.digits_config(
@@ -98,11 +98,11 @@ def main():
   data = loader.ResidentLoader(
     images, digits.target[:256], batch_size=64, seed=1, mesh=mesh
   )
-  run = experiment.build(config, total_steps=1000, steps_per_epoch=4)
-  target = experiment.abstract_state(run, mesh)
+  run = build.build(config, total_steps=1000, steps_per_epoch=4)
+  target = build.abstract_state(run, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, target)
   state = jax.jit(run.create_state, out_shardings=shardings)()
-  key = parallel.replicate(mesh, experiment.training_key(config))
+  key = parallel.replicate(mesh, build.training_key(config))
 
   def step(state, resident, batch, key):
     batch = loader.unpack(resident, jax.tree.map(lambda x: x[0], batch))
@@ -137,7 +137,7 @@ def main():
     arrays[name] = np.concatenate([np.ravel(x) for x in leaves])
   np.savez(f'{flags.FLAGS.out}.{jax.process_index()}.npz', **arrays)
 
-command.run(main, lambda: None)
+cli.run(main, lambda: None)
 """
 
 
@@ -516,7 +516,7 @@ def test_a_lost_peer_ends_the_others_in_bounded_time(
 # begins with, as each of its devices has it.
 _WITNESSED = """
 from absl import flags
-from clop_jax import command, train, workdir
+from clop_jax import cli, train, workdir
 
 flags.DEFINE_string('workdir', None, '')
 flags.DEFINE_string('out', None, '')
@@ -539,7 +539,7 @@ def main():
   folder = flags.FLAGS.workdir
   train.train(workdir.load_config(folder), folder)
 
-command.run(main, lambda: None)
+cli.run(main, lambda: None)
 """
 
 
@@ -762,7 +762,7 @@ def test_checkpoints_that_turn_read_only_are_named(digits_dir, tmp_path):
 
 _FROM_MAIN = """
 import numpy as np
-from clop_jax import command, parallel
+from clop_jax import cli, parallel
 
 def main():
   import jax
@@ -771,7 +771,7 @@ def main():
   for shard in placed['kernel'].addressable_shards:
     print(np.asarray(shard.data).tolist())
 
-command.run(main, lambda: None)
+cli.run(main, lambda: None)
 """
 
 

@@ -271,7 +271,7 @@ def test_a_cell_whose_folder_cannot_be_made_fails_alone(
 
 WORKER = """
 import os, pathlib, signal, sys, time
-from clop_jax import preemption, workers
+from clop_jax.runtime import preemption, workers
 
 def work(task):
   if task == 'die':
@@ -380,7 +380,7 @@ def test_a_system_that_binds_no_process_to_cores(start, monkeypatch):
 
 STUDY_WORKER = """
 import json, os, pathlib, sys, time
-from clop_jax import cell, preemption, workers
+from clop_jax.study import cell, preemption, workers
 
 def work(task):
   if task[0] == 'check':

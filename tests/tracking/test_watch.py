@@ -637,7 +637,7 @@ def test_figures_are_drawn_without_a_display(tmp_path):
   code = """
 import sys
 import numpy as np
-from clop_jax import figures
+from clop_jax.evaluation import figures
 rng = np.random.default_rng(0)
 z = rng.normal(size=(30, 4))
 figures.embedding_figure(

@@ -1,0 +1,135 @@
+"""Tables of evaluation results, in Markdown or as CSV."""
+
+from collections.abc import Sequence
+import csv
+import io
+import os
+
+from clop_jax.runtime import files
+
+_COLUMNS = (
+  ('linear top-1', 'linear_top1', '{:.3f}'),
+  ('kNN top-1', 'knn_top1', '{:.3f}'),
+  ('effective rank', 'effective_rank', '{:.1f}'),
+  ('prototype cosine', 'prototype_cosine', '{:.3f}'),
+)
+NONE = '–'  # noqa: RUF001 (as tables have it)
+
+
+def table(names: Sequence[str], evaluations: Sequence[dict]) -> str:
+  """A Markdown table of evaluation results, one row a run.
+
+  Args:
+    names: of the runs.
+    evaluations: each run's `eval.json`.
+
+  Returns:
+    The lines, aligned for a terminal.
+
+  Example:
+    >>> from clop_jax.evaluation import tables
+    >>> result = {'linear_top1': 0.5, 'knn_top1': 0.25}
+    >>> result |= {'effective_rank': 3.0, 'prototype_cosine': 0.125}
+    >>> print(tables.table(['a'], [result]))
+    | method | linear top-1 | kNN top-1 | effective rank | prototype cosine |
+    |--------|--------------|-----------|----------------|------------------|
+    | a      | 0.500        | 0.250     | 3.0            | 0.125            |
+  """
+  header = ['method', *(title for title, _, _ in _COLUMNS)]
+  rows = [
+    [name, *(f.format(evaluation[key]) for _, key, f in _COLUMNS)]
+    for name, evaluation in zip(names, evaluations, strict=True)
+  ]
+  return markdown(header, rows)
+
+
+# Of `evaluation_table`: title, key, format. A column that no row has is left
+# out.
+_EVALUATION_COLUMNS = (
+  ('run', 'run', '{}'),
+  ('step', 'step', '{:,}'),
+  ('data', 'data', '{}'),
+  ('labels', 'num_labels', '{:,}'),
+  ('of all', 'label_fraction', '{:.4g}'),
+  ('linear top-1', 'linear_top1', '{:.3f}'),
+  ('kNN top-1', 'knn_top1', '{:.3f}'),
+  ('fine-tuned top-1', 'finetune_top1', '{:.3f}'),
+  ('effective rank', 'effective_rank', '{:.1f}'),
+  ('prototype cosine', 'prototype_cosine', '{:.3f}'),
+)
+
+
+def evaluation_table(rows: Sequence[dict]) -> str:
+  """A Markdown table of what was measured in several modes.
+
+  Args:
+    rows: one for each run, step and fraction of the labels.
+
+  Returns:
+    The lines, aligned for a terminal.
+
+  Example:
+    >>> from clop_jax.evaluation import tables
+    >>> row = {'run': 'a', 'step': 50, 'data': 'digits', 'num_labels': 143}
+    >>> row |= {'label_fraction': 0.1, 'finetune_top1': 0.875}
+    >>> print(tables.evaluation_table([row]))
+    | run | step | data   | labels | of all | fine-tuned top-1 |
+    |-----|------|--------|--------|--------|------------------|
+    | a   | 50   | digits | 143    | 0.1    | 0.875            |
+  """
+  columns = _columns_of(rows)
+  cells = [
+    [f.format(row[key]) if key in row else NONE for _, key, f in columns]
+    for row in rows
+  ]
+  return markdown([title for title, _, _ in columns], cells)
+
+
+def _columns_of(rows):
+  return [c for c in _EVALUATION_COLUMNS if any(c[1] in row for row in rows)]
+
+
+def check_table(path: str) -> None:
+  """Raises ValueError if `write_table` could not write there."""
+  folder = os.path.dirname(os.path.abspath(path))
+  if not path.endswith(('.csv', '.md')):
+    raise ValueError(f'--table must end in .csv or .md, got {path}')
+  if not os.path.isdir(folder):
+    raise ValueError(f'--table={path}: there is no folder {folder}')
+
+
+def write_table(path: str, text: str, rows: Sequence[dict]) -> None:
+  """Writes a table: the text as it is, or the rows with all their digits.
+
+  Args:
+    path: ends in .md or .csv.
+    text: in Markdown.
+    rows: see `evaluation_table`; the columns of a .csv file have their keys.
+  """
+  if path.endswith('.csv'):
+    file = io.StringIO()
+    keys = [key for _, key, _ in _columns_of(rows)]
+    writer = csv.DictWriter(file, keys, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    text = file.getvalue().removesuffix('\n')
+  write(path, text + '\n')
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Returns a Markdown table, aligned for a terminal."""
+  rows = [[c.replace('|', r'\|') for c in row] for row in [header, *rows]]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = [
+    '| '
+    + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))
+    + ' |'
+    for row in rows
+  ]
+  lines.insert(1, '|' + '|'.join('-' * (width + 2) for width in widths) + '|')
+  return '\n'.join(lines)
+
+
+def write(path: str, text: str) -> None:
+  """Writes a text file whole, since somebody may be reading the old one."""
+  files.write_whole(path, text.encode('utf-8', 'backslashreplace'))
