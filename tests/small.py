@@ -1,6 +1,7 @@
 """Small things to train: seconds, not minutes."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -94,7 +95,7 @@ def training(
 ):
   """`(create, step)` for images of 8 px: a state by its prototypes, the step.
 
-  The arguments are those of `train_step.train_step`.
+  The arguments are those of `train_step.Parts` and `train_step.train_step`.
   """
   schedule = optax.constant_schedule(learning_rate)
   networks = {
@@ -105,12 +106,12 @@ def training(
   create = functools.partial(
     train_state.create, jax.random.key(0), image_shape=(8, 8, 1), **networks
   )
-  step = functools.partial(
-    train_step.train_step,
-    schedule=schedule,
-    **networks,
-    **{'clop_weight': 1.0} | arguments,
+  names = {field.name for field in dataclasses.fields(train_step.Parts)}
+  own = {name: arguments.pop(name) for name in names & arguments.keys()}
+  parts = train_step.Parts(
+    schedule=schedule, **networks, **{'clop_weight': 1.0} | own
   )
+  step = functools.partial(train_step.train_step, parts=parts, **arguments)
   return create, step
 
 

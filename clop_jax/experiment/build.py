@@ -267,14 +267,14 @@ def build(
       backbone_variables=backbone_variables,
     )
 
-  bound = functools.partial(
-    train_step.train_step,
+  parts = train_step.Parts(
     backbone=backbone,
     projection_head=projection_head,
     recipe=recipe(config),
     contrastive=functools.partial(
       contrastive, _LossFields(config.loss, platform)
     ),
+    clop_weight=own_numbers['clop_weight'],
     clop=functools.partial(
       loss.clop_loss,
       distance=config.loss.clop_distance,
@@ -286,7 +286,7 @@ def build(
     log_every=config.train.log_every_steps,
     bn_scope=model.bn_scope,
     num_micro_batches=config.train.num_micro_batches,
-    axis_name=parallel.DATA_AXIS,
+    **optimizer_at(own_numbers['learning_rate']),
   )
 
   def step(state, batch, key, numbers=None):
@@ -294,12 +294,13 @@ def build(
     clop_weight = numbers['clop_weight']
     if first_clop_step:
       clop_weight *= state.step >= first_clop_step
-    return bound(
-      state,
-      batch,
-      key,
+    bound = dataclasses.replace(
+      parts,
       clop_weight=clop_weight,
       **optimizer_at(numbers['learning_rate']),
+    )
+    return train_step.train_step(
+      state, batch, key, bound, axis_name=parallel.DATA_AXIS
     )
 
   return Experiment(backbone, projection_head, tx, create_state, step)

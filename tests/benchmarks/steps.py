@@ -144,7 +144,7 @@ def our_step(
       axis_name=axis_name,
     )
 
-  arguments = {
+  parts = {
     'backbone': backbone,
     'projection_head': head,
     'tx': tx,
@@ -153,10 +153,11 @@ def our_step(
     'contrastive': contrastive,
     'clop_weight': 1.0,
     'log_every': 50,
-    'axis_name': axis_name,
   }
   return create_state, functools.partial(
-    train_step.train_step, **arguments | changes
+    train_step.train_step,
+    parts=train_step.Parts(**parts | changes),
+    axis_name=axis_name,
   )
 
 
@@ -198,7 +199,7 @@ def ours(
     dtype: default: that of the platform.
     steps: in one call.
     scanned: these steps are one dispatch.
-    **changes: to the arguments of `train_step.train_step`.
+    **changes: to the fields of `train_step.Parts`.
   """
   mesh = parallel.make_mesh(jax.devices()[:1])
   create_state, step = our_step(network, dtype or default_dtype(), **changes)
