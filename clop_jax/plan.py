@@ -151,9 +151,7 @@ def plan(
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.train.batch_size, mesh)
   config, examples, image_shape = _data(config, num_examples)
-  run = setup.plan(
-    config, mesh, num_examples=examples, image_shape=image_shape
-  )
+  run = setup.plan(config, mesh, num_examples=examples, image_shape=image_shape)
   # One step of a dispatch: a loop over several has the same in its body.
   traced = run.program.trace(1)
   options = _COMPILER_OPTIONS.get(chip.platform) if chip and topology else None
