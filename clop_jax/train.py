@@ -168,7 +168,7 @@ class _Loop:
       )
 
   def _add(self, step, metrics):
-    """Keeps the loss of a dispatch, and its metrics if they are to be logged."""
+    """Keeps the losses of a dispatch, and its metrics if they are logged."""
     self._losses.append(metrics['loss'])
     if step % self._setup.config.train.log_every_steps == 0:
       self._due.append((step, [*self._losses], metrics))

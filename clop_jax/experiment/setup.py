@@ -9,7 +9,6 @@ import ml_collections
 import numpy as np
 
 from clop_jax import defaults
-from clop_jax.data import loader
 from clop_jax.data import reader as reader_lib
 from clop_jax.data import sources
 from clop_jax.experiment import build
@@ -52,7 +51,7 @@ class Setup:
     state: Shapes, dtypes and shardings of the training state.
     shared: Arguments of every dispatch, see `program.Program`.
     program: Train step, to be compiled for each length of a dispatch.
-    examples: Training examples; None for a plan.
+    examples: Training examples, see `Examples`; None for a plan.
   """
 
   config: ml_collections.ConfigDict
@@ -63,7 +62,7 @@ class Setup:
   state: train_state.TrainState
   shared: dict[str, Any]
   program: program_lib.Program
-  examples: Examples | None = None
+  examples: Any = None
 
   @property
   def save_every(self) -> int:

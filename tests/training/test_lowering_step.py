@@ -5,8 +5,6 @@ file of `configs/` as it is. Nothing is compiled.
 """
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from clop_jax.experiment import setup
