@@ -168,7 +168,7 @@ def owners(workdir: str, study: str) -> list[str]:
   try:
     with open(os.path.join(workdir, _CLAIM)) as file:
       lines = [line.split() for line in file]
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return []
   return [line[1] for line in lines if len(line) == 2 and line[0] == study]
 

@@ -298,10 +298,10 @@ class _LocalJobs(_Jobs):
     )
 
   def __exit__(self, *exception):
-    # The jobs end without it.
+    # The jobs end without it, at the latest when they have imported JAX.
     with contextlib.suppress(OSError):
       os.remove(os.path.join(self.lifeline, job_lib.ALIVE))
-    self._wait(seconds=10)
+    self._wait(SECONDS_TO_END)
 
 
 class _SlurmJobs(_Jobs):
@@ -309,6 +309,9 @@ class _SlurmJobs(_Jobs):
 
   pause = 2.0
   where = 'on Slurm'
+  # Only sacct knows of a job that was killed, and submitit asks it less and
+  # less often.
+  force_after = 30.0
 
   def __init__(self, folder, count, parameters):
     executor = submitit.SlurmExecutor(folder)
@@ -324,9 +327,7 @@ class _SlurmJobs(_Jobs):
       raise ValueError(f'Slurm refused a job: {text}') from error
 
   def remove_ended(self):
-    # Only sacct knows of a job that was killed, and submitit asks it less and
-    # less often.
-    if time.monotonic() > self._asked + 30:
+    if time.monotonic() > self._asked + self.force_after:
       self._asked = time.monotonic()
       for job in self.running.values():
         job.done(force_check=True)
@@ -423,7 +424,7 @@ class _Execution:
     if record['status'] in cell.THROUGH:
       attempt = job_lib.ATTEMPTS
     if attempt > self._left[name]:
-      self._end(name, attempt, None, record['error'])
+      self._end(name, attempt)
 
   def _look_after(self, owner, job):
     """Reports the cell that a job has left unfinished, if it died."""
@@ -440,22 +441,21 @@ class _Execution:
     for name in [*self._left]:
       names = owners[name]
       if names[-1:] == [owner] and len(names) > self._left[name]:
-        log = os.path.join(self._plan.folder(name), cell.LOG)
-        self._end(name, len(names), f'{self._jobs.died(job)}; see {log}')
+        self._end(name, len(names), self._jobs.died(job))
 
-  def _end(self, name, attempt, death=None, error=None):
+  def _end(self, name, attempt, death=None):
     """Reports an attempt, and takes in the cell if it was the last one."""
+    log = os.path.join(self._plan.folder(name), cell.LOG)
     if attempt < job_lib.ATTEMPTS:
       self._left[name] = attempt
-      log = os.path.join(self._plan.folder(name), cell.LOG)
-      reason = death or f'{error}; see {log}'
-      _say(f'{name}: failed, {reason}; it is tried again')
+      reason = death or self._plan.record(name)['error']
+      _say(f'{name}: failed, {reason}; see {log}; it is tried again')
       return
     self._left.pop(name)
-    row = self._plan.finish(name, death)
+    row = self._plan.finish(name, death and f'{death}; see {log}')
     ended = len(self._todo) - len(self._left)
     each = (time.monotonic() - self._began) / ended
-    _say(_progress(name, row, len(self._left), each))
+    _say(_progress(name, row, log, len(self._left), each))
 
   def _owners(self, name):
     return job_lib.owners(self._plan.folder(name), self._jobs.study)
@@ -527,7 +527,7 @@ def _tail(text):
   return lines[-1] if lines else 'it printed nothing'
 
 
-def _progress(name, row, left, seconds_per_cell):
+def _progress(name, row, log, left, seconds_per_cell):
   """Returns the line about a cell that has ended."""
   if row['status'] == 'done':
     seconds = row['train_seconds'] + row['evaluate_seconds']
@@ -537,6 +537,8 @@ def _progress(name, row, left, seconds_per_cell):
     )
   else:
     text = row['error']
+    if row['status'] == 'failed' and log not in text:
+      text += f'; see {log}'
   rest = f'{left} left, about {_duration(left * seconds_per_cell)}'
   return f'{name}: {row["status"]}, {text}; {rest if left else "none left"}'
 
