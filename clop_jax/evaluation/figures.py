@@ -24,8 +24,7 @@ except ImportError:  # It belongs to an extra, see `check_installed`.
 
 from clop_jax.runtime import parallel
 
-# A palette for the colour-blind: 10 colours for runs or classes.
-_PALETTE = 'petroff10'
+_PALETTE = 'petroff10'  # made for the colour-blind
 REFERENCE: dict[str, Any] = {'color': '0.35', 'linestyle': '--', 'linewidth': 1}
 _MARKERS = 'os^DvPX<>*'
 _DASHES = ('-', (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
@@ -63,10 +62,8 @@ def embedding_figure(
   Returns:
     False, after a warning, if matplotlib is not installed.
   """
-  try:
-    check_installed('a figure', 'matplotlib')
-  except ValueError as error:
-    parallel.warn(f'{error}; {path} is left out')
+  if importlib.util.find_spec('matplotlib') is None:
+    parallel.warn(f"{path} is left out: pip install 'clop-jax[report]'")
     return False
   planes = [principal_plane(z) for z in embeddings]
   classes, columns = np.unique(labels), len(names) + 1
@@ -76,8 +73,7 @@ def embedding_figure(
       axes[:-1], names, planes, effective_ranks, strict=True
     ):
       scatter(axis, plane, labels, classes, extent_of(planes))
-      title = textwrap.fill(name, 30)
-      axis.set_title(f'{title}\neffective rank {rank:.1f}')
+      axis.set_title(f'{textwrap.fill(name, 30)}\neffective rank {rank:.1f}')
       axis.set_xlabel('first principal component')
     axes[0].set_ylabel('second principal component')
     class_legend(figure, axes[:-1], classes)
@@ -111,10 +107,8 @@ def check_path(path: str, flag: str) -> None:
     )
   parents = pathlib.Path(path).absolute().parents
   above = next(parent for parent in parents if os.path.lexists(parent))
-  if not above.is_dir():
-    raise ValueError(f'--{flag}={path}: {above} is no folder')
-  if not os.access(above, os.W_OK | os.X_OK):
-    raise ValueError(f'--{flag}={path}: {above} cannot be written to')
+  if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+    raise ValueError(f'--{flag}={path}: {above} is no folder to write to')
 
 
 def principal_plane(embeddings: np.ndarray) -> np.ndarray:
@@ -147,12 +141,12 @@ def drawn(
   grid: bool = True,
   sharey: bool = False,
 ) -> Iterator[tuple[Any, np.ndarray]]:
-  """Context that gives a figure with a shape of axes, and saves it.
+  """Context that gives a figure and its axes, and saves it at the end.
 
   Args:
     path: Path of the file. Missing folders are made.
     shape: Number of rows and columns of axes.
-    size: Width and height of the figure in inches.
+    size: Width and height in inches.
     grid: Draw grid lines.
     sharey: Use one y axis for all.
   """

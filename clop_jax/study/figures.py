@@ -17,11 +17,7 @@ _SWEPT = {
   'linear_top1': ('linear top-1 accuracy, %', 100),
   'effective_rank': ('effective rank', 1),
 }
-_CURVES = {
-  'loss': 'loss',
-  'clop_loss': 'CLOP loss',
-  'effective_rank': 'effective rank',
-}
+_CURVES = ('loss', 'clop_loss', 'effective_rank')
 _WIDTH = 10.4  # inches
 _COLUMNS, _MOST_PANELS = 4, 8
 _MOST_POINTS = 1000
@@ -73,17 +69,6 @@ def _path(study, name):
   return os.path.join(study.workdir, 'figures', f'{name}.png')
 
 
-def _references(study):
-  """Returns the name and value of each metric's dashed line."""
-  number = study.num_classes
-  if not number:
-    return {}
-  return {
-    'linear_top1': (f'chance ({100 / number:.3g} %)', 100 / number),
-    'effective_rank': (f'number of classes ({number})', number),
-  }
-
-
 def _sweep(study, x, metric):
   rest = [f for f in study.fields if f != x]
   # The CLOP weights make the lines, or else names, which have no axis.
@@ -95,11 +80,8 @@ def _sweep(study, x, metric):
   width = min(_WIDTH, 4.8 * columns)
   label = _SWEPT[metric][0]
   path = _path(study, f'sweep_{x.replace(".", "_")}_{metric}')
-  size = (width, 2.7 * rows + 0.7)
-  with figures.drawn(path, (rows, columns), size, sharey=True) as (
-    figure,
-    axes,
-  ):
+  shape, size = (rows, columns), (width, 2.7 * rows + 0.7)
+  with figures.drawn(path, shape, size, sharey=True) as (figure, axes):
     used = axes.flat[: len(panels)]
     for axis, (setting, panel) in zip(used, panels, strict=True):
       _draw_panel(study, axis, panel, x, rest[:1], metric)
@@ -108,7 +90,9 @@ def _sweep(study, x, metric):
       if axis.get_subplotspec().is_first_col():
         axis.set_ylabel(label)
     low, high = used[0].get_ylim()
-    name, value = _references(study).get(metric, ('', math.nan))
+    name, value = 'number of classes', study.num_classes or math.nan
+    if metric == 'linear_top1':
+      name, value = 'chance', 100 / value
     # Further off it would press the data against an edge.
     if low - 3 * (high - low) <= value <= high + 3 * (high - low):
       for axis in used:
@@ -130,9 +114,8 @@ def _sweep(study, x, metric):
 def _draw_panel(study, axis, panel, x, line, metric):
   """Draws a line with its range over the seeds for each value of a field."""
   numeric = study.is_numeric(x)
-  lines = results.groups(panel, line)
   levels = study.grid[line[0]] if line else ['']
-  for setting, cells in lines:
+  for setting, cells in results.groups(panel, line):
     index = levels.index(setting.get(line[0])) if line else 0
     style = figures.line_style(index)
     style['label'] = results.settings_name(setting)
@@ -184,7 +167,7 @@ def _draw_curves(study, names, arrays):
   curves = [study.curves(cell) for cell in names]
   line = {'label': 'number of classes', **figures.REFERENCE}
   with figures.drawn(path, (2, 2), (_WIDTH, 6.2)) as (figure, axes):
-    for axis, (metric, label) in zip(axes.flat, _CURVES.items(), strict=False):
+    for axis, metric in zip(axes.flat, _CURVES, strict=False):
       seen = pd.Series(dtype=float)
       for index, (name, curve) in enumerate(zip(arrays, curves, strict=True)):
         curve = curve.reindex(columns=['step', metric])
@@ -196,6 +179,7 @@ def _draw_curves(study, names, arrays):
       # Losses of different kinds differ in scale.
       if 0 < seen.min() < seen.max() / 30:
         axis.set_yscale('log')
+      label = metric.replace('_', ' ').replace('clop', 'CLOP')
       axis.set(xlabel='training step', ylabel=label)
       axis.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
     spectra = [a.get('spectrum') for a in arrays.values()]
@@ -236,11 +220,8 @@ def _draw_planes(study, planes):
   path = _path(study, 'embeddings_2d')
   classes = np.unique(np.concatenate([labels for labels, _ in planes.values()]))
   shared = figures.extent_of([found['PCA'] for _, found in planes.values()])
-  size = (min(_WIDTH, 3.4 * len(planes)), 6.0)
-  with figures.drawn(path, (2, len(planes)), size, grid=False) as (
-    figure,
-    axes,
-  ):
+  shape, size = (2, len(planes)), (min(_WIDTH, 3.4 * len(planes)), 6.0)
+  with figures.drawn(path, shape, size, grid=False) as (figure, axes):
     for row, method in enumerate(['PCA', 't-SNE']):
       for axis, name in zip(axes[row], planes, strict=True):
         labels, found = planes[name]
@@ -252,9 +233,10 @@ def _draw_planes(study, planes):
         plane = found[method]
         extent = shared if method == 'PCA' else figures.extent_of([plane])
         figures.scatter(axis, plane, labels, classes, extent)
-        axis.set(xlabel=f'{method}, first axis', ylabel='second axis')
+        axis.set_xlabel(f'{method}, first axis')
         if method == 't-SNE':
           axis.set(xticks=[], yticks=[])  # its coordinates mean nothing
+      axes[row, 0].set_ylabel(f'{method}, second axis')
     figures.class_legend(figure, list(axes.flat), classes)
   return StudyFigure(
     'Embeddings in a plane',

@@ -42,22 +42,17 @@ def study_report(workdir: str) -> str:
   from clop_jax.study import results
 
   study = results.read_study(workdir)
-  statuses = dict(study.cells['status'].value_counts())
+  statuses = study.cells['status'].value_counts()
   means, caption = results.means(study), _caption(statuses)
   grid = {field: ', '.join(values) for field, values in study.grid.items()}
-  if set(statuses) - {'failed'}:
-    message = ''
+  text, drawn = 'Nothing to show: no cell is done or diverged.', []
+  if set(statuses.index) - {'failed'}:
     drawn = [*figures.sweep_figures(study), *figures.cell_figures(study)]
     line = '; '.join(f'{field}: {values}' for field, values in grid.items())
     rows = [list(row.values()) for row in means]
-    text = tables.markdown(list(means[0]), rows)
-    text = f'Mean and standard deviation\n\nGrid: {line}\n\n{text}\n\n{caption}'
-  else:
-    drawn = []
-    text = message = (
-      f'Nothing to show: all {len(study.cells)} cells that ran have failed.'
-      if statuses
-      else 'Nothing to show: no cell has a result yet.'
+    table = tables.markdown(list(means[0]), rows)
+    text = (
+      f'Mean and standard deviation\n\nGrid: {line}\n\n{table}\n\n{caption}'
     )
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader('clop_jax.study', ''), autoescape=True
@@ -68,7 +63,7 @@ def study_report(workdir: str) -> str:
     study=study,
     facts=_facts(study, statuses),
     grid=grid,
-    message=message,
+    message='' if drawn else text,
     figures=drawn,
     means=means,
     caption=caption,
@@ -81,39 +76,30 @@ def study_report(workdir: str) -> str:
 
 
 def _caption(statuses):
-  caption = (
+  return (
     'Mean ± standard deviation over the seeds (n - 1 in the denominator; '
-    f'{tables.NONE} with one seed).'
+    f'{tables.NONE} with one seed). {statuses.get("diverged", 0)} diverged: '
+    'these count at the accuracy of chance, 1 / number of classes (0 if that '
+    'is unknown), and effective rank 0, and not in the prototype cosine. '
+    f'{statuses.get("failed", 0)} failed: these are left out.'
   )
-  if 'diverged' in statuses:
-    caption += (
-      f' Diverged runs ({statuses["diverged"]}) count at the accuracy of '
-      'chance, 1 / number of classes (0 if that is unknown), and effective '
-      'rank 0, and not in the prototype cosine.'
-    )
-  if 'failed' in statuses:
-    caption += f' Failed runs ({statuses["failed"]}) are left out.'
-  return caption
 
 
 def _facts(study, statuses):
-  cells = study.cells
-  size = math.prod(map(len, study.grid.values()))
-  counts = ', '.join(f'{n} {status}' for status, n in statuses.items())
-  seconds = cells[['train_seconds', 'evaluate_seconds']].sum().sum()
-
   def distinct(column):
-    return sorted(set(cells[column]) - {''})
+    return ', '.join(sorted(set(study.cells[column]) - {''}))
 
-  times = distinct('time')
+  counts = ', '.join(f'{n} {status}' for status, n in statuses.items())
+  size = math.prod(map(len, study.grid.values()))
+  seconds = study.cells[['train_seconds', 'evaluate_seconds']].sum().sum()
+  times = study.cells['time'][study.cells['time'] != '']
   return {
     'cells': f'{counts or "none"} of {size}',
-    'commit': ', '.join(distinct('commit')),
-    'jax': ', '.join(distinct('versions.jax')),
-    'device': ', '.join(distinct('device')),
-    'evaluated': ' to '.join(dict.fromkeys([*times[:1], *times[-1:]])),
-    'computing time': f'{seconds / 3600:.2f} hours of training and evaluating, '
-    'summed over the cells',
+    'commit': distinct('commit'),
+    'jax': distinct('versions.jax'),
+    'device': distinct('device'),
+    'evaluated': f'{times.min()} to {times.max()}' if len(times) else '',
+    'computing time': f'{seconds / 3600:.2f} hours, summed over the cells',
   }
 
 

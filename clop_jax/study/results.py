@@ -38,6 +38,8 @@ _TITLES = {
   'data.imbalance_factor': 'imbalance factor',
 }
 
+_number = functools.partial(pd.to_numeric, errors='coerce')
+
 
 @dataclasses.dataclass(frozen=True)
 class Study:
@@ -77,14 +79,11 @@ class Study:
     number of classes is unknown. Failed cells have no metrics.
     """
     cells = self.cells.copy()
-    chance = (1 / cells['num_classes']).fillna(0)
-    collapsed = {'linear_top1': chance, 'knn_top1': chance, 'effective_rank': 0}
-    for metric in _METRICS:
-      cells[metric] = (
-        cells[metric]
-        .where(cells['status'] == 'done')
-        .mask(cells['status'] == 'diverged', collapsed.get(metric, np.nan))
-      )
+    diverged = cells['status'] == 'diverged'
+    cells.loc[cells['status'] != 'done', [*_METRICS]] = np.nan
+    for metric in ('linear_top1', 'knn_top1'):
+      cells.loc[diverged, metric] = (1 / cells['num_classes']).fillna(0)
+    cells.loc[diverged, 'effective_rank'] = 0
     return cells
 
   def is_numeric(self, field: str) -> bool:
@@ -112,23 +111,18 @@ class Study:
   def arrays(self, cell: str) -> dict[str, np.ndarray]:
     """Returns the arrays of a cell's embeddings.npz, or none with a note."""
     names = ('embeddings', 'labels', 'spectrum')
-    return self._read(
-      cell, 'embeddings.npz', functools.partial(files.read_npz, names=names)
-    )
+    read = functools.partial(files.read_npz, names=names)
+    return self._read(cell, 'embeddings.npz', read)
 
   def curves(self, cell: str) -> pd.DataFrame:
-    """Returns a cell's metrics.jsonl.
-
-    A damaged line and those after it are left out, with a note.
-    """
-    entries: list[dict] = []
-
-    def read(path, fix):
-      entries.extend(files.read_json_lines(path, fix=fix))
-      return {}
-
-    self._read(cell, 'metrics.jsonl', read)
-    return pd.DataFrame(entries, dtype=float)
+    """Returns a cell's metrics.jsonl, up to a damaged line with a note."""
+    rows: list[dict] = []
+    self._read(
+      cell,
+      'metrics.jsonl',
+      lambda path, fix: rows.extend(files.read_json_lines(path, fix=fix)),
+    )
+    return pd.DataFrame(rows, dtype=float)
 
   def evaluation(self, cell: str) -> dict:
     """Returns a cell's eval.json by dotted names, or nothing with a note."""
@@ -160,15 +154,14 @@ def read_study(workdir: str) -> Study:
   path = os.path.join(workdir, 'study.json')
   if not files.exists(path):
     raise ValueError(
-      f'workdir={workdir} holds no study.json, so it is not the folder of a '
-      'study; make one: python -m clop_jax.study --config=... '
-      f'--workdir={workdir} --grid ...'
+      f'workdir={workdir} holds no study.json; make a study: python -m '
+      f'clop_jax.study --config=... --workdir={workdir} --grid ...'
     )
   try:
     content = files.read_json(path, fix='put an intact copy back')
-    config = _flat(content['config'])
-    grid = {f: list(map(grid_lib.text, v)) for f, v in content['grid'].items()}
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    config, grid = _flat(dict(content['config'])), dict(content['grid'])
+    grid = {f: list(map(grid_lib.text, v)) for f, v in grid.items()}
+  except (ValueError, LookupError, TypeError) as error:
     raise ValueError(
       f'{path} must hold "config" and "grid", a list of values for each '
       f'field; got {error!r}'
@@ -263,10 +256,10 @@ def _read_cells(workdir, grid):
     texts = [_spelled(text, values) for text in cells[field]]
     levels = list(dict.fromkeys([*values, *texts]))
     cells[field] = pd.Categorical(texts, levels, ordered=True)
-  for column in ('error', 'commit', 'seed'):
-    cells[column] = cells.get(column, '')
-  for column in (*_METRICS, 'train_seconds', 'evaluate_seconds'):
-    cells[column] = [_number(x) for x in cells.get(column, [''] * len(cells))]
+  numbers = [*_METRICS, 'train_seconds', 'evaluate_seconds']
+  columns = [*cells, 'error', 'commit', 'seed', *numbers]
+  cells = cells.reindex(columns=list(dict.fromkeys(columns)), fill_value='')
+  cells[numbers] = cells[numbers].apply(_number).astype(float)
   return cells.sort_values(list(grid), ignore_index=True)
 
 
@@ -285,34 +278,21 @@ def _add_evaluations(study):
   ]
   for column in ('versions.jax', 'device', 'time'):
     cells[column] = [str(e.get(column) or '') for e in evaluations]
-  given = cells.get(field, [study.config.get(field)] * len(cells))
-  known = pd.Series(map(_number, given), cells.index, dtype=float)
+  known = cells.get(field, pd.Series(study.config.get(field), cells.index))
+  known = _number(known.astype(object)).astype(float)
   # Without a number in the config it is that of the data.
-  found = [_number(e.get(f'config.{field}')) for e in evaluations]
-  known = known.where(known > 0, found)
+  known = known.where(
+    known > 0, [_number(e.get(f'config.{field}')) for e in evaluations]
+  )
   # A diverged cell has as many classes as the done ones on the same data.
   of_data = ('data.name', 'data.data_dir', 'data.options', 'data.train_split')
   data = [cells[f] for f in study.fields if f.startswith(of_data)]
-  data = data or [pd.Series(0, cells.index)]
-  same = known.groupby(data, observed=True).transform('first')
-  cells['num_classes'] = known.fillna(same)
+  same = known.groupby(data or [known.index >= 0], observed=True)
+  cells['num_classes'] = known.fillna(same.transform('first'))
 
 
-def _flat(config, prefix=''):
-  fields = {}
-  for name, value in config.items():
-    if isinstance(value, dict) and value:
-      fields |= _flat(value, f'{prefix}{name}.')
-    else:
-      fields[f'{prefix}{name}'] = value
-  return fields
-
-
-def _number(text):
-  try:
-    return float(text)
-  except (TypeError, ValueError):
-    return math.nan
+def _flat(config):
+  return pd.json_normalize(config).to_dict('records')[0]
 
 
 def _shown(value, digits):

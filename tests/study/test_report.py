@@ -118,8 +118,8 @@ def test_the_tables_have_the_means_and_every_cell(whole):
     assert [list(rows[0]), *(list(r.values()) for r in rows)] in page.tables
   # Errors are shown and cannot become markup.
   assert ERROR in {row['error'] for row in cells}
-  assert 'Diverged runs (1) count at the accuracy of chance' in page.text
-  assert 'Failed runs (1) are left out' in page.text
+  assert '1 diverged: these count at the accuracy of chance' in page.text
+  assert '1 failed: these are left out' in page.text
   numbers = [a for a in page.attributes if a == ('td', 'class', 'number')]
   assert len(numbers) >= 4 * (len(means) + len(cells))
 
@@ -135,7 +135,7 @@ def test_the_markdown_is_the_table_with_its_grid(whole):
     if row.startswith('| ')
   ]
   assert rows in page.tables
-  assert 'Diverged runs (1)' in text
+  assert '1 diverged' in text
 
 
 def test_missing_and_odd_files_of_cells_do_not_stop_the_page(tmp_path):
@@ -175,7 +175,7 @@ def test_a_text_in_a_config_or_a_cell_is_no_markup(tmp_path):
 
 @pytest.mark.parametrize(
   ('status', 'message'),
-  [(None, 'no cell has a result yet'), ('failed', 'all 8 cells that ran')],
+  [(None, 'none of 8'), ('failed', '8 failed of 8')],
 )
 def test_a_study_without_results_has_a_page_that_says_so(
   tmp_path, status, message
@@ -186,7 +186,8 @@ def test_a_study_without_results_has_a_page_that_says_so(
     (tmp_path / 'results.csv').unlink()
   page = page_of(tmp_path)
   assert message in page.text
-  assert message in (tmp_path / 'table.md').read_text()
+  for text in (page.text, (tmp_path / 'table.md').read_text()):
+    assert 'Nothing to show' in text
   assert ('no luck' in page.text) == bool(status)
   assert not page.images
 

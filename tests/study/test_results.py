@@ -20,7 +20,7 @@ def read(folder, *arguments, **keywords):
     (None, b'', r'holds no study\.json'),
     *(
       ('study.json', text, r'study\.json.*"config" and "grid"')
-      for text in (b'{', b'[]', b'{"config": {}}', b'{"grid": 1}')
+      for text in (b'{', b'[]', b'{"config": {}}', b'{"config": {}, "grid": 1}')
     ),
     *(
       ('results.csv', data, r'results\.csv is damaged')
