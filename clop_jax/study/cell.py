@@ -16,11 +16,10 @@ import ml_collections
 from clop_jax import defaults
 from clop_jax import evaluate
 from clop_jax import train
-from clop_jax.data import sources
 from clop_jax.experiment import build
 from clop_jax.experiment import inputs
+from clop_jax.experiment import setup
 from clop_jax.runtime import files
-from clop_jax.runtime import parallel
 from clop_jax.runtime import preemption
 
 # In a cell's workdir: what it printed, and its outcome.
@@ -58,7 +57,7 @@ def check(cells: dict[str, dict]) -> tuple[str, str | None]:
         # Once, and not in all jobs at a time: it may prepare a data set.
         data[read] = _check_data(config)
       if traced not in programs:
-        programs[traced] = _check_step(config, *data[read])
+        programs[traced] = _check_step(config, data[read])
       build.build(config, **programs[traced])
     except _USER_ERRORS as error:
       return jax.default_backend(), f'cell {name}: {_one_line(error)}'
@@ -89,7 +88,7 @@ def _check_watch(config):
 
 
 def _check_data(config):
-  """Checks both splits; returns the training source and its true labels."""
+  """Checks both splits; returns the training source."""
   source = inputs.training_source(config)
   config = inputs.with_num_classes(config, source)
   if not config.data.test_split:
@@ -98,27 +97,17 @@ def _check_data(config):
       f'got {config.data.test_split!r}'
     )
   inputs.evaluation_reader(config, *inputs.labelled_source(config, 'test'))
-  return source, sources.labels_of(source)
+  return source
 
 
-def _check_step(config, source, true_labels):
+def _check_step(config, source):
   """Traces a training step on shapes; returns the lengths for `build`."""
-  mesh = parallel.make_mesh()
-  parallel.check_batch_size(config.train.batch_size, mesh)
-  config = inputs.with_num_classes(config, source)
-  labels = inputs.training_labels(config, true_labels)
-  reader = inputs.training_reader(config, source, labels)
-  program = train.abstract_program(
-    config, mesh, num_examples=len(reader), image_shape=reader.shape
-  )
-  _, metrics = program.trace(1).out_info
-  state, _ = program.arguments
-  build.initial_weights(config, state)  # refuses weights that do not fit
-  steps_per_epoch = program.steps_per_epoch
-  total_steps = train.count_steps(config, steps_per_epoch)
-  save_every = config.train.checkpoint_every_epochs * steps_per_epoch
-  train.check_best(config, sorted(metrics), total_steps, save_every)
-  return {'total_steps': total_steps, 'steps_per_epoch': steps_per_epoch}
+  run = setup.prepare(config, source=source, load=False)
+  build.initial_weights(run.config, run.state)  # refuses what does not fit
+  return {
+    'total_steps': run.total_steps,
+    'steps_per_epoch': run.data.steps_per_epoch,
+  }
 
 
 def run(values: dict, workdir: str, **record) -> None:
