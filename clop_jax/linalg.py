@@ -40,6 +40,24 @@ def normalize(x: jax.Array) -> jax.Array:
   )
 
 
+def magnitude(x: jax.Array, axis_name: str | None = None) -> jax.Array:
+  """The largest absolute entry, over all devices, or 1 if all entries are 0.
+
+  Dividing by it keeps the squares of very large or small numbers in float32.
+
+  Args:
+    x: Array of any shape, floating.
+    axis_name: Mapped axis over which the entries are spread, or None.
+
+  Returns:
+    A scalar.
+  """
+  largest = jnp.max(jnp.abs(x))
+  if axis_name is not None:
+    largest = lax.pmax(largest, axis_name)
+  return jnp.where(largest == 0.0, 1.0, largest)
+
+
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Eigenvalues, ascending, and eigenvectors of a symmetric matrix.
 

@@ -614,7 +614,7 @@ def _blocked_anchor_sum(
 def _blocked_anchor_sum_fwd(
   rows, columns, row_numbers, column_numbers, variant, block_size
 ):
-  # Each block is differentiated while its logits exist, so they are neither kept
+  # Each block is differentiated while its logits exist: they are neither kept
   # nor computed again. The cotangent, a scalar, only scales the result.
   differentiate = jax.value_and_grad(_anchor_sum, argnums=(0, 1), has_aux=True)
 

@@ -292,7 +292,9 @@ def assign_prototypes(
   # Scaled, because products of large means overflow float32.
   means = lax.stop_gradient(class_means)
   directions = lax.stop_gradient(arguments.real('prototypes', prototypes))
-  gain = jnp.matmul(_scaled(means), _scaled(directions).T, precision=_PRECISION)
+  means = means / linalg.magnitude(means)
+  directions = directions / linalg.magnitude(directions)
+  gain = jnp.matmul(means, directions.T, precision=_PRECISION)
   is_finite = jnp.all(jnp.isfinite(gain))
   # With NaN the search would not terminate.
   assigned = prototypes[_cheapest_columns(jnp.where(is_finite, -gain, 0.0))]
@@ -416,12 +418,6 @@ def _cheapest_columns(cost):
   return lax.fori_loop(0, len(cost), add_row, start)[-1]
 
 
-def _scaled(x):
-  """The array divided by its largest entry."""
-  largest = jnp.max(jnp.abs(x))
-  return x / jnp.where(largest == 0.0, 1.0, largest)
-
-
 def _compute_dtype(dtype):
   if not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f'dtype must be floating, got {jnp.dtype(dtype)}')
@@ -436,8 +432,8 @@ def _refine(rows):
 
 def _gram(rows):
   """Inner products of the rows, accurate to about one eps for unit rows."""
-  # A GPU adds the terms of a product one by one. Over 1,024 terms that rounds to
-  # 1e-6, more than the error that `_refine` removes.
+  # A GPU adds the terms of a product one by one. Over 1,024 terms the rounding
+  # is 1e-6, more than the error that `_refine` removes.
   parts = [rows[:, i : i + 64] for i in range(0, rows.shape[1], 64)]
   return sum(jnp.matmul(x, x.T, precision=_PRECISION) for x in parts)
 
