@@ -186,6 +186,7 @@ def prototype_distances(
     >>> print(loss.prototype_distances(jnp.eye(2), labels, jnp.eye(2)))
     [0. 1.]
   """
+  unit, labels, prototypes = map(jnp.asarray, (unit, labels, prototypes))
   # A gather clamps an index that is too large, which would silently pull the
   # example to the wrong prototype.
   exists = (labels < len(prototypes))[..., None]
