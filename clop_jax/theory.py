@@ -58,8 +58,7 @@ def cosine_distance(embedding, label, prototypes, *, repulsion: float = 0.0):
   Example:
     >>> import jax.numpy as jnp
     >>> from clop_jax import theory
-    >>> mean = jnp.ones(4) / 2
-    >>> print(theory.cosine_distance(mean, 0, jnp.eye(4)))  # 1 - 1/sqrt(4)
+    >>> print(theory.cosine_distance(jnp.ones(4) / 2, 0, jnp.eye(4)))
     0.5
   """
   repulsion = arguments.number('repulsion', repulsion, dtype=embedding.dtype)
@@ -289,9 +288,6 @@ def bisect_critical_learning_rate(
 
   Returns:
     The critical rate, or `math.inf` if `upper` does not collapse.
-
-  Raises:
-    ValueError: If an argument is not as above.
 
   Example:
     >>> from clop_jax import theory
