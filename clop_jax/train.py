@@ -17,6 +17,7 @@ import functools
 import json
 import math
 import os
+import types
 
 from absl import flags
 import jax
@@ -38,6 +39,7 @@ from clop_jax.experiment import workdir as workdir_lib
 from clop_jax.runtime import files
 from clop_jax.runtime import parallel
 from clop_jax.runtime import preemption
+from clop_jax.tracking import callback
 from clop_jax.tracking import profiling
 from clop_jax.tracking import wandb as wandb_log
 from clop_jax.tracking import watch
@@ -63,8 +65,8 @@ def train(
     source: training examples of your own, instead of those that `config.data`
       names; see `clop_jax.data.sources`.
     devices: default: all.
-    profile_steps: so many steps are recorded, see `profiling`; None: none.
-    watched: whether to do what `config.watch` says, see `tracking.watch`.
+    profile_steps: Number of steps to record, see `profiling`. None is none.
+    watched: If False, ignore `config.watch`; see `tracking.watch`.
     wandb: 'offline' or 'online' logs to Weights & Biases as well; None: not.
 
   Raises:
@@ -78,8 +80,9 @@ def train(
     OSError: if something cannot be written.
   """
   defaults.check(config)
+  callbacks: list[callback.Callback] = []
   if profile_steps is not None:
-    profiling.check(profile_steps, workdir)
+    callbacks.append(profiling.Profiler(workdir, profile_steps))
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.train.batch_size, mesh)
   named = source is None
@@ -108,40 +111,38 @@ def train(
   longest = max(len(steps) for steps in chunks)
   program.lower(longest)
   check_best(config, program.metric_names(longest), total_steps, save_every)
-  watcher: watch.Watch | watch.Off = watch.Off()
   if watched:
-    watcher = watch.Watch(
-      config,
+    setup = types.SimpleNamespace(
+      config=config,
       run=run,
       target=target,
       source=examples,
+      named=named,
       true_labels=true_labels,
       reader=reader,
       data=data,
       mesh=mesh,
-      named=named,
-      wandb=wandb,
     )
-
-  watcher.check(workdir)
+    callbacks.append(watch.Watch(setup, workdir, wandb=wandb))
   with (
     workdir_lib.claim(config, workdir, labels, true_labels),
     workdir_lib.open_checkpoints(config, workdir) as checkpoints,
+    contextlib.ExitStack() as stack,
   ):
+    for hooks in callbacks:
+      stack.enter_context(hooks)
     state = checkpoints.restore_latest(target, warn=parallel.warn)
-    done = 0 if state is None else int(state.step)
-    watcher.prepare(range(done, total_steps))
     if state is None:
       shardings = jax.tree.map(lambda x: x.sharding, target)
       create = jax.jit(run.create_state, out_shardings=shardings)
       state = first_state(create, config, workdir, mesh, read_initial())
     start = int(state.step)
+    for hooks in callbacks if start < total_steps else []:
+      hooks.started(range(start, total_steps), state)
     _print_summary(config, state, program(longest), mesh, total_steps)
     _say(label_policy.summary(true_labels, labels, config.data.num_classes))
     if start >= total_steps:
       _say(f'step {start} of {total_steps}: already trained')
-      if profile_steps is not None:
-        _say('--profile: nothing is recorded; no step is left of the run')
       return
     if start:
       _say(f'going on from step {start} of {total_steps}')
@@ -154,12 +155,8 @@ def train(
         batch_size=config.train.batch_size,
       )
     chunks = split_steps(start, total_steps, chunk, (log_every, save_every))
-    recorder: profiling.Recorder | profiling.Off = profiling.Off()
-    if profile_steps is not None and parallel.is_main():
-      recorder = profiling.Recorder(workdir, profile_steps, chunks, program)
     batches = data.batches(chunks)
-    watch_files = watcher.writing(workdir, start, state)
-    with log, recorder, watch_files, contextlib.closing(batches):
+    with log, contextlib.closing(batches):
       _run(
         program,
         state,
@@ -170,8 +167,7 @@ def train(
         save_every=save_every,
         log=log,
         checkpoints=checkpoints,
-        recorder=recorder,
-        watcher=watcher,
+        callbacks=callbacks,
       )
 
 
@@ -186,8 +182,7 @@ def _run(
   save_every,
   log,
   checkpoints,
-  recorder,
-  watcher,
+  callbacks,
 ):
   """The steps of `chunks`, `(steps, batch)` each, logged and saved."""
   losses, due, logged = [], [], []
@@ -202,7 +197,8 @@ def _run(
       last = {k: v[-1] for k, v in jax.device_get(metrics).items()}
       logged.append(metrics_log.to_floats(last))
       log.write(step, logged[-1])
-      watcher.logged(step, logged[-1])
+      for hooks in callbacks:
+        hooks.logged(step, logged[-1])
       checkpoints.raise_failure()
     due.clear()
 
@@ -221,7 +217,6 @@ def _run(
   with preemption.Notice() as notice:
     for steps, batch in _until_notice(chunks, notice):
       state, metrics = program(len(steps))(state, shared, batch)
-      recorder.dispatched(steps, state)
       # Only now: the devices have the next steps while the host waits for the
       # numbers of the last ones.
       write_due()
@@ -232,17 +227,18 @@ def _run(
       if done % log_every == 0:
         due.append((done, [*losses], metrics))
         losses.clear()
-      # Who is told to end has no time for it.
-      if watcher.due(steps) and not told:
-        write_all(done)
+      # When preempted there is no time for it.
+      if not told:
+        if any(hooks.due(steps) for hooks in callbacks):
+          write_all(done)
         # Before the save: what is lost here is trained again.
-        watcher.reached(steps, state)
+        for hooks in callbacks:
+          hooks.reached(steps, state)
       if told or done % save_every == 0 or done == total_steps:
         save(done, state)
         saved = done
       if told:
         break
-      recorder.finished(steps, state)
     if saved < done:  # the data could not be read after the notice
       save(done, state)
     checkpoints.wait()
@@ -541,7 +537,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     'profile',
     None,
-    'Records so many steps in WORKDIR/profile, and says where their time went.',
+    'Record a trace of this many steps in WORKDIR/profile.',
     lower_bound=1,
   )
   flags.DEFINE_enum(

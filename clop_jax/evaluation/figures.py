@@ -18,8 +18,8 @@ from matplotlib import lines as lines_lib
 from matplotlib import ticker
 import numpy as np
 
-from clop_jax.evaluation import colours
-
+# Ten colours that colour-blind people can tell apart.
+_COLOURS = matplotlib.color_sequences['petroff10']
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P', '*')
 _DASHES = ('-', (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 _CLASS_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '<', '>', '*')
@@ -440,7 +440,7 @@ def _legend(figure, handles):
 
 def _line_style(index, *, dots=False) -> dict[str, Any]:
   style = {
-    'color': colours.OF_RUNS[index % len(colours.OF_RUNS)],
+    'color': _COLOURS[index % len(_COLOURS)],
     'marker': _MARKERS[index % len(_MARKERS)],
     'linestyle': _DASHES[index % len(_DASHES)],
     'markersize': 5,
@@ -569,13 +569,13 @@ def _scatter_classes(axis, plane, labels, classes, *, size):
 
 
 def _class_colour(position, classes):
-  if classes <= len(colours.OF_CLASSES):
-    return colours.OF_CLASSES[position]
+  if classes <= len(_COLOURS):
+    return _COLOURS[position]
   return matplotlib.colormaps['viridis'](position / (classes - 1))
 
 
 def _class_legend(figure, axes, classes):
-  if classes.size <= len(colours.OF_CLASSES):
+  if classes.size <= len(_COLOURS):
     handles = [
       lines_lib.Line2D(
         [],
