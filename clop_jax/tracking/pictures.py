@@ -197,18 +197,19 @@ def embedding_picture(
   from matplotlib import figure as figure_lib
   from matplotlib.backends import backend_agg
 
-  figure = figure_lib.Figure(figsize=(10, 5), layout='constrained')
+  figure = figure_lib.Figure(figsize=(10, 5))
   canvas = backend_agg.FigureCanvasAgg(figure)
   figure.suptitle(title)
   points, bars = figure.subplots(1, 2)
   colours = matplotlib.color_sequences['petroff10']
-  for label in np.unique(labels).tolist():
-    points.scatter(
-      *plane[labels == label].T,
-      s=40,
-      marker=f'${label}$' if label >= 0 else '.',
+  for place, label in zip(plane.tolist(), labels.tolist(), strict=True):
+    points.text(
+      *place,
+      str(label) if label >= 0 else '.',
       color=colours[label % len(colours)] if label >= 0 else '0.3',
-      linewidths=0,
+      size=8,
+      ha='center',
+      va='center',
     )
   # Unit embeddings this close together have collapsed, and should look so.
   extent = 1.05 * max(0.01, np.abs(plane).max())

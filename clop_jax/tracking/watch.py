@@ -47,10 +47,14 @@ class Watch(callback.Callback):
     config, epoch = setup.config, setup.data.steps_per_epoch
     self._config, self._workdir, self._wandb = config, workdir, wandb
     fields = config.watch
+    draws = fields.images_every_epochs and (fields.tensorboard or wandb)
     if wandb is not None:
       wandb_log.check(wandb)
     if fields.tensorboard:
       extras.check('tensorboardX', 'config.watch.tensorboard=True', 'track')
+    if draws:
+      field = f'config.watch.images_every_epochs={fields.images_every_epochs}'
+      extras.check('matplotlib', field, 'track')
     self._alarm = collapse_alarm.CollapseAlarm(
       num_classes=config.data.num_classes,
       dim=setup.target.prototypes.shape[-1],
@@ -63,9 +67,7 @@ class Watch(callback.Callback):
     self._sinks, self._closing = [], contextlib.ExitStack()
     self._images_every = self._probe_every = 0
     frozen = restored.frozen(setup.run, config, setup.mesh)
-    if fields.images_every_epochs and (fields.tensorboard or wandb is not None):
-      field = f'config.watch.images_every_epochs={fields.images_every_epochs}'
-      extras.check('matplotlib', field, 'track')
+    if draws:
       # Runs that are shorter have pictures at their end.
       every = min(fields.images_every_epochs, config.train.num_epochs)
       self._images_every = every * epoch
