@@ -29,12 +29,12 @@ from clop_jax.evaluation import figures
 from clop_jax.evaluation import files as evaluation_files
 from clop_jax.evaluation import measurement
 from clop_jax.evaluation import protocol
+from clop_jax.evaluation import tables
 from clop_jax.experiment import checkpoint
 from clop_jax.experiment import restored
 from clop_jax.experiment import workdir as workdir_lib
 from clop_jax.runtime import files
 from clop_jax.runtime import parallel
-from clop_jax.evaluation import tables
 
 # What scripts use of these modules, under the command's name.
 Evaluation = measurement.Evaluation

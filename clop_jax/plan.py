@@ -26,8 +26,8 @@ from clop_jax import cli
 from clop_jax import defaults
 from clop_jax.experiment import build
 from clop_jax.experiment import inputs
-from clop_jax.experiment import setup
 from clop_jax.experiment import memory as memory_lib
+from clop_jax.experiment import setup
 from clop_jax.runtime import hlo
 from clop_jax.runtime import parallel
 from clop_jax.runtime import topologies

@@ -120,6 +120,7 @@ def prepare(
     inputs.check_evaluation(config)
   shared = _shared(config, examples.true_labels)
   reader = examples.reader
+  data: Any
   if load:
     data = inputs.training_loader(config, reader, mesh)
     shared = parallel.replicate(mesh, shared)

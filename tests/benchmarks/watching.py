@@ -35,7 +35,6 @@ def train_once(watched: bool) -> dict[str, float]:
   import jax
 
   from clop_jax import train
-  from clop_jax.tracking import tensorboard
   from clop_jax.tracking import watch
 
   spent = []
@@ -55,9 +54,8 @@ def train_once(watched: bool) -> dict[str, float]:
 
     setattr(owner, name, wrapper)
 
-  for name in ('__init__', '_open', 'logged', 'reached'):
+  for name in ('__init__', 'started', 'logged', 'reached', 'close'):
     timed(watch.Watch, name)
-  timed(tensorboard.EventFile, 'close')
   config = small.digits_config(None, **_OPTIONS)
   began = time.perf_counter(), time.process_time()
   with tempfile.TemporaryDirectory() as folder:

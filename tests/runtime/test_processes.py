@@ -80,8 +80,8 @@ flags.DEFINE_string('out', None, '')
 
 def main():
   import jax
-  from clop_jax.experiment import build
   from clop_jax.data import loader
+  from clop_jax.experiment import build
   from tests import small
   config = small.digits_config(
     flags.FLAGS.digits_dir,

@@ -7,8 +7,8 @@ file of `configs/`, with a shallow network. Nothing is compiled.
 import jax
 import pytest
 
-from clop_jax.experiment import setup
 from clop_jax.experiment import build
+from clop_jax.experiment import setup
 from clop_jax.runtime import parallel
 from tests import lowering
 from tests import small
