@@ -5,14 +5,11 @@ file of `configs/` as it is. Nothing is compiled.
 """
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from clop_jax import train
 from clop_jax.experiment import build
 from clop_jax.runtime import parallel
-from clop_jax.study import ensemble
 from tests import lowering
 from tests import small
 from tests.experiment import test_configs
@@ -146,31 +143,6 @@ def test_config_lowers(path):
     config.train.steps_per_dispatch
   )
   lowering.check_traced(traced)
-
-
-@pytest.mark.parametrize('name', ['nt_xent', 'pseudo-labels', 'learned'])
-def test_runs_trained_together_lower(name):
-  config = small.digits_config('unused', **VARIANTS[name])
-  mesh, runs, num_examples = lowering.mesh(), 3, 1437
-  run = built(config)
-  state = build.abstract_state(run, mesh)
-  stacked = jax.eval_shape(ensemble._stack, *[state] * runs)
-
-  def shared():
-    labels = jnp.zeros((runs, num_examples), jnp.int32)
-    return {
-      'key': jnp.stack([build.training_key(config)] * runs),
-      'numbers': jax.tree.map(
-        lambda x: jnp.full(runs, x), build.numbers_of(config)
-      ),
-      'image': jnp.zeros((num_examples, 8, 8, 1), jnp.uint8),
-      'label': labels,
-      'true_label': labels[0],
-    }
-
-  index = jax.ShapeDtypeStruct((2, runs, config.train.batch_size), np.int32)
-  function = ensemble._program(run, mesh)
-  lowering.check(function, stacked, jax.eval_shape(shared), index)
 
 
 @pytest.mark.parametrize(
