@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from clop_jax.study import __main__ as study
 from clop_jax.study import results
+from clop_jax.study import run as study
 from tests import studies
 
 K, RATE, WEIGHT = studies.K, studies.RATE, studies.WEIGHT
