@@ -17,18 +17,14 @@ def check_installed() -> None:
 
 
 def study_report(workdir: str) -> str:
-  """Writes the page, the figures and the table of a study.
+  """Writes the page, figures and table of a study; returns the page's path.
 
   `report.html` has all figures inside and needs no network. `figures/*.png` are
   the same figures, `table.md` has the means for documents. A diverged cell
-  counts as chance accuracy and effective rank 0 in every mean; a failed cell is
-  listed and left out. The page says so.
+  counts as chance accuracy and effective rank 0 in means, a failed one not.
 
   Args:
     workdir: Folder of a study, finished or not.
-
-  Returns:
-    The path of `report.html`.
 
   Raises:
     ValueError: If the folder holds no study, its files are damaged, or a
