@@ -60,7 +60,7 @@ def test_a_recorded_run_trains_as_an_unrecorded_one(config, tmp_path, capsys):
 
 @pytest.fixture
 def traces(monkeypatch):
-  """What starts and stops, without the cost of a trace."""
+  """Lists starts and stops of traces, without recording any."""
   calls = []
   for name in ('start_trace', 'stop_trace'):
     monkeypatch.setattr(

@@ -53,7 +53,7 @@ def final_state(config, workdir):
 
 @pytest.fixture(scope='module')
 def watched(digits_dir, tmp_path_factory):
-  """A config and its workdir, watched with all there is."""
+  """A config and its workdir, with everything watched."""
   workdir = tmp_path_factory.mktemp('runs') / 'watched'
   config = small.digits_config(digits_dir, **WATCHED)
   run(config, workdir)
@@ -184,7 +184,7 @@ def test_a_probe_with_nothing_to_choose_by_does_not_end_the_training(tmp_path):
   assert 'probe/linear_held_out_top1' not in tags
 
 
-def test_going_on_leaves_every_step_once(copy, watched):
+def test_resuming_leaves_every_step_once(copy, watched):
   config, workdir = copy
   shutil.rmtree(workdir / 'checkpoints' / '10')
   # Of a host whose clock is ahead; files are read in the order of their names.
@@ -350,7 +350,7 @@ def test_what_is_due_within_a_dispatch_comes_at_its_end():
 
 @pytest.fixture
 def compilations(monkeypatch):
-  """Of what draws, which fail."""
+  """Lists attempts to compile what draws; all of them fail."""
   begun = []
 
   def fail(drawing):
