@@ -123,9 +123,6 @@ def simulate(
     correlation: Correlation rho in [0, 1].
     level: Mean cosine above which an outcome counts as collapsed.
 
-  Returns:
-    An `Outcome`.
-
   Raises:
     ValueError: If the model, a shape or a number is not as above.
 
@@ -139,10 +136,11 @@ def simulate(
     [False  True]
   """
   numbers = _check(model, clop_weight, temperature, correlation, level)
-  learning_rates, starts = jnp.asarray(learning_rates), jnp.asarray(starts)
-  if learning_rates.ndim != 1:
+  starts = jnp.asarray(starts)
+  rates = jnp.asarray(learning_rates, starts.dtype)
+  if rates.ndim != 1:
     raise ValueError(
-      f'learning_rates must have shape [rates], got {learning_rates.shape}'
+      f'learning_rates must have shape [rates], got {rates.shape}'
     )
   views = 2 if model == 'infonce' else 1
   if starts.ndim != 4 or starts.shape[1] < views or starts.shape[2] < 2:
@@ -160,9 +158,9 @@ def simulate(
     )
   else:
     prototypes = jnp.asarray(prototypes, starts.dtype)
-  rates = learning_rates.astype(starts.dtype)
-  measures = _runs(model, steps, distance, rates, starts, prototypes, numbers)
-  return Outcome(*measures, measures[0] > level)
+  return _outcomes(
+    model, steps, distance, rates, starts, prototypes, numbers, level
+  )
 
 
 @arguments.in_default_modes
@@ -170,8 +168,8 @@ def mean_pairwise_cosine(embeddings: jax.Array) -> jax.Array:
   """Mean cosine between different classes, for unit `[views, k, dim]`."""
   views, k, _ = embeddings.shape
   sums = jnp.sum(embeddings, axis=0)
-  squared = jnp.sum(jnp.sum(sums, axis=0) ** 2) - jnp.sum(sums**2)
-  return squared / (views**2 * k * (k - 1))
+  products = jnp.sum(jnp.sum(sums, axis=0) ** 2) - jnp.sum(sums**2)
+  return products / (views**2 * k * (k - 1))
 
 
 @arguments.in_default_modes
@@ -302,14 +300,12 @@ def bisect_critical_learning_rate(
   start = linalg.normalize(jnp.zeros(dim).at[-1].set(1.0) + 1e-3 * noise)
   prototypes = jnp.eye(num_classes, dim) if clop_weight else None
 
-  def spread(embeddings):
-    return jnp.sum(jnp.var(embeddings, axis=(0, 1)))
-
   def collapses(rate):
     end = _run(model, steps, cosine_distance, rate, start, prototypes, numbers)
     if clop_weight:
       return bool(mean_pairwise_cosine(end) > level)
-    return bool(spread(end) < spread(start))
+    before, after = (jnp.sum(jnp.var(z, axis=(0, 1))) for z in (start, end))
+    return bool(after < before)
 
   if not collapses(upper):
     return math.inf
@@ -360,19 +356,20 @@ def _run(model, steps, distance, rate, start, prototypes, numbers):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _runs(model, steps, distance, rates, starts, prototypes, numbers):
-  """The measures of `Outcome` except `collapsed`, each `[rates, starts]`."""
-
-  def measures(rate, start):
+def _outcomes(
+  model, steps, distance, rates, starts, prototypes, numbers, level
+):
+  def outcome(rate, start):
     end = _run(model, steps, distance, rate, start, prototypes, numbers)
     spectrum = linalg.singular_values(end.reshape(-1, end.shape[-1]))
     clop_loss = jnp.full((), jnp.nan, end.dtype)
     if prototypes is not None:
       clop_loss = 1 - jnp.mean(jnp.sum(end * prototypes, axis=-1))
     rank = collapse.effective_rank_of_spectrum(spectrum)
-    return mean_pairwise_cosine(end), rank, clop_loss
+    cosine = mean_pairwise_cosine(end)
+    return Outcome(cosine, rank, clop_loss, cosine > level)
 
-  over_starts = jax.vmap(measures, in_axes=(None, 0))
+  over_starts = jax.vmap(outcome, in_axes=(None, 0))
   return jax.vmap(over_starts, in_axes=(0, None))(rates, starts)
 
 
