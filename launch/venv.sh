@@ -16,7 +16,8 @@ fail() {
 # COMMAND names a module of clop_jax, which `python -m` can run.
 check_command() {
   COMMAND="${COMMAND:-train}"
-  [[ "$COMMAND" =~ ^[a-z_.]+$ && -f "$ROOT/clop_jax/${COMMAND//.//}.py" ]] ||
+  local path="$ROOT/clop_jax/${COMMAND//.//}"
+  [[ "$COMMAND" =~ ^[a-z_.]+$ && (-f "$path.py" || -f "$path/__main__.py") ]] ||
     fail "COMMAND must name a module of clop_jax, got '$COMMAND'; for example" \
       "COMMAND=evaluate"
 }

@@ -85,6 +85,7 @@ def test_the_wheel_has_the_package_and_the_configs_and_no_more(wheel):
     f'clop_jax/configs/{path.name}'
     for path in (small.ROOT / 'configs').glob('*.py')
   }
+  expected.add('clop_jax/py.typed')
   assert {n for n in names if '.dist-info/' not in n} == expected
   assert any(name.endswith('licenses/LICENSE') for name in names)
 
