@@ -47,7 +47,8 @@ ensure_venv() {
   if ! cat "${stamps[@]}" 2>/dev/null | grep -qxF -- "$wanted"; then
     [ -z "$extra" ] || target="${ROOT}[$extra]"
     echo "installing clop_jax${extra:+ with the extra $extra}"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+    # Python compiles a module when it is first imported; most never are.
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile \
       --editable "$target" || fail "pip could not install $target"
     echo "$wanted" >"$stamp"
   fi
