@@ -5,6 +5,7 @@ records how it was started; stubs of srun, scontrol and gcloud are on PATH.
 """
 
 import configparser
+import contextlib
 import inspect
 import json
 import os
@@ -134,7 +135,8 @@ class Checkout:
     return process.returncode, out, err
 
   def recorded(self):
-    return [json.loads(x.read_text()) for x in sorted(self.records.glob('*n'))]
+    paths = sorted(self.records.glob('*.json'))
+    return [json.loads(path.read_text()) for path in paths]
 
   def calls(self, program):
     path = self.records / program
@@ -147,7 +149,8 @@ def checkout(tmp_path):
   yield made
   for record in made.recorded():
     for pid in filter(alive, record['pids']):
-      os.kill(pid, signal.SIGKILL)
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def alive(pid):
