@@ -16,7 +16,8 @@ fail() {
 # COMMAND names a module of clop_jax, which `python -m` can run.
 check_command() {
   COMMAND="${COMMAND:-train}"
-  [[ "$COMMAND" =~ ^[a-z_.]+$ && -f "$ROOT/clop_jax/${COMMAND//.//}.py" ]] ||
+  local path="$ROOT/clop_jax/${COMMAND//.//}"
+  [[ "$COMMAND" =~ ^[a-z_.]+$ && (-f "$path.py" || -f "$path/__main__.py") ]] ||
     fail "COMMAND must name a module of clop_jax, got '$COMMAND'; for example" \
       "COMMAND=evaluate"
 }
@@ -46,7 +47,8 @@ ensure_venv() {
   if ! cat "${stamps[@]}" 2>/dev/null | grep -qxF -- "$wanted"; then
     [ -z "$extra" ] || target="${ROOT}[$extra]"
     echo "installing clop_jax${extra:+ with the extra $extra}"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+    # Python compiles a module when it is first imported; most never are.
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile \
       --editable "$target" || fail "pip could not install $target"
     echo "$wanted" >"$stamp"
   fi

@@ -15,7 +15,7 @@ import pytest
 from clop_jax import loss
 from clop_jax.models import heads
 from clop_jax.models import resnet
-from tests.benchmarks import pillow_views
+from docs.benchmarks import pillow_views
 
 if importlib.util.find_spec('torch') is None:
   pytest.skip(
@@ -24,10 +24,10 @@ if importlib.util.find_spec('torch') is None:
 
 import torch
 
-from tests.benchmarks import torch_augment
-from tests.benchmarks import torch_losses
-from tests.benchmarks import torch_networks
-from tests.benchmarks import torch_steps
+from docs.benchmarks import torch_augment
+from docs.benchmarks import torch_losses
+from docs.benchmarks import torch_networks
+from docs.benchmarks import torch_steps
 
 HIDDEN_DIM, DIM = 24, 12
 BACKBONES = {

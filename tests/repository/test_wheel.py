@@ -1,4 +1,4 @@
-"""The wheel, as somebody who has nothing else: all of it installs and runs."""
+"""The wheel installs and runs in an empty environment."""
 
 import os
 import pathlib
@@ -55,7 +55,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def installed(wheel, tmp_path_factory):
-  """The interpreter of an environment that was empty before the wheel."""
+  """Returns the interpreter of an environment with the wheel alone."""
   folder = tmp_path_factory.mktemp('empty')
   venv.create(folder, with_pip=True)
   python = folder / 'bin' / 'python'
@@ -68,7 +68,7 @@ def installed(wheel, tmp_path_factory):
 
 @pytest.fixture
 def alone(tmp_path):
-  """The options of a process that sees nothing of the checkout."""
+  """Returns the options of a process that does not see the checkout."""
   environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
   # As in conftest.py: compiled fast rather than well, but for one device.
   quick = '--xla_backend_optimization_level=0'
@@ -85,6 +85,7 @@ def test_the_wheel_has_the_package_and_the_configs_and_no_more(wheel):
     f'clop_jax/configs/{path.name}'
     for path in (small.ROOT / 'configs').glob('*.py')
   }
+  expected.add('clop_jax/py.typed')
   assert {n for n in names if '.dist-info/' not in n} == expected
   assert any(name.endswith('licenses/LICENSE') for name in names)
 
