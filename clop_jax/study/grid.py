@@ -63,6 +63,8 @@ def parse(
 
 def _type(field, config):
   """`(type, whether None is allowed)` of a field's values."""
+  if field.startswith('data.class_fractions.'):
+    return float, False
   group, default = config, defaults.get_config()
   *path, last = field.split('.')
   for depth, name in enumerate([*path, last]):
@@ -177,7 +179,8 @@ def applied(config: dict, values: dict[str, Any]) -> dict:
     group = config
     *path, last = field.split('.')
     for depth, name in enumerate([*path, last]):
-      if not isinstance(group, dict) or name not in group:
+      is_new = name not in group and path != ['data', 'class_fractions']
+      if not isinstance(group, dict) or is_new:
         raise _unknown(field, path[:depth], name, group)
       if depth < len(path):
         group = group[name]
