@@ -87,9 +87,8 @@ class Notice:
   incomplete, and the next run resumes from the one before.
   """
 
-  def __init__(self):
-    self._came = False
-    self._outer = self._previous = None
+  _came = False
+  _outer = _previous = None
 
   def __enter__(self) -> 'Notice':
     global _notice
