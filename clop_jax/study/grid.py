@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import copy
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -66,6 +67,9 @@ def _declaration(field, config):
   """Returns the declaration of a field, which an option gets from its value."""
   group, last = _group_of(field, config)
   declared = defaults.FIELDS.get(field)
+  parent = _open_group(field)
+  if parent is not None:
+    return dataclasses.replace(parent, kind=float)
   if isinstance(group[last], ml_collections.ConfigDict):
     raise ValueError(
       f'--grid {field}: config.{field} is a group; name a field of it: '
@@ -84,6 +88,12 @@ def _declaration(field, config):
   return declared
 
 
+def _open_group(field):
+  """Returns the declaration of a field's group if it takes any name."""
+  declared = defaults.FIELDS.get(field.rpartition('.')[0])
+  return declared if declared is not None and declared.kind is dict else None
+
+
 def _group_of(field, config):
   """Returns the group of a config that has a field, and the field's own name.
 
@@ -93,6 +103,8 @@ def _group_of(field, config):
   group = config
   *path, last = field.split('.')
   for depth, name in enumerate([*path, last]):
+    if depth == len(path) and _open_group(field) is not None:
+      break
     if not hasattr(group, 'keys') or name not in group:
       has = sorted(group) if hasattr(group, 'keys') else []
       raise ValueError(
