@@ -91,7 +91,8 @@ def _declaration(field, config):
 def _open_group(field):
   """Returns the declaration of a field's group if it takes any name."""
   declared = defaults.FIELDS.get(field.rpartition('.')[0])
-  return declared if declared is not None and declared.kind is dict else None
+  is_open = declared is not None and declared.kind is dict and declared.range()
+  return declared if is_open else None
 
 
 def _group_of(field, config):
