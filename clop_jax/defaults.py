@@ -469,7 +469,9 @@ FIELDS = {
   ),
   # watch
   'watch.tensorboard': switch(
-    True, "Writes event files in the workdir's tensorboard/."
+    True,
+    "Writes event files in the workdir's tensorboard/, if tensorboardX is "
+    'installed.',
   ),
   'watch.images_every_epochs': whole(
     10,

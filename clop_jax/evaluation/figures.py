@@ -6,7 +6,6 @@ colour never stands alone.
 
 from collections.abc import Iterator, Sequence
 import contextlib
-import importlib.util
 import math
 import os
 import pathlib
@@ -19,9 +18,10 @@ try:
   import matplotlib
   from matplotlib import backend_bases
   from matplotlib import figure as figure_lib
-except ImportError:  # It belongs to an extra, see `check_installed`.
+except ImportError:  # It belongs to an extra, see `check_path`.
   pass
 
+from clop_jax.runtime import extras
 from clop_jax.runtime import parallel
 
 _PALETTE = 'petroff10'  # made for the colour-blind
@@ -83,21 +83,12 @@ def embedding_figure(
   return True
 
 
-def check_installed(user: str, *packages: str) -> None:
-  """Raises ValueError if a package of the extra `report` is missing."""
-  missing = [p for p in packages if importlib.util.find_spec(p) is None]
-  if missing:
-    raise ValueError(
-      f"{user} needs {', '.join(missing)}: pip install 'clop-jax[report]'"
-    )
-
-
 def check_path(path: str, flag: str) -> None:
   """Raises ValueError if a figure could not be written to the path of a flag.
 
   The folders of the path may be missing.
   """
-  check_installed(f'--{flag}', 'matplotlib')
+  extras.check(f'--{flag}', 'report', 'matplotlib')
   kinds = sorted(backend_bases.FigureCanvasBase.get_supported_filetypes())
   if os.path.isdir(path):
     raise ValueError(f'--{flag} must be a file *.png, got the folder {path}')

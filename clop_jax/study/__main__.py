@@ -19,10 +19,13 @@ import ml_collections
 from ml_collections import config_flags
 
 from clop_jax import cli
+from clop_jax.runtime import extras
 from clop_jax.study import grid
 from clop_jax.study import plan
 from clop_jax.study import report
-from clop_jax.study import run
+
+# As `run.EXECUTORS`; `run` is imported later, since it needs an extra.
+_EXECUTORS = ('local', 'slurm')
 
 
 def define_flags() -> None:
@@ -33,7 +36,7 @@ def define_flags() -> None:
     'grid', [], 'FIELD=VALUE,VALUE of the config; repeat it for more fields.'
   )
   flags.DEFINE_enum(
-    'executor', 'local', run.EXECUTORS, 'Where jobs run: here or on Slurm.'
+    'executor', 'local', _EXECUTORS, 'Where jobs run: here or on Slurm.'
   )
   flags.DEFINE_integer(
     'jobs',
@@ -64,6 +67,11 @@ def main() -> None:
     if base is None:
       raise ValueError('--config must name a file of configs/, got none')
     fields = grid.parse(values.grid, base)
+  extras.check('a study', 'report', 'submitit')
+  if values.report:
+    report.check_installed()
+  from clop_jax.study import run
+
   rows = run.study(
     values.workdir,
     values.config,

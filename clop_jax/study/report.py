@@ -6,14 +6,14 @@ import os
 import pathlib
 import re
 
-from clop_jax.evaluation import figures as figures_lib
 from clop_jax.evaluation import tables
+from clop_jax.runtime import extras
 
 
 def check_installed() -> None:
   """Raises ValueError if a package that the report needs is missing."""
-  packages = ('jinja2', 'matplotlib', 'pandas', 'sklearn')
-  figures_lib.check_installed('the report of a study', *packages)
+  packages = ('jinja2', 'matplotlib', 'pandas', 'sklearn', 'threadpoolctl')
+  extras.check('the report of a study', 'report', *packages)
 
 
 def study_report(workdir: str) -> str:

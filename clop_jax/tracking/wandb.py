@@ -16,7 +16,7 @@ def check(mode: str) -> None:
   """Raises ValueError if the mode is not valid or wandb is not installed."""
   if mode not in MODES:
     raise ValueError(f'--wandb must be one of {list(MODES)}, got {mode!r}')
-  extras.check('wandb', f'--wandb={mode}', 'wandb')
+  extras.check(f'--wandb={mode}', 'wandb', 'wandb')
 
 
 class WandbLog:

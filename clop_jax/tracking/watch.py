@@ -47,14 +47,19 @@ class Watch(callback.Callback):
     config, epoch = setup.config, setup.data.steps_per_epoch
     self._config, self._workdir, self._wandb = config, workdir, wandb
     fields = config.watch
-    draws = fields.images_every_epochs and (fields.tensorboard or wandb)
     if wandb is not None:
       wandb_log.check(wandb)
-    if fields.tensorboard:
-      extras.check('tensorboardX', 'config.watch.tensorboard=True', 'track')
+    self._tensorboard = fields.tensorboard
+    if fields.tensorboard and not extras.is_installed('tensorboardX'):
+      self._tensorboard = False
+      parallel.warn(
+        'nothing is written for TensorBoard, since tensorboardX is missing: '
+        "pip install 'clop-jax[track]'"
+      )
+    draws = fields.images_every_epochs and (self._tensorboard or wandb)
     if draws:
       field = f'config.watch.images_every_epochs={fields.images_every_epochs}'
-      extras.check('matplotlib', field, 'track')
+      extras.check(field, 'track', 'matplotlib')
     self._alarm = collapse_alarm.CollapseAlarm(
       num_classes=config.data.num_classes,
       dim=setup.state.prototypes.shape[-1],
@@ -78,7 +83,7 @@ class Watch(callback.Callback):
     parallel.by_main(self._check_files)
 
   def _check_files(self):
-    if self._config.watch.tensorboard:
+    if self._tensorboard:
       tensorboard.check(self._workdir)
     if self._probe_every:
       self._probe.check()
@@ -120,7 +125,7 @@ class Watch(callback.Callback):
     log = os.path.join(self._workdir, metrics_log.FILE)
     for entry in metrics_log.entries_until(log, start):
       self._alarm.record(entry['step'], entry.get('effective_rank'))
-    if self._config.watch.tensorboard:
+    if self._tensorboard:
       self._sinks.append(tensorboard.TensorBoard(self._workdir, start=start))
     if self._wandb is not None:
       config = workdir_lib.to_json(self._config)
