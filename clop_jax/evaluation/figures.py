@@ -62,7 +62,7 @@ def embedding_figure(
   Returns:
     False, after a warning, if matplotlib is not installed.
   """
-  if importlib.util.find_spec('matplotlib') is None:
+  if not extras.is_installed('matplotlib'):
     parallel.warn(f"{path} is left out: pip install 'clop-jax[report]'")
     return False
   planes = [principal_plane(z) for z in embeddings]
