@@ -118,12 +118,12 @@ def training(
 def flags_of(module, *arguments):
   """The flags of a command of ours, parsed while it is entered."""
   before = {*flags.FLAGS}
-  module.define_flags()
-  # Not those of a library that the command is the first to import.
-  ours = {*flags.FLAGS} - before
   # ml_collections looks for overrides there.
   argv, sys.argv = sys.argv, ['command', *arguments]
   try:
+    module.define_flags()
+    # Not those of a library that the command is the first to import.
+    ours = {*flags.FLAGS} - before
     flags.FLAGS(sys.argv)
     yield
   finally:

@@ -143,6 +143,19 @@ _CONTRASTIVE = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Networks:
+  """The networks of a config; see `networks`.
+
+  Attributes:
+    backbone: Module from images to features.
+    projection_head: Module from features to embeddings.
+  """
+
+  backbone: nn.Module
+  projection_head: nn.Module
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
   """What a config names, built; see `build`.
 
@@ -163,6 +176,40 @@ class Experiment:
   tx: optax.GradientTransformation
   create_state: Callable[..., train_state.TrainState]
   step: Callable
+
+
+def networks(
+  config: ml_collections.ConfigDict, *, platform: str | None = None
+) -> Networks:
+  """Builds the networks of a config.
+
+  Args:
+    config: Config, see `defaults`.
+    platform: Platform for `model.dtype='auto'`, see `build`.
+
+  Raises:
+    ValueError: If the depth or the dtype is unknown.
+  """
+  model = config.model
+  shared = {
+    'bn_scope': model.bn_scope,
+    'axis_name': parallel.DATA_AXIS,
+    'dtype': compute_dtype(model.dtype, platform),
+  }
+  backbone = _choose(_BACKBONES, 'model.depth', model.depth)(
+    stem=model.stem,
+    width_multiplier=model.width_multiplier,
+    zero_init_last_bn=model.zero_init_last_bn,
+    **shared,
+  )
+  projection_head = heads.ProjectionHead(
+    dim=model.embedding_dim,
+    hidden_dim=model.head_hidden_dim,
+    num_layers=model.head_layers,
+    use_bn=model.head_bn,
+    **shared,
+  )
+  return Networks(backbone, projection_head)
 
 
 def build(
@@ -188,24 +235,8 @@ def build(
     ValueError: if a field's value is wrong, naming the valid ones.
   """
   model, augment = config.model, config.augment
-  shared = {
-    'bn_scope': model.bn_scope,
-    'axis_name': parallel.DATA_AXIS,
-    'dtype': compute_dtype(model.dtype, platform),
-  }
-  backbone = _choose(_BACKBONES, 'model.depth', model.depth)(
-    stem=model.stem,
-    width_multiplier=model.width_multiplier,
-    zero_init_last_bn=model.zero_init_last_bn,
-    **shared,
-  )
-  projection_head = heads.ProjectionHead(
-    dim=model.embedding_dim,
-    hidden_dim=model.head_hidden_dim,
-    num_layers=model.head_layers,
-    use_bn=model.head_bn,
-    **shared,
-  )
+  built = networks(config, platform=platform)
+  backbone, projection_head = built.backbone, built.projection_head
   own_numbers = numbers_of(config)
 
   def optimizer_at(learning_rate):

@@ -460,7 +460,8 @@ class Checkpoints:
     Args:
       target: shapes, dtypes and shardings of the state: `jax.ShapeDtypeStruct`
         leaves with `sharding`. They need not be those that it was saved with:
-        any number of devices and processes will do.
+        any number of devices and processes will do. If its `opt_state` is None,
+        so is that of the result, and further fields may be None, too.
       warn: told of each damaged checkpoint.
 
     Returns:
@@ -495,16 +496,26 @@ class Checkpoints:
   def _restore(self, step, target):
     """`(state, None)` or `(None, what is wrong)`, alike on all processes."""
     scalar = jax.tree.leaves(target)[0].sharding
+    fields = _fields(target)
     wanted = {
-      'state': _fields(target),
+      'state': fields,
       'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=scalar),
     }
-    restored, fault = self._read(step, ocp.args.StandardRestore(wanted))
+    arguments = ocp.args.StandardRestore(wanted)
+    if target.opt_state is None:
+      # Evaluation does not know the optimizer, but the checksum includes it.
+      arguments = ocp.args.StandardRestore(fallback_sharding=scalar)
+    restored, fault = self._read(step, arguments)
     if not parallel.all_agree(fault is None):
       return None, fault or 'another process could not read it'
-    if int(_checksum(restored['state'])) != int(restored['checksum']):
-      return None, _WRONG_CHECKSUM
-    return dataclasses.replace(target, **restored['state']), None
+    fault = _fault(restored)
+    if fault is not None:
+      return None, fault
+    try:
+      state = _selected(restored['state'], fields)
+    except ValueError as error:
+      return None, str(error)
+    return dataclasses.replace(target, **state), None
 
   def _read(self, step, arguments):
     """`(what Orbax gives, None)`, or `(None, what is wrong)`.
@@ -569,13 +580,7 @@ class Checkpoints:
     restored, fault = self._read(
       step, ocp.args.StandardRestore(fallback_sharding=_here())
     )
-    if fault is not None:
-      return fault
-    if not isinstance(restored, dict) or {*restored} != {'state', 'checksum'}:
-      return 'it is not a checkpoint of a training'
-    if int(_checksum(restored['state'])) != int(restored['checksum']):
-      return _WRONG_CHECKSUM
-    return None
+    return _fault(restored) if fault is None else fault
 
   def metrics(self, step: int) -> dict[str, float]:
     """The metrics that a checkpoint was saved with."""
@@ -599,7 +604,13 @@ class Checkpoints:
     self._manager = self._open()
 
 
-_WRONG_CHECKSUM = 'its arrays do not have the checksum they were saved with'
+def _fault(restored):
+  """Returns what is wrong with the content of a checkpoint, or None."""
+  if not isinstance(restored, dict) or {*restored} != {'state', 'checksum'}:
+    return 'it is not a checkpoint of a training'
+  if int(_checksum(restored['state'])) != int(restored['checksum']):
+    return 'its arrays do not have the checksum they were saved with'
+  return None
 
 
 def _open_all(folder):
@@ -686,6 +697,17 @@ def _fields(state):
   """
   fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
   return {name: value for name, value in fields.items() if value is not None}
+
+
+def _selected(state, fields):
+  """Returns the arrays of a restored state that belong to some fields."""
+  leaves, structure = jax.tree_util.tree_flatten_with_path(fields)
+  saved = dict(jax.tree_util.tree_leaves_with_path(state))
+  for path, leaf in leaves:
+    if path not in saved or saved[path].shape != leaf.shape:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise ValueError(f'{name} must have shape {list(leaf.shape)}')
+  return structure.unflatten([saved[path] for path, _ in leaves])
 
 
 @jax.jit

@@ -180,7 +180,8 @@ def run(cells: dict[str, tuple[dict, str]]) -> dict[str, dict]:
   for name in [name for name in cells if name not in outcomes]:
     start = time.monotonic()
     with _printing_to(os.path.join(workdirs[name], LOG)), _ending(end, [name]):
-      evaluate.write(workdirs[name], *evaluate.evaluate(workdirs[name]))
+      request = evaluate.Request(workdirs[name])
+      evaluate.evaluate(request).write(workdirs[name])
       end(name, 'done', evaluate_seconds=round(time.monotonic() - start, 2))
   # A traceback holds on to the arrays of its frames.
   gc.collect()
