@@ -596,7 +596,8 @@ def test_two_processes_go_on_from_eight_devices_and_one_evaluates_them(
   difference = np.linalg.norm(these - those) / np.linalg.norm(those - before)
   assert difference < 1e-5
   one = jax.devices()[:1]
-  result, _ = evaluate.evaluate(str(ours), devices=one)
+  request = evaluate.Request(str(ours), devices=one)
+  result = evaluate.evaluate(request).complete
   assert result['step'] == 30 and result['knn_top1'] > 0.5
   # And two processes evaluate together, with the same figures.
   command = ['-m', 'clop_jax.evaluate', f'--workdir={ours}']
@@ -638,8 +639,8 @@ def test_two_processes_fine_tune_as_one_does(digits_run, tmp_path):
   shutil.rmtree(workdir / 'evaluations', ignore_errors=True)
   command = ['-m', 'clop_jax.evaluate', f'--workdir={workdir}']
   options = ['--mode=finetune', '--label_fraction=0.5']
-  settings = {'finetune_epochs': 1, 'finetune_min_steps': 12}
-  options += [f'--eval={name}={value}' for name, value in settings.items()]
+  overrides = {'eval.finetune_epochs': 1, 'eval.finetune_min_steps': 12}
+  options += [f'--config.{name}={value}' for name, value in overrides.items()]
   started = start([*command, *options], processes=2, devices=1)
   codes, outputs, errors = finish(started)
   assert codes == [0, 0], errors
@@ -650,13 +651,14 @@ def test_two_processes_fine_tune_as_one_does(digits_run, tmp_path):
   (path,) = (workdir / 'evaluations').iterdir()
   both = json.loads(path.read_text())
   assert both['device'].startswith('2 x ')
-  one = evaluate.measure(
+  request = evaluate.Request(
     str(workdir),
     modes=('finetune',),
     fractions=(0.5,),
-    settings=settings,
+    overrides=overrides,
     devices=jax.devices()[:2],
-  ).measurements[0]
+  )
+  (one,) = evaluate.evaluate(request).measurements
   # A batch and its augmentation do not depend on who has the examples.
   for name in ('finetune_learning_rate', 'finetune_steps', 'num_labels'):
     assert both[name] == one[name]

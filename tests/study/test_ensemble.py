@@ -125,7 +125,8 @@ def test_each_run_equals_the_one_trained_alone(trio):
 
 def test_they_can_be_evaluated_and_gone_on_with_alone(trio, tmp_path):
   config, workdir = trio[0][1], shutil.copytree(trio[1][1], tmp_path / 'run')
-  result, _ = evaluate.evaluate(str(workdir), devices=DEVICES)
+  request = evaluate.Request(str(workdir), devices=DEVICES)
+  result = evaluate.evaluate(request).complete
   assert result['step'] == 10 and 0 < result['linear_top1'] <= 1
   shutil.rmtree(workdir / 'checkpoints' / '10')
   train.train(config, str(workdir), devices=DEVICES)
