@@ -501,11 +501,13 @@ class Checkpoints:
       'state': fields,
       'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=scalar),
     }
-    arguments = ocp.args.StandardRestore(wanted)
+    fault = None
     if target.opt_state is None:
       # Evaluation does not know the optimizer, but the checksum includes it.
-      arguments = ocp.args.StandardRestore(fallback_sharding=scalar)
-    restored, fault = self._read(step, arguments)
+      wanted, fault = self._guarded(step, lambda: self._saved(step, scalar))
+    if parallel.all_agree(fault is None):
+      arguments = ocp.args.StandardRestore(wanted)
+      restored, fault = self._read(step, arguments)
     if not parallel.all_agree(fault is None):
       return None, fault or 'another process could not read it'
     fault = _fault(restored)
@@ -517,8 +519,23 @@ class Checkpoints:
       return None, str(error)
     return dataclasses.replace(target, **state), None
 
+  def _saved(self, step, sharding):
+    """Returns the shapes and dtypes of all arrays of a checkpoint."""
+    # The manager knows no metadata before it has restored something.
+    folder = epath.Path(self._place) / str(step) / 'default'
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      ocp.StandardCheckpointHandler().metadata(folder).tree,
+    )
+
   def _read(self, step, arguments):
-    """`(what Orbax gives, None)`, or `(None, what is wrong)`.
+    """See `_guarded`."""
+    return self._guarded(
+      step, lambda: self._manager.restore(step, args=arguments)
+    )
+
+  def _guarded(self, step, work):
+    """`(what work gives, None)`, or `(None, what is wrong)`.
 
     Raises:
       UnreadableCheckpointError: On all processes, if the system of one of them
@@ -527,7 +544,7 @@ class Checkpoints:
     restored = fault = refusal = None
     with _quiet():
       try:
-        restored = self._manager.restore(step, args=arguments)
+        restored = work()
       except Exception as error:
         # Damage surfaces as whatever the broken layer raises, a bare Exception
         # from Orbax's array reader included.
