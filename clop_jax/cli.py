@@ -232,12 +232,12 @@ def _texts():
 def _advice(advise):
   """Returns advice for the config of the command, if it has one."""
   values = flags.FLAGS
+  if 'label_fraction' in values:  # evaluate, whose config is the run's
+    return 'Lower the batch size, for example --config.eval.batch_size=64'
   if 'config' in values and values['config'].value is not None:
     return advise(values['config'].value)
   if 'batch_size' in values:
     return 'Lower the batch size, for example --batch_size=64'
-  if 'eval' in values:
-    return 'Lower the batch size, for example --eval=batch_size=64'
   return 'Use a machine with more memory'
 
 

@@ -30,7 +30,7 @@ NOTES = {
   ),
   'eval.batch_size': (
     'Nothing in this group changes what is trained, and a run may resume with '
-    'other values than it began with; `evaluate --eval` takes others, too.'
+    'other values than it began with; `evaluate` takes `--config.eval.*`, too.'
   ),
 }
 

@@ -6,27 +6,28 @@ python -m clop_jax.evaluate --workdir=runs/digits --checkpoint=all
 python -m clop_jax.evaluate --workdir='runs/*' --mode=linear,knn,finetune \\
   --label_fraction=0.01,0.1,0.5,1 --table=few_labels.csv
 python -m clop_jax.evaluate --workdir=runs/digits --data=folder \\
-  --data_dir=PHOTOS --mode=linear,finetune --eval=finetune_epochs=10
+  --data_dir=PHOTOS --mode=linear,finetune --config.eval.finetune_epochs=10
 
 Prints one table. The evaluation of the run's own data with all labels is
 written into each workdir as `eval.json`, `embeddings.npz` and
-`figures/embeddings.png`, anything else as a file of `evaluations/`; --out names
-another folder for them. See docs/evaluation.md. Nothing but the workdir is
-needed: the config is in it.
+`figures/embeddings.png`, everything else as a file in `evaluations/`; --out
+names another folder for them. Nothing but the workdir is needed, because it
+holds the config; --config.eval.FIELD=VALUE changes it. See docs/evaluation.md.
 """
 
-import ast
 import collections
-import functools
+from collections.abc import Callable
+import dataclasses
 import os
 import sys
 
 from absl import flags
 import jax
+from ml_collections import config_flags
 
 from clop_jax import cli
+from clop_jax import defaults
 from clop_jax.evaluation import figures
-from clop_jax.evaluation import files as evaluation_files
 from clop_jax.evaluation import measurement
 from clop_jax.evaluation import protocol
 from clop_jax.evaluation import tables
@@ -36,17 +37,15 @@ from clop_jax.experiment import workdir as workdir_lib
 from clop_jax.runtime import files
 from clop_jax.runtime import parallel
 
-# What scripts use of these modules, under the command's name.
-Evaluation = measurement.Evaluation
+# For scripts, under the command's name.
+Request = measurement.Request
+Result = measurement.Result
 OtherData = measurement.OtherData
 evaluate = measurement.evaluate
-measure = measurement.measure
-write = evaluation_files.write
-write_measurement = evaluation_files.write_measurement
 
 _FIGURE = os.path.join('figures', 'embeddings.png')
 
-# What one run can fail by while others can be measured: it diverged, its
+# Errors of one run that leave the others measurable: it diverged, its
 # checkpoint is damaged, its data are gone.
 _OF_ONE_RUN = (
   FloatingPointError,
@@ -57,92 +56,86 @@ _OF_ONE_RUN = (
 
 
 def _is_everywhere(error):
-  """Whether all processes have this error, and go on to the next run alike."""
-  alike = (
+  """Returns True if all processes have this error and skip the same run."""
+  shared = (
     FloatingPointError,
     checkpoint.DamagedCheckpointError,
     checkpoint.UnreadableCheckpointError,
   )
-  return jax.process_count() == 1 or isinstance(error, alike)
+  return jax.process_count() == 1 or isinstance(error, shared)
 
 
-class _Results:
-  """Writes the results of one run into a folder.
+@dataclasses.dataclass
+class _Job:
+  """The evaluation of one checkpoint.
 
-  What cannot be written is kept in `failures`: it must not end the work, whose
-  figures the table still has.
+  Attributes:
+    name: Name of the run in the table.
+    request: Request.
+    folder: Folder for the results.
+    newest: Newest step of the run.
+    failures: Errors of the results that could not be written. They do not end
+      the command, so that the table still has the figures.
   """
 
-  def __init__(self, folder, workdir):
-    self._folder, self._workdir = folder, workdir
-    self.failures = []
+  name: str
+  request: Request
+  folder: str
+  newest: int
+  failures: list[OSError] = dataclasses.field(default_factory=list)
 
-  def check(self, is_plain):
-    """Raises OSError if a file of the results could not be written."""
-    flag = f'--out={self._folder}'
-    if self._folder == self._workdir:
-      flag = f'--workdir={self._folder} (--out=FOLDER takes another one)'
-    names = [os.path.join(evaluation_files.FOLDER, 'x.json')]
-    if is_plain:
+  def check_writable(self):
+    """Raises OSError if a result could not be written."""
+    flag = f'--out={self.folder}'
+    if self.folder == self.request.workdir:
+      flag = f'--workdir={self.folder} (--out=FOLDER takes another one)'
+    names = [os.path.join(measurement.FOLDER, 'x.json')]
+    if self.request.is_plain:
       names = ['eval.json', 'embeddings.npz', _FIGURE]
     for name in names:
-      files.check_writable(os.path.join(self._folder, name), flag)
+      files.check_writable(os.path.join(self.folder, name), flag)
 
-  def keep(self, which, newest, name, found):
-    """Writes a part of what was measured of a checkpoint.
-
-    Args:
-      which: Checkpoint that was asked for.
-      newest: Newest step of the run.
-      name: Name of the run in a line of progress, or None for no such line.
-      found: Part of the result.
-    """
+  def keep(self, part: Result):
+    """Writes a part of the result, and reports it if more will follow."""
     if not parallel.is_main():
       return
+    # 'latest' is the newest that is not damaged.
+    newest = self.request.which == 'latest' or part.step == self.newest
     try:
-      self._write(which, newest, found)
+      part.write(self.folder, newest=newest)
+      if part.complete is not None and newest:
+        path = os.path.join(self.folder, _FIGURE)
+        _draw(path, [_name(self.request.workdir)], [part])
     except OSError as error:
-      parallel.warn(f'{self._folder}: {error}')
+      parallel.warn(f'{self.folder}: {error}')
       self.failures.append(error)
-    if name is not None:
-      for made in found.measurements:
-        mode, fraction = made['mode'], made['label_fraction']
-        print(
-          f'{name}, step {found.step}: {mode} with {fraction:.4g} of the '
-          f'labels: top-1 {made[f"{mode}_top1"]:.4f}',
-          file=sys.stderr,
-          flush=True,
-        )
-
-  def _write(self, which, newest, found):
-    complete = found.complete
-    # 'latest' is the newest that is whole.
-    if complete is not None and (which == 'latest' or found.step == newest):
-      write(self._folder, complete, found.arrays)
-      path = os.path.join(self._folder, _FIGURE)
-      _draw(path, [self._workdir], [complete], [found.arrays])
-    elif complete is not None:
-      evaluation_files.write_older(self._folder, complete)
-    else:
-      for made in found.measurements:
-        write_measurement(self._folder, made)
+    if self.request.is_plain and flags.FLAGS.checkpoint != 'all':
+      return
+    for made in part.measurements:
+      mode, fraction = made['mode'], made['label_fraction']
+      print(
+        f'{self.name}, step {part.step}: {mode} with {fraction:.4g} of the '
+        f'labels: top-1 {made[f"{mode}_top1"]:.4f}',
+        file=sys.stderr,
+        flush=True,
+      )
 
 
-def _draw(path, workdirs, results, arrays):
+def _draw(path, names, results):
+  arrays = [result.arrays for result in results]
   figures.embedding_figure(
     path,
-    [_name(workdir) for workdir in workdirs],
+    names,
     [a['embeddings'] for a in arrays],
     arrays[0]['labels'],
     [a['spectrum'] for a in arrays],
-    [result['effective_rank'] for result in results],
+    [result.complete['effective_rank'] for result in results],
   )
   print(f'figure: {path}')
 
 
 def _name(path):
-  name = os.path.basename(os.path.abspath(path)) if path else ''
-  return files.as_text(name)
+  return files.as_text(os.path.basename(os.path.abspath(path)))
 
 
 def _named(paths):
@@ -185,19 +178,19 @@ def _is_trained(workdir):
   return True
 
 
-def _rows(name, found):
-  """The table's rows of a checkpoint, one for each fraction of the labels."""
+def _rows(name, result):
+  """Returns rows of the table, one for each fraction of the labels."""
   rows = collections.defaultdict(dict)
-  for made in found.measurements:
+  for made in result.measurements:
     mode, fraction = made['mode'], made['label_fraction']
     row = rows[fraction]
     row |= {'run': name} | {
       key: made[key] for key in ('step', 'data', 'label_fraction', 'num_labels')
     }
     row[f'{mode}_top1'] = made[f'{mode}_top1']
-    if fraction == 1 and found.complete is not None:
-      row['effective_rank'] = found.complete['effective_rank']
-      row['prototype_cosine'] = found.complete['prototype_cosine']
+    if fraction == 1 and result.complete is not None:
+      row['effective_rank'] = result.complete['effective_rank']
+      row['prototype_cosine'] = result.complete['prototype_cosine']
   return list(rows.values())
 
 
@@ -238,11 +231,17 @@ def define_flags() -> None:
   )
   flags.DEFINE_string('train_split', None, 'Of --data; default: train.')
   flags.DEFINE_string('test_split', None, 'Of --data; default: test.')
-  flags.DEFINE_multi_string(
-    'eval',
-    [],
-    "Another value than the run's of a field of config.eval, as "
-    'finetune_epochs=5 or finetune_learning_rates=0.01,0.1; may be repeated.',
+  # An unknown field is refused where all flags are checked, as in training.
+  config_flags.DEFINE_config_dict(
+    'config',
+    defaults.get_config(),
+    "--config.eval.FIELD=VALUE replaces a value of the run's config.",
+    lock_config=False,
+    accept_new_attributes=True,
+  )
+  flags.DEFINE_string('eval', None, 'Replaced by --config.eval.FIELD=VALUE.')
+  flags.register_validator(
+    'eval', lambda x: x is None, 'use --config.eval.FIELD=VALUE instead'
   )
   flags.DEFINE(
     cli.PATH, 'table', None, 'The table as a file, too: .csv or .md.'
@@ -256,124 +255,119 @@ def define_flags() -> None:
   )
 
 
-def _asked():
-  """Modes, fractions and data of the flags, checked."""
+def _request():
+  """Returns the request of the flags, whose workdir is still to be set."""
   values = flags.FLAGS
   modes = [x.strip() for text in values.mode for x in text.split(',')]
-  modes = tuple(mode for mode in measurement.MODES if mode in modes) + tuple(
-    mode for mode in modes if mode not in measurement.MODES
-  )
   try:
-    fractions = tuple(dict.fromkeys(map(float, values.label_fraction)))
+    fractions = [float(x) for x in values.label_fraction]
   except ValueError as error:
     raise ValueError(
       '--label_fraction must be numbers in (0, 1], as 0.01,0.1,1; got '
       f'{",".join(values.label_fraction)}'
     ) from error
-  measurement.check_asked(modes, fractions)
-  of_data = {
+  place = {
     name: values[name].value
     for name in ('data_dir', 'train_split', 'test_split')
     if values[name].value is not None
   }
-  if not values.data and of_data:
+  if not values.data and place:
     raise ValueError(
-      f'--{next(iter(of_data))} goes with --data=NAME, got no --data; the '
+      f'--{next(iter(place))} goes with --data=NAME, got no --data; the '
       "run's own data are what its config says"
     )
-  data = OtherData(values.data, **of_data) if values.data else None
-  return modes, fractions, data
+  overrides = config_flags.get_override_values(values['config'])
+  protocol.with_overrides(values.config, overrides)
+  return Request(
+    workdir='',
+    which=values.checkpoint,
+    modes=tuple(dict.fromkeys(modes)),
+    fractions=tuple(dict.fromkeys(fractions)),
+    data=OtherData(values.data, **place) if values.data else None,
+    overrides=overrides,
+  )
 
 
-def _settings():
-  """The values of --eval by field."""
-  found = {}
-  for text in flags.FLAGS.eval:
-    name, _, value = text.partition('=')
+def _jobs(request, paths):
+  """Returns the jobs of all runs; refuses a step that one of them lacks."""
+  jobs = []
+  runs = _named(paths)
+  for name, workdir in runs:
+    folder = workdir
+    if flags.FLAGS.out is not None:
+      folder = flags.FLAGS.out
+      if len(runs) > 1:
+        folder = os.path.join(folder, name.replace('://', '/'))
+    steps = restored.check(workdir, request.which)
+    for which in steps if request.which == 'all' else [request.which]:
+      own = dataclasses.replace(request, workdir=workdir, which=str(which))
+      jobs.append(_Job(name, own, folder, steps[-1]))
+  return jobs
+
+
+def _run(jobs, done: Callable[[_Job, Result], None]):
+  """Evaluates all jobs, and returns the errors of those that failed."""
+  failures = []
+  for job in jobs:
     try:
-      found[name] = ast.literal_eval(
-        value.title() if value in ('true', 'false') else value
-      )
-    except (ValueError, SyntaxError) as error:
-      raise ValueError(
-        f'--eval={text} must be FIELD=VALUE, as finetune_epochs=5'
-      ) from error
-  return found
+      done(job, evaluate(job.request, on_part=job.keep))
+    except _OF_ONE_RUN as error:
+      if len(jobs) == 1 or not _is_everywhere(error):
+        raise
+      parallel.warn(f'{job.name}: {error}; it is left out of the table')
+      failures.append(error)
+  return failures
+
+
+def _print_table(is_plain, names, results):
+  rows = [
+    row for pair in zip(names, results, strict=True) for row in _rows(*pair)
+  ]
+  if is_plain:
+    text = tables.table(names, [result.complete for result in results])
+  else:
+    text = tables.evaluation_table(rows)
+  print(text)
+  if flags.FLAGS.table:
+    tables.write_table(flags.FLAGS.table, text, rows)
 
 
 def main() -> None:
-  """The command."""
-  paths, figure = flags.FLAGS.workdir or [], flags.FLAGS.figure
-  table, which = flags.FLAGS.table, flags.FLAGS.checkpoint
-  if not paths:
+  """Runs the command."""
+  values = flags.FLAGS
+  if not values.workdir:
     raise ValueError('--workdir must name the folder of a run, got none')
-  modes, fractions, data = _asked()
-  is_plain = (modes, fractions, data) == (measurement.COMPLETE, (1.0,), None)
-  settings = _settings()
-  is_plain = is_plain and which != 'all' and not settings
-  if figure and not is_plain:
+  request = _request()
+  is_plain = request.is_plain and request.which != 'all'
+  if values.figure and not is_plain:
     raise ValueError(
       '--figure compares runs by their embeddings, one checkpoint each; leave '
-      'out --mode, --label_fraction, --data, --eval and --checkpoint=all'
+      'out --mode, --label_fraction, --data, --config.eval and --checkpoint=all'
     )
-  if figure:
-    figures.check_path(figure, 'figure')
-  if table:
-    tables.check_table(table)
-  runs = _named(paths)
-  jobs, outputs = [], []
-  for name, workdir in runs:
-    protocol.with_settings(workdir_lib.load_config(workdir), settings)
-    steps = restored.check(workdir, which)
-    outputs.append(
-      _Results(_folder(flags.FLAGS.out, name, runs, workdir), workdir)
-    )
-    for chosen in steps if which == 'all' else [which]:
-      keep = functools.partial(
-        outputs[-1].keep, str(chosen), steps[-1], None if is_plain else name
-      )
-      jobs.append((name, workdir, str(chosen), keep))
-  parallel.by_main(lambda: _check_outputs(outputs, is_plain, figure, table))
+  if values.figure:
+    figures.check_path(values.figure, 'figure')
+  if values.table:
+    tables.check_table(values.table)
+  jobs = _jobs(request, values.workdir)
+  parallel.by_main(lambda: _check_outputs(jobs))
 
-  names, done, rows, failures = [], [], [], []
+  names, results = [], []
+
+  def done(job, result):
+    names.append(job.name)
+    results.append(result)
+
   try:
-    for name, workdir, checkpoint_name, keep in jobs:
-      try:
-        found = measure(
-          workdir,
-          modes=modes,
-          fractions=fractions,
-          data=data,
-          settings=settings,
-          which=checkpoint_name,
-          keep=keep,
-        )
-      except _OF_ONE_RUN as error:
-        if len(jobs) == 1 or not _is_everywhere(error):
-          raise
-        parallel.warn(f'{name}: {error}; it is left out of the table')
-        failures.append(error)
-        continue
-      names.append(name)
-      done.append(found)
-      rows += _rows(name, found)
+    failures = _run(jobs, done)
   finally:
-    # Also when the next one could not be measured.
-    if parallel.is_main() and done:
-      if is_plain:
-        text = tables.table(names, [found.complete for found in done])
-      else:
-        text = tables.evaluation_table(rows)
-      print(text)
-      if table:
-        tables.write_table(table, text, rows)
-  if parallel.is_main() and figure and done:
-    arrays = [found.arrays for found in done]
-    if any(len(a['labels']) != len(arrays[0]['labels']) for a in arrays):
+    # After an error, too.
+    if parallel.is_main() and results:
+      _print_table(is_plain, names, results)
+  if parallel.is_main() and values.figure and results:
+    if len({len(result.arrays['labels']) for result in results}) > 1:
       raise ValueError('--figure compares runs on one data set only')
-    # The runs' folders by name, as the table has them.
-    _draw(figure, names, [found.complete for found in done], arrays)
-  parallel.by_main(lambda: _raise_first(outputs))
+    _draw(values.figure, names, results)
+  parallel.by_main(lambda: _raise_unwritten(jobs))
   if failures:
     diverged = isinstance(failures[0], FloatingPointError)
     raise (FloatingPointError if diverged else ValueError)(
@@ -382,25 +376,19 @@ def main() -> None:
     )
 
 
-def _folder(out, name, runs, workdir):
-  """The folder that gets the results of a run."""
-  if out is None:
-    return workdir
-  return out if len(runs) == 1 else os.path.join(out, name.replace('://', '/'))
-
-
-def _check_outputs(outputs, is_plain, figure, table):
-  """Raises OSError for a result that could not be written after the work."""
-  for output in outputs:
-    output.check(is_plain)
-  for flag, path in (('figure', figure), ('table', table)):
+def _check_outputs(jobs):
+  """Raises OSError if a result could not be written after the work."""
+  for job in jobs:
+    job.check_writable()
+  for flag in ('figure', 'table'):
+    path = flags.FLAGS[flag].value
     if path:
       files.check_writable(path, f'--{flag}={path}')
 
 
-def _raise_first(outputs):
+def _raise_unwritten(jobs):
   """Raises OSError if results could not be written."""
-  failed = [error for output in outputs for error in output.failures]
+  failed = [error for job in jobs for error in job.failures]
   if failed:
     failure = OSError(
       f'{len(failed)} results could not be written, the first because of '

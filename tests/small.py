@@ -124,12 +124,12 @@ def flags_of(module, *arguments, parse=flags.FLAGS):
   """The flags of a command of ours, parsed while it is entered."""
   before = {*flags.FLAGS}
   sys.modules.pop('config_config', None)  # a config file, which would be reused
-  module.define_flags()
-  # Not those of a library that the command is the first to import.
-  ours = {*flags.FLAGS} - before
   # ml_collections looks for overrides there.
   argv, sys.argv = sys.argv, ['command', *arguments]
   try:
+    module.define_flags()
+    # Not those of a library that the command is the first to import.
+    ours = {*flags.FLAGS} - before
     with warnings.catch_warnings():
       warnings.filterwarnings('ignore', 'the load_module')  # of ml_collections
       parse(sys.argv)

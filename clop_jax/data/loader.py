@@ -404,17 +404,25 @@ class _Examples:
 def in_order(
   reader: reader_lib.Reader, *, batch_size: int, num_workers: int = 0
 ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-  """All examples once, in order.
+  """Reads all examples once, in order.
 
   Yields:
-    `(images, labels)`, `[batch_size or less, height, width, channels]` uint8
-    and `[batch_size or less]` int32. The label goes with the image: where a
-    corrupt one is skipped it is that of the example in its place.
+    `(images, positions)`, `[batch_size or less, height, width, channels]` uint8
+    and `[batch_size or less]` int32, the positions of the images in the source.
+    A corrupt image that the reader skips is left out.
   """
-  examples = _Straight(reader)
-  for batch in _grain_batches(examples, batch_size, num_workers, prefetch=2):
-    # Labels are kept, and must not keep a worker's shared memory.
-    yield batch['image'], np.array(batch['label'])
+  start = 0
+  for batch in _grain_batches(
+    _Straight(reader), batch_size, num_workers, prefetch=2
+  ):
+    # Positions are kept, and must not keep a worker's shared memory.
+    images, positions = batch['image'], np.array(batch['position'])
+    own = positions == np.arange(start, start + len(positions))
+    start += len(positions)
+    if own.all():
+      yield images, positions
+    elif own.any():
+      yield images[own], positions[own]
 
 
 class _Straight:
@@ -427,7 +435,8 @@ class _Straight:
     return len(self._reader)
 
   def __getitem__(self, index):
-    return self._reader.example(0, index)
+    image, position = self._reader.read(index)
+    return {'image': image, 'position': np.int32(position)}
 
 
 def _grain_batches(examples, batch_size, num_workers, prefetch):

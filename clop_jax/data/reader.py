@@ -1,5 +1,6 @@
-"""What training reads: a source's images at one shape, with its own labels."""
+"""Reading: the images of a source at one shape, with the labels of a run."""
 
+import copy
 import sys
 
 import numpy as np
@@ -8,20 +9,18 @@ from PIL import Image
 from clop_jax.data import images
 from clop_jax.data import sources
 
-_noted_grey = set()  # not empty once this process has said it
-_reported = (
-  set()
-)  # what this process has warned of; several readers may read it
+_noted_grey = set()  # the first grey image that this process has reported
+_reported = set()  # warnings of this process, shared by its readers
 
 
 class Reader:
   """A source's images at one shape, with the labels that training sees.
 
-  Picklable where the source is: worker processes read with a copy.
+  Picklable if the source is: worker processes read with a copy.
 
   Attributes:
-    labels: `[n]` int32, -1 is unlabelled.
-    shape: of every image; with `crops`, `[2, size, size, channels]`.
+    labels: Labels `[n]` int32, -1 is unlabelled.
+    shape: Shape of every image; with `crops`, `[2, size, size, channels]`.
   """
 
   def __init__(
@@ -38,29 +37,30 @@ class Reader:
     skip_corrupt: bool = False,
     instead: str = 'the next one takes its place',
   ):
-    """Looks at some images, so that what is wrong shows at the start.
+    """Reads some of the images, so that errors show at the start.
 
     Args:
-      source: the examples.
-      labels: `[n]` int32, instead of the source's own.
-      channels: 1 or 3; grey images are repeated over 3 channels. A note says
-        so: once if some image looked at here is grey, else at most once in each
-        process that reads.
-      size: the middle square of each image is brought to `size` x `size`; None
-        takes the images as they are, all of one shape.
-      share: of the shorter side that the middle square is wide.
-      interpolation: 'bilinear' or 'bicubic', for the middle square.
-      crops: arguments of `images.random_crops`; instead of the middle square,
-        two crops that depend on the seed, the step and the example.
-      seed: of the crops.
-      skip_corrupt: the next readable example takes the place of one that cannot
-        be decoded, with its label. A warning says so, once for each image in
-        each process that reads; worker processes do not know of one another.
-      instead: how that warning ends.
+      source: Source of the examples.
+      labels: Labels `[n]` int32, used instead of the source's own.
+      channels: Number of channels, 1 or 3. Grey images are repeated over 3
+        channels, which a note reports: once if one of the images read here is
+        grey, else at most once in each process that reads.
+      size: Height and width to which the middle square of each image is
+        resized; None takes the images as they are, all of one shape.
+      share: Width of the middle square, as a share of the shorter side.
+      interpolation: Interpolation of the middle square, 'bilinear' or
+        'bicubic'.
+      crops: Arguments of `images.random_crops`. Training then gets, instead of
+        the middle square, two crops that depend on the seed, the step and the
+        example.
+      seed: Seed of the crops.
+      skip_corrupt: If True, the next readable example replaces one that cannot
+        be decoded. Each process that reads warns once for each such image.
+      instead: End of that warning.
 
     Raises:
-      ValueError: if the source is empty, an image does not fit, or there can be
-        no such size or crops.
+      ValueError: If the source is empty, an image does not fit, or the size or
+        the crops are impossible.
     """
     if not len(source):
       raise ValueError('the source has no examples')
@@ -83,7 +83,7 @@ class Reader:
     self._tells_grey = channels == 3
     self.shape: tuple[int, ...] = ()  # not known yet
     self._shape_from = None
-    image, position = self._fitted(0)
+    image, position = self.read(0)
     self.shape = image.shape
     self._shape_from = sources.name_of(source, position)
     if crops is not None:
@@ -95,15 +95,25 @@ class Reader:
     return len(self._source)
 
   def __getstate__(self):
-    # Workers do not repeat what the process that starts them has said.
+    # Workers do not repeat the notes of the process that starts them.
     return self.__dict__ | {'_tells_grey': self._tells_grey and not _noted_grey}
 
+  def subset(self, positions: np.ndarray) -> 'Reader':
+    """Returns a reader of the examples at some positions."""
+    other = copy.copy(self)
+    other._source = sources.Subset(self._source, positions)
+    other.labels = self.labels[positions]
+    return other
+
   def example(self, step: int, index: int) -> dict:
-    """`{'image', 'label', 'index'}` as training sees it at a step."""
+    """Returns `{'image', 'label', 'index'}` as training sees it at a step.
+
+    The label belongs to the image, the index is the given one.
+    """
     if self._crops is None:
-      image, position = self._fitted(index)
+      image, position = self.read(index)
     else:
-      image, position = self._read(index)
+      image, position = self._decoded(index)
       rng = np.random.default_rng([self._seed, step, index])
       image = images.random_crops(image, count=2, rng=rng, **self._crops)
     return {
@@ -112,8 +122,12 @@ class Reader:
       'index': np.int32(index),
     }
 
-  def _fitted(self, index):
-    image, position = self._read(index)
+  def read(self, index: int) -> tuple[np.ndarray, int]:
+    """Returns an image without random crops, and its position in the source.
+
+    The position differs from `index` where a corrupt image was skipped.
+    """
+    image, position = self._decoded(index)
     if self._size is not None:
       image = images.center_crop(
         image,
@@ -132,8 +146,8 @@ class Reader:
       )
     return image, position
 
-  def _read(self, index):
-    """The image, an array or Pillow's, and whose it is."""
+  def _decoded(self, index):
+    """Returns the image, an array or Pillow's, and its position."""
     for offset in range(len(self)):
       position = (index + offset) % len(self)
       try:

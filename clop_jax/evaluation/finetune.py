@@ -3,12 +3,12 @@ r"""Fine-tuning: a backbone and a linear head, trained together on labels.
 .. math:: \min_{\theta, W, b}
   \frac{1}{n} \sum_i -\log \mathrm{softmax}(W f_\theta(x_i) + b)_{y_i}
 
-by SGD with momentum and a cosine learning rate, batch normalization in training
-mode, from the weights of a checkpoint and a head of zeros. The checkpoint's own
-arrays are copied first and stay as they are.
+by SGD with momentum and a cosine learning rate, with batch normalization in
+training mode, from the weights of a checkpoint and a head of zeros. The arrays
+of the checkpoint are copied first and do not change.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 from typing import Any
@@ -18,66 +18,54 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import ml_collections
 import numpy as np
 import optax
 
 from clop_jax.data import augment
 from clop_jax.data import loader
+from clop_jax.data import reader as reader_lib
+from clop_jax.evaluation import probe
+from clop_jax.evaluation import protocol
+from clop_jax.experiment import inputs
 from clop_jax.models import heads
 from clop_jax.runtime import parallel
 
-# Version of the procedure, written into every result. It changes whenever equal
-# weights could give another figure. 1: the augmentation of some examples of a
-# streamed set was not that of a resident one.
+# Version of the procedure, written into every result. It changes whenever the
+# same weights could give another figure. 1: a streamed set had another
+# augmentation than a resident one.
 PROTOCOL_VERSION = 2
 
 _MOMENTUM = 0.9
 
 
+_KEPT = ('size', 'mean', 'std', 'crop_area', 'crop_aspect', 'interpolation')
+
+
 def recipe(
-  *,
-  size: int,
-  mean: Sequence[float],
-  std: Sequence[float],
-  crop_area: Sequence[float],
-  crop_aspect: Sequence[float],
-  flip_probability: float,
-  interpolation: str = 'bilinear',
-  random: bool = True,
-) -> dict:
-  """The keyword arguments of `augment.view` that fine-tuning trains with.
+  augment: Mapping[str, Any], *, random: bool = True
+) -> dict[str, Any]:
+  """Returns the keyword arguments of `augment.view` for fine-tuning.
 
   Args:
-    size: height and width of a view, pixels.
-    mean: per channel.
-    std: per channel.
-    crop_area: range of the share of the area.
-    crop_aspect: range of width over height.
-    flip_probability: of a horizontal flip.
-    interpolation: 'bilinear' or 'bicubic'.
+    augment: Fields of `config.augment`.
     random: False takes the whole image, as evaluation does.
   """
-  return {
-    'size': size,
-    'mean': mean,
-    'std': std,
-    'crop_area': crop_area,
-    'crop_aspect': crop_aspect,
-    'interpolation': interpolation,
+  return {name: augment[name] for name in _KEPT} | {
     'crop_probability': 1.0 if random else 0.0,
-    'flip_probability': flip_probability if random else 0.0,
+    'flip_probability': augment['flip_probability'] if random else 0.0,
     'jitter_probability': 0.0,
     'grey_probability': 0.0,
   }
 
 
 def create_state(variables, *, num_classes: int, feature_dim: int) -> dict:
-  """The state before the first step.
+  """Returns the state before the first step.
 
   Args:
     variables: `{'params': ..., 'batch_stats': ...}` of the backbone; copied.
-    num_classes: number of classes.
-    feature_dim: of the backbone's output.
+    num_classes: Number of classes.
+    feature_dim: Width of the backbone's output.
 
   Returns:
     `{'params', 'batch_stats', 'opt_state', 'step'}`; the parameters have the
@@ -86,8 +74,8 @@ def create_state(variables, *, num_classes: int, feature_dim: int) -> dict:
   head = heads.LinearHead(num_classes)
   features = jnp.zeros((1, feature_dim), jnp.float32)
   params = {
-    # The training donates its state: without a copy the run's own arrays would
-    # be gone after one step.
+    # The step donates its state: without a copy, the arrays of the run would be
+    # gone after one step.
     'backbone': jax.tree.map(jnp.copy, variables['params']),
     'head': head.init(jax.random.key(0), features)['params'],
   }
@@ -100,7 +88,7 @@ def create_state(variables, *, num_classes: int, feature_dim: int) -> dict:
 
 
 def _optimizer(learning_rate, total_steps):
-  """SGD whose rate falls from the peak to 0; both numbers may be traced."""
+  """Returns SGD with a rate that falls from its peak to 0."""
 
   def schedule(step):
     return learning_rate * 0.5 * (1 + jnp.cos(math.pi * step / total_steps))
@@ -119,21 +107,21 @@ def train_step(
   bn_scope: str = 'global',
   axis_name: str | None = None,
 ) -> tuple[dict, jax.Array]:
-  """One update; pure, and written for one shard of the batch.
+  """Makes one update; pure, and written for one shard of the batch.
 
   Args:
-    state: see `create_state`, the same on every device.
-    batch: this shard's `image` `[batch, height, width, channels]` uint8,
+    state: State, see `create_state`; the same on every device.
+    batch: This shard's `image` `[batch, height, width, channels]` uint8,
       `label` `[batch]` in `[0, num_classes)` and `index` `[batch]`.
-    key: of the augmentation, the same at every step.
-    numbers: `learning_rate` (its peak) and `total_steps`, scalars.
-    backbone: images to features; its `axis_name` is this one.
-    recipe: keyword arguments of `augment.view`.
-    bn_scope: as in the backbone.
-    axis_name: the mapped axis, or None.
+    key: Key of the augmentation, the same at every step.
+    numbers: Scalars `learning_rate` (its peak) and `total_steps`.
+    backbone: Module from images to features, with the same `axis_name`.
+    recipe: Keyword arguments of `augment.view`.
+    bn_scope: Scope of batch normalization, as in the backbone.
+    axis_name: Name of the mapped axis, or None.
 
   Returns:
-    The next state, and the loss: float32, the mean over the global batch.
+    The next state, and the float32 loss: the mean over the global batch.
   """
   keys = augment.example_keys(key, state['step'], batch['index'])
   make: Callable = functools.partial(augment.view, **recipe)
@@ -177,7 +165,7 @@ def _logits(params, features):
 
 
 class Trainer:
-  """Fits a backbone and a head; whatever it fits is compiled once."""
+  """Fits a backbone and a head; all fits share one compiled step."""
 
   def __init__(
     self,
@@ -185,27 +173,34 @@ class Trainer:
     variables: Any,
     *,
     num_classes: int,
-    feature_dim: int,
     recipe: dict,
+    channels: int,
     bn_scope: str,
     mesh: Mesh,
     seed: int,
   ):
-    """Takes what all fits have in common.
+    """Compiles nothing yet.
 
     Args:
-      backbone: images to features, with `parallel.DATA_AXIS` as its axis.
-      variables: of the backbone, where each fit starts.
-      num_classes: number of classes.
-      feature_dim: of the backbone's output.
-      recipe: keyword arguments of `augment.view`.
-      bn_scope: as in the backbone.
-      mesh: see `parallel.make_mesh`.
-      seed: of the augmentation.
+      backbone: Module from images to features, on axis `parallel.DATA_AXIS`.
+      variables: Variables of the backbone from which each fit starts.
+      num_classes: Number of classes.
+      recipe: Keyword arguments of `augment.view`.
+      channels: Number of channels of the images.
+      bn_scope: Scope of batch normalization, as in the backbone.
+      mesh: Mesh of the devices, see `parallel.make_mesh`.
+      seed: Seed of the augmentation.
     """
-    self._backbone, self._variables = backbone, variables
-    self._sizes = {'num_classes': num_classes, 'feature_dim': feature_dim}
-    self._recipe, self._mesh = recipe, mesh
+    shape = (1, recipe['size'], recipe['size'], channels)
+    features = jax.eval_shape(
+      functools.partial(backbone.apply, train=False),
+      variables,
+      jax.ShapeDtypeStruct(shape, np.float32),
+    )
+    self._create = functools.partial(
+      create_state, num_classes=num_classes, feature_dim=features.shape[-1]
+    )
+    self._variables, self._mesh = variables, mesh
     self._key = jax.random.fold_in(jax.random.key(seed), 2)
     bound = functools.partial(
       train_step,
@@ -243,19 +238,19 @@ class Trainer:
   def fit(
     self, data: loader.Loader, *, learning_rate: float, total_steps: int
   ) -> tuple[dict, float]:
-    """A fit from the checkpoint's weights.
+    """Fits once, from the weights of the checkpoint.
 
     Args:
-      data: whose labels are all in `[0, num_classes)`.
-      learning_rate: its peak.
-      total_steps: updates.
+      data: Loader of examples with labels in `[0, num_classes)`.
+      learning_rate: Peak of the learning rate.
+      total_steps: Number of updates.
 
     Returns:
       The last state, and the loss of the last step: NaN or infinite if the fit
       diverged.
     """
-    state = create_state(self._variables, **self._sizes)
-    state = parallel.replicate(self._mesh, jax.device_get(state))
+    state = jax.device_get(self._create(self._variables))
+    state = parallel.replicate(self._mesh, state)
     numbers = {
       'learning_rate': np.float32(learning_rate),
       'total_steps': np.float32(total_steps),
@@ -272,24 +267,24 @@ class Trainer:
   def apply(
     self, state: dict
   ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """uint8 images to `(features, logits)` by a state, in evaluation mode."""
+    """Returns a function of uint8 images to `(features, logits)`."""
     return functools.partial(self._apply, state)
 
 
 def choose(
   learning_rates: Sequence[float], accuracy_at: Callable[[float], float]
 ) -> tuple[float, float | None]:
-  """The candidate with the best accuracy; the lowest one on a tie.
+  """Returns the learning rate with the best accuracy, the lowest on a tie.
 
   Args:
-    learning_rates: candidates. One alone needs no accuracy.
-    accuracy_at: a candidate to its accuracy on held-out examples.
+    learning_rates: Candidates. A single one needs no accuracy.
+    accuracy_at: Function from a candidate to its accuracy on held-out examples.
 
   Returns:
     `(learning rate, its accuracy or None)`.
 
   Raises:
-    ValueError: if there is no candidate, or one is not above 0.
+    ValueError: If there is no candidate, or one is not positive.
   """
   if not len(learning_rates) or not all(rate > 0 for rate in learning_rates):
     raise ValueError(
@@ -301,3 +296,136 @@ def choose(
   found = {rate: accuracy_at(rate) for rate in sorted(learning_rates)}
   best = max(found, key=found.__getitem__)
   return best, found[best]
+
+
+class FineTuning:
+  """Fine-tuning by the protocol; several fractions share what is compiled."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    backbone: nn.Module,
+    variables: Any,
+    readers: Mapping[str, reader_lib.Reader],
+    mesh: Mesh,
+  ):
+    """Reads the training split if it is to be resident.
+
+    Args:
+      config: Config, see `defaults`; `data.num_classes` is known.
+      backbone: Module from images to features.
+      variables: Variables of the backbone, which do not change.
+      readers: Readers of 'train' and 'test', see `protocol.readers`.
+      mesh: Mesh of the devices, see `parallel.make_mesh`.
+
+    Raises:
+      ValueError: If a field of `config.eval` is wrong.
+    """
+    fields = config.eval
+    for name in ('finetune_epochs', 'finetune_min_steps'):
+      if fields[name] < 1:
+        raise ValueError(
+          f'config.eval.{name} must be at least 1, got {fields[name]}'
+        )
+    try:
+      parallel.check_batch_size(fields.finetune_batch_size, mesh)
+    except ValueError as error:
+      raise ValueError(f'config.eval.finetune_batch_size: {error}') from error
+    self._config, self._readers, self._mesh = config, readers, mesh
+    self._trainer = Trainer(
+      backbone,
+      variables,
+      num_classes=config.data.num_classes,
+      recipe=recipe(config.augment, random=fields.finetune_augment),
+      channels=config.data.channels,
+      bn_scope=config.model.bn_scope,
+      mesh=mesh,
+      seed=config.seed,
+    )
+    train = readers['train']
+    # Each fit has batches of its own.
+    shared: Any = {'batch_size': None, 'seed': config.seed, 'mesh': mesh}
+    self._data: loader.ResidentLoader | loader.StreamLoader
+    if inputs.is_resident(config, train):
+      self._data = loader.ResidentLoader(*loader.read_all(train), **shared)
+    else:
+      self._data = loader.StreamLoader(
+        train,
+        num_workers=inputs.num_workers(config, train),
+        prefetch=config.data.prefetch,
+        **shared,
+      )
+
+  def __call__(self, chosen: np.ndarray) -> dict[str, float | int | None]:
+    """Fine-tunes on some of the training examples.
+
+    The learning rate is the one with the best top-1 on a held-out, stratified
+    tenth of them. The network is then fine-tuned on all of them.
+
+    Args:
+      chosen: Positions of the examples, see `protocol.labelled`. All can be
+        decoded.
+
+    Returns:
+      `finetune_top1` and `finetune_top5` on the test split, and their origin:
+      `finetune_learning_rate`, `finetune_held_out_top1`, `finetune_steps` and
+      `finetune_protocol_version`. The second is None if there was only one rate
+      or nothing could be held out. In the latter case the rate is the middle
+      one.
+
+    Raises:
+      ValueError: If a learning rate is not positive, or there is none.
+      FloatingPointError: If the fit diverged.
+    """
+    config, rates = self._config, self._config.eval.finetune_learning_rates
+    train = self._readers['train']
+    held_out = probe.stratified_tenth(train.labels[chosen], config.seed)
+
+    def accuracy_at(rate):
+      state, loss = self._fit(chosen[~held_out], rate)
+      if not np.isfinite(loss):
+        return -1.0
+      return self._accuracy(state, train.subset(chosen[held_out]), (1,))[0]
+
+    if not held_out.any():
+      # Between one that does nothing and one that may be too much.
+      rates = sorted(rates)[(len(rates) - 1) // 2 :][:1]
+    rate, held_out_top1 = choose(rates, accuracy_at)
+    state, loss = self._fit(chosen, rate)
+    if not np.isfinite(loss):
+      raise FloatingPointError(
+        f'fine-tuning diverged (its loss is {loss}) at the learning rate '
+        f'{rate}, the best of config.eval.finetune_learning_rates='
+        f'{tuple(rates)}; lower ones are needed'
+      )
+    ks = (1, min(5, config.data.num_classes))
+    top1, top5 = self._accuracy(state, self._readers['test'], ks)
+    return {
+      'finetune_top1': top1,
+      'finetune_top5': top5,
+      'finetune_learning_rate': float(rate),
+      'finetune_held_out_top1': held_out_top1,
+      'finetune_steps': int(state['step']),
+      'finetune_protocol_version': PROTOCOL_VERSION,
+    }
+
+  def _fit(self, chosen, rate):
+    config, size = self._config, self._config.eval.finetune_batch_size
+    if len(chosen) < size:
+      # One batch of all of them. Some come twice if the devices could not share
+      # it evenly otherwise.
+      size = -(-len(chosen) // self._mesh.size) * self._mesh.size
+      chosen = np.resize(chosen, size)
+    data = self._data.among(chosen, batch_size=size, seed=config.seed)
+    steps = config.eval.finetune_epochs * data.steps_per_epoch
+    return self._trainer.fit(
+      data,
+      learning_rate=rate,
+      total_steps=max(steps, config.eval.finetune_min_steps),
+    )
+
+  def _accuracy(self, state, reader, ks):
+    _, logits, labels = protocol.extract(
+      self._config, reader, self._trainer.apply(state), self._mesh
+    )
+    return probe.top_k(logits, labels, ks)

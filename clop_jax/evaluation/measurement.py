@@ -1,29 +1,38 @@
-"""Measurements of a run's checkpoint: its config, its data, the protocol."""
+"""Evaluation of a checkpoint: one request in, one result out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import datetime
 import importlib.metadata
+import io
+import itertools
+import json
+import os
+import re
 from typing import Any
 
-from jax.sharding import Mesh
+from etils import epath
+import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from clop_jax import collapse
 from clop_jax.data import sources
+from clop_jax.evaluation import finetune
 from clop_jax.evaluation import probe
 from clop_jax.evaluation import protocol
 from clop_jax.experiment import build
 from clop_jax.experiment import inputs
 from clop_jax.experiment import restored
 from clop_jax.experiment import workdir as workdir_lib
+from clop_jax.runtime import files
 from clop_jax.runtime import parallel
 
 _LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+_MAX_ROWS = 2000  # of the embeddings that are kept for figures
 MODES = ('linear', 'knn', 'finetune')
-COMPLETE = ('linear', 'knn')  # what eval.json has, with all labels
+COMPLETE = ('linear', 'knn')  # in eval.json, with all labels
+FOLDER = 'evaluations'  # of a workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +40,10 @@ class OtherData:
   """Another data set than the one that a run was trained on.
 
   Attributes:
-    name: as `config.data.name`.
-    data_dir: likewise.
-    train_split: whose labels are learned from.
-    test_split: that is measured.
+    name: Name, as in `config.data.name`.
+    data_dir: Folder or file, as in `config.data.data_dir`.
+    train_split: Split to learn from.
+    test_split: Split to measure.
   """
 
   name: str
@@ -44,16 +53,65 @@ class OtherData:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """What was measured of a checkpoint; see `measure`.
+class Request:
+  """An evaluation to make.
 
   Attributes:
-    step: of the checkpoint.
-    measurements: one for each mode and fraction: the mode's figures, and what
-      they were made of and with.
-    complete: what `eval.json` gets; None unless the run's own data and
-      settings, all labels and both modes of frozen features were asked for.
-    arrays: for figures, see `evaluate`; likewise.
+    workdir: Workdir of a run.
+    which: Checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
+    modes: Modes, of 'linear', 'knn' and 'finetune'.
+    fractions: Fractions of the training labels, see `protocol.labelled`.
+    data: Another data set to learn from and to measure; None is the run's own.
+    given: Examples as 'train' and 'test' that take the place of a data set.
+    overrides: Other values of `config.eval` than the run's, by name, as
+      `{'eval.finetune_epochs': 5}`.
+    devices: Devices, by default all of all processes.
+  """
+
+  workdir: str
+  which: str = 'latest'
+  modes: Sequence[str] = COMPLETE
+  fractions: Sequence[float] = (1.0,)
+  data: OtherData | None = None
+  given: Mapping[str, sources.Source] | None = None
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  devices: Sequence[jax.Device] | None = None
+
+  def __post_init__(self):
+    unknown = [mode for mode in self.modes if mode not in MODES]
+    if unknown or not self.modes:
+      got = f'{unknown[0]!r}' if unknown else 'none'
+      raise ValueError(f'--mode must be some of {", ".join(MODES)}; got {got}')
+    if not self.fractions:
+      raise ValueError('--label_fraction must hold a number, got none')
+    for fraction in self.fractions:
+      protocol.check_fraction(fraction)
+
+  @property
+  def is_plain(self) -> bool:
+    """True if the request is for what `eval.json` holds and nothing else."""
+    return (
+      {*self.modes} == {*COMPLETE}
+      and {*self.fractions} == {1.0}
+      and self.data is None
+      and not self.overrides
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Measurements of a checkpoint.
+
+  Attributes:
+    step: Step of the checkpoint.
+    measurements: Measurements, one for each mode and fraction: the figures of
+      the mode, the data and the settings.
+    complete: Content of `eval.json`; None unless the request had the run's own
+      data and settings, all labels and both modes of frozen features.
+    arrays: Arrays of the test split for figures; None if `complete` is.
+      Normalized `embeddings` `[n, dim]`, `labels` `[n]`, singular values
+      `spectrum` `[min(n, dim)]`, `class_mean_cosines` `[num_classes,
+      num_classes]`, and the `prototypes` `[num_classes, dim]`.
   """
 
   step: int
@@ -61,330 +119,259 @@ class Evaluation:
   complete: Any = None
   arrays: Any = None
 
+  def write(self, folder: str, *, newest: bool = True) -> None:
+    """Writes the result into the workdir or another folder.
+
+    `complete` becomes `eval.json` and `embeddings.npz` (at most 2,000
+    embeddings, evenly spaced), everything else a file in `evaluations/`.
+
+    Args:
+      folder: Folder, which is made if it is missing.
+      newest: False for an older checkpoint, whose `complete` goes into
+        `evaluations/` as well.
+
+    Raises:
+      OSError: If a file cannot be written.
+    """
+    others = self.measurements
+    if self.complete is not None:
+      others = [
+        x
+        for x in others
+        if x['mode'] not in COMPLETE or x['label_fraction'] != 1
+      ]
+    for measurement in others:
+      _write_json(folder, f'{FOLDER}/{_file_name(measurement)}', measurement)
+    if self.complete is not None and newest:
+      path = os.path.join(folder, 'embeddings.npz')
+      epath.Path(folder).mkdir(parents=True, exist_ok=True)
+      files.write_whole(path, _packed(self.arrays))
+      # Last, so that the other files exist wherever this one does.
+      _write_json(folder, 'eval.json', self.complete)
+    elif self.complete is not None:
+      name = f'{FOLDER}/step{self.step}.json'
+      _write_json(folder, name, self.complete)
+
 
 def evaluate(
-  workdir: str,
-  *,
-  given: dict[str, sources.Source] | None = None,
-  which: str = 'latest',
-  devices=None,
-) -> tuple[dict, dict]:
-  """Restores a run and measures it by the protocol of `probe`.
+  request: Request, *, on_part: Callable[[Result], None] | None = None
+) -> Result:
+  """Restores a run and measures it.
 
-  Features are the backbone's output without augmentation, batch normalization
-  in evaluation mode; measures of embeddings take the test split's, normalized.
+  Features are the backbone's output without augmentation, with batch
+  normalization in evaluation mode. Measures of embeddings are those of the
+  normalized embeddings of the test split.
 
   Args:
-    workdir: of a run.
-    given: examples of your own as 'train' and 'test', instead of those that the
-      run's config names.
-    which: checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
-    devices: default: all, of all processes.
+    request: Request.
+    on_part: Function that receives each part of the result as soon as it is
+      measured, so that a later error does not lose it.
 
   Returns:
-    `(result, arrays)`: what `eval.json` gets, and for figures, of the test
-    split: normalized `embeddings` `[n, dim]`, `labels` `[n]`, the singular
-    values of the embeddings as `spectrum` `[min(n, dim)]`, and
-    `class_mean_cosines` `[num_classes, num_classes]`; and the `prototypes`
-    `[num_classes, dim]`.
+    The result. The weights of the checkpoint are the same before and after.
 
   Raises:
-    ValueError: if the workdir is missing or holds no run or no checkpoint.
-    FloatingPointError: if the features are not finite: the training diverged.
-    checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
+    ValueError: If the workdir is missing or holds no run or no such checkpoint,
+      a field of the config is wrong, or another data set cannot be read.
+    FloatingPointError: If the features are not finite because the training
+      diverged, or if fine-tuning diverged.
+    checkpoint.DamagedCheckpointError: If no checkpoint can be restored.
   """
-  found = measure(workdir, given=given, which=which, devices=devices)
-  return found.complete, found.arrays
-
-
-def measure(
-  workdir: str,
-  *,
-  modes: tuple[str, ...] = COMPLETE,
-  fractions: tuple[float, ...] = (1.0,),
-  data: OtherData | None = None,
-  given: dict[str, sources.Source] | None = None,
-  settings: Mapping[str, Any] | None = None,
-  which: str = 'latest',
-  devices=None,
-  keep: Callable[[Evaluation], None] | None = None,
-) -> Evaluation:
-  """Restores a run and measures it in some modes, with some of the labels.
-
-  Args:
-    workdir: of a run.
-    modes: of 'linear', 'knn' and 'finetune'.
-    fractions: of the training labels, see `protocol.labelled`.
-    data: another data set to learn from and to measure on; None: the run's own.
-    given: as in `evaluate`.
-    settings: other values of `config.eval` than the run's, see
-      `protocol.with_settings`.
-    which: as in `evaluate`.
-    devices: as in `evaluate`.
-    keep: called with each part of the result as soon as it is there: what a
-      later one raises does not lose it.
-
-  Returns:
-    The figures; the weights of the checkpoint are the same before and after.
-
-  Raises:
-    ValueError: as `evaluate`; for an unknown mode, a fraction out of range,
-      settings that there are not, or another data set that cannot be read.
-    FloatingPointError: as `evaluate`; or if fine-tuning diverged.
-    checkpoint.DamagedCheckpointError: as `evaluate`.
-  """
-  check_asked(modes, fractions)
-  subject = _prepare(
-    workdir, modes, fractions, data, given, settings, which, devices
-  )
-  fine_tune = None
-  if 'finetune' in modes:
-    fine_tune = _fine_tuning(subject)
-  has_complete = subject.is_plain and 1 in fractions
-  has_complete = has_complete and {*COMPLETE} <= {*modes}
+  subject = _Subject(request)
+  has_complete = subject.is_plain and {*COMPLETE} <= {*request.modes}
   complete = arrays = None
-  found, done = {}, {}
-  # What takes long comes last.
-  order = sorted(
-    ((mode, fraction) for fraction in fractions for mode in modes),
-    key=lambda pair: pair[0] == 'finetune',
-  )
-  for mode, fraction in order:
-    found[mode, fraction] = _figures(subject, fine_tune, mode, fraction)
-    made = _measurement(subject, mode, fraction, found[mode, fraction])
-    done[mode, fraction] = made
-    part = Evaluation(subject.run.step, [made])
+  done = {}
+  pairs = [*itertools.product(request.fractions, request.modes)]
+  # Fine-tuning is the slowest and comes last.
+  for fraction, mode in sorted(pairs, key=lambda pair: pair[1] == 'finetune'):
+    done[fraction, mode] = subject.measure(fraction, mode)
+    part = Result(subject.run.step, [done[fraction, mode]])
     if has_complete and fraction == 1 and mode in COMPLETE:
-      both = [done[x, 1] for x in COMPLETE if (x, 1) in done]
-      if len(both) < len(COMPLETE):
+      if any((fraction, x) not in done for x in COMPLETE):
         continue
-      complete, arrays = _complete(subject, found)
-      part = Evaluation(subject.run.step, both, complete, arrays)
-    if keep is not None:
-      keep(part)
-  measurements = [done[mode, x] for x in fractions for mode in modes]
-  return Evaluation(subject.run.step, measurements, complete, arrays)
+      both = [done[fraction, x] for x in COMPLETE]
+      complete, arrays = subject.complete(*both)
+      part = Result(subject.run.step, both, complete, arrays)
+    if on_part is not None:
+      on_part(part)
+  measurements = [done[pair] for pair in pairs]
+  return Result(subject.run.step, measurements, complete, arrays)
 
 
-@dataclasses.dataclass(frozen=True)
 class _Subject:
-  """A restored run, and the examples that it is measured with.
+  """A restored run with the examples to measure it on.
 
   Attributes:
-    config: of the run, with the data and the settings that were asked for.
-    run: see `restored`.
-    fingerprint: of its frozen part.
-    mesh: see `parallel.make_mesh`.
-    examples: source and true labels of 'train' and 'test'.
-    decoded: the numbers of those that can be decoded, of both splits.
-    labels: theirs.
-    features: theirs; empty unless a mode takes them.
-    embeddings: likewise.
-    chosen: the training examples of each fraction.
-    facts: that each measurement holds.
-    is_plain: the run's own data and settings.
+    run: Run, see `restored.load`.
+    is_plain: True for the run's own data and settings.
   """
 
-  config: ml_collections.ConfigDict
-  run: restored.Restored
-  fingerprint: str
-  mesh: Mesh
-  examples: dict[str, tuple[sources.Source, np.ndarray]]
-  decoded: dict[str, np.ndarray]
-  labels: dict[str, np.ndarray]
-  features: dict[str, np.ndarray]
-  embeddings: dict[str, np.ndarray]
-  chosen: dict[float, np.ndarray]
-  facts: dict[str, Any]
-  is_plain: bool
-
-
-def _prepare(workdir, modes, fractions, data, given, settings, which, devices):
-  """Refuses what cannot be measured; then restores and reads."""
-  config = workdir_lib.load_config(workdir)
-  own = workdir_lib.to_json(config)['eval']
-  config = protocol.with_settings(config, settings or {})
-  used = workdir_lib.to_json(config)['eval']
-  changed = {name: used[name] for name in used if used[name] != own[name]}
-  mesh = parallel.make_mesh(devices)
-  parallel.check_batch_size(config.eval.batch_size, mesh)
-  is_own = data is None and given is None
-  if data is not None:
-    config, given = _on_other_data(config, data)
-  examples = {
-    split: inputs.labelled_source(config, split, (given or {}).get(split))
-    for split in ('train', 'test')
-  }
-  chosen = {
-    fraction: protocol.labelled(config, examples['train'][1], fraction)
-    for fraction in fractions
-  }
-  # Before the long work: the file may be damaged.
-  trained_num_labels = 0
-  if config.loss.clop_weight or config.loss.contrastive == 'supcon':
-    trained_num_labels = workdir_lib.num_labels(workdir)
-  run = restored.load(workdir, which=which, devices=devices)
-  fingerprint = probe.fingerprint(_frozen_part(run))
-  features, embeddings, labels, decoded = {}, {}, {}, {}
-  for split, (source, known) in examples.items():
-    reader = protocol.reader(config, source, known)
-    if {*modes} & {*COMPLETE}:
-      features[split], embeddings[split], decoded[split] = (
-        protocol.extract_numbered(config, reader, run.apply, mesh)
+  def __init__(self, request: Request):
+    """Refuses what cannot be measured, then restores and reads."""
+    workdir = request.workdir
+    config = workdir_lib.load_config(workdir)
+    own = workdir_lib.to_json(config)['eval']
+    config = protocol.with_overrides(config, request.overrides)
+    used = workdir_lib.to_json(config)['eval']
+    changed = {name: used[name] for name in used if used[name] != own[name]}
+    self._mesh = parallel.make_mesh(request.devices)
+    parallel.check_batch_size(config.eval.batch_size, self._mesh)
+    given = request.given
+    if request.data is not None:
+      config, given = _on_other_data(config, request.data)
+    self._config = config
+    self._readers = protocol.readers(config, given)
+    chosen = {
+      fraction: protocol.labelled(
+        config, self._readers['train'].labels, fraction
       )
-    else:
-      decoded[split] = protocol.readable(config, reader)
-    labels[split] = known[decoded[split]]
-  chosen = {
-    fraction: _decoded(numbers, decoded['train'], fraction)
-    for fraction, numbers in chosen.items()
-  }
-  if is_own:
-    _warn_of_labels(workdir, trained_num_labels, chosen)
-  return _Subject(
-    config=config,
-    run=run,
-    fingerprint=fingerprint,
-    mesh=mesh,
-    examples=examples,
-    decoded=decoded,
-    labels=labels,
-    features=features,
-    embeddings=embeddings,
-    chosen=chosen,
-    facts={
-      'other_data': data is not None,
-      'trained_num_labels': trained_num_labels,
+      for fraction in request.fractions
+    }
+    # Before the long work, because the file may be damaged.
+    known: int | None = 0
+    if config.loss.clop_weight or config.loss.contrastive == 'supcon':
+      known = workdir_lib.num_labels(workdir)
+    self.run = restored.load(
+      workdir, which=request.which, devices=request.devices
+    )
+    self._frozen = probe.fingerprint(self._variables())
+    self._read(request.modes)
+    self._chosen = {
+      fraction: _decoded(positions, self._decoded['train'], fraction)
+      for fraction, positions in chosen.items()
+    }
+    if request.data is None and request.given is None:
+      _warn_of_labels(workdir, known, self._chosen)
+    if 'finetune' in request.modes:
+      self._fine_tune = self._fine_tuning()
+    self.is_plain = request.data is None and not changed
+    self._facts = {
+      'other_data': request.data is not None,
+      'trained_num_labels': known,
       'eval': used,
       'eval_changed': changed,
-    },
-    is_plain=data is None and not changed,
-  )
+    }
 
+  def _variables(self):
+    return self.run.variables['params'], self.run.variables['batch_stats']
 
-def _fine_tuning(subject):
-  run = subject.run
-  variables = {name: part['backbone'] for name, part in run.variables.items()}
-  return protocol.FineTuning(
-    subject.config,
-    run.experiment.backbone,
-    variables,
-    subject.examples,
-    subject.mesh,
-  )
+  def _read(self, modes):
+    """Reads the images, and extracts what the modes need."""
+    config = self._config
+    self._features, self._embeddings = {}, {}
+    self._labels, self._decoded = {}, {}
+    for split, reader in self._readers.items():
+      if {*modes} & {*COMPLETE}:
+        self._features[split], self._embeddings[split], positions = (
+          probe.extract(
+            self.run.apply,
+            protocol.batches(config, reader),
+            batch_size=config.eval.batch_size,
+            mesh=self._mesh,
+          )
+        )
+      else:
+        positions = protocol.readable(config, reader)
+      self._decoded[split] = positions
+      self._labels[split] = reader.labels[positions]
 
+  def _fine_tuning(self):
+    return finetune.FineTuning(
+      self._config,
+      self.run.experiment.backbone,
+      {name: part['backbone'] for name, part in self.run.variables.items()},
+      self._readers,
+      self._mesh,
+    )
 
-def _figures(subject, fine_tune, mode, fraction):
-  """What a mode measures; the weights are the same before and after."""
-  run, numbers = subject.run, subject.chosen[fraction]
-  try:
-    if mode == 'finetune':
-      found = fine_tune(numbers)
-    else:
-      measured = {'linear': protocol.linear, 'knn': protocol.knn}[mode]
-      rows = np.searchsorted(subject.decoded['train'], numbers)
-      found = measured(
-        subject.config,
-        subject.features | {'train': subject.features['train'][rows]},
-        subject.labels | {'train': subject.labels['train'][rows]},
-      )
-  except FloatingPointError as error:
-    raise FloatingPointError(f'{error} at step {run.step}') from error
-  if subject.fingerprint != probe.fingerprint(_frozen_part(run)):
-    raise RuntimeError('the frozen parameters changed during the evaluation')
-  return found
+  def measure(self, fraction: float, mode: str) -> dict[str, Any]:
+    """Returns one of `Result.measurements`."""
+    positions = self._chosen[fraction]
+    try:
+      if mode == 'finetune':
+        figures = self._fine_tune(positions)
+      else:
+        method = {'linear': protocol.linear, 'knn': protocol.knn}[mode]
+        rows = np.searchsorted(self._decoded['train'], positions)
+        figures = method(
+          self._config,
+          self._features | {'train': self._features['train'][rows]},
+          self._labels | {'train': self._labels['train'][rows]},
+        )
+    except FloatingPointError as error:
+      raise FloatingPointError(f'{error} at step {self.run.step}') from error
+    if self._frozen != probe.fingerprint(self._variables()):
+      raise RuntimeError('the frozen parameters changed during the evaluation')
+    data = self._config.data
+    return {
+      'mode': mode,
+      'protocol_version': probe.PROTOCOL_VERSION,
+      'step': self.run.step,
+      **figures,
+      'data': data.name,
+      'data_dir': data.data_dir,
+      'train_split': data.train_split,
+      'test_split': data.test_split,
+      'num_classes': data.num_classes,
+      'label_fraction': fraction,
+      'num_labels': len(positions),
+      'num_test': len(self._labels['test']),
+      'num_corrupt': {
+        split: len(reader) - len(self._labels[split])
+        for split, reader in self._readers.items()
+      },
+      **self._facts,
+      **self._origin(),
+    }
 
+  def complete(self, linear: dict, knn: dict) -> tuple[dict, dict]:
+    """Returns `Result.complete` and `Result.arrays`."""
+    config, labels = self._config, jnp.asarray(self._labels['test'])
+    features = jnp.asarray(self._features['test'])
+    embeddings = jnp.asarray(self._embeddings['test'])
+    unit = collapse.normalize(embeddings)
+    prototypes = np.asarray(self.run.prototypes)
+    cosines = np.asarray(
+      collapse.class_mean_cosines(unit, labels, len(prototypes))
+    )
+    result = {
+      'protocol_version': probe.PROTOCOL_VERSION,
+      'step': self.run.step,
+      **{k: v for k, v in linear.items() if k.startswith('linear_')},
+      **{k: v for k, v in knn.items() if k.startswith('knn')},
+      **_collapse_measures(embeddings, labels, prototypes, cosines),
+      'features_effective_rank': float(collapse.effective_rank(features)),
+      'features_within_between_ratio': float(
+        collapse.within_between_ratio(features, labels, config.data.num_classes)
+      ),
+      'num_train': len(self._labels['train']),
+      'num_test': len(labels),
+      'config': workdir_lib.to_json(config),
+      **self._origin(),
+    }
+    arrays = {
+      'embeddings': np.asarray(unit),
+      'labels': self._labels['test'],
+      'spectrum': np.asarray(collapse.singular_values(unit)),
+      'class_mean_cosines': cosines,
+      'prototypes': prototypes,
+    }
+    return result, arrays
 
-def _measurement(subject, mode, fraction, found):
-  """One of `Evaluation.measurements`."""
-  data, labels = subject.config.data, subject.labels
-  return {
-    'mode': mode,
-    'protocol_version': probe.PROTOCOL_VERSION,
-    'step': subject.run.step,
-    **found,
-    'data': data.name,
-    'data_dir': data.data_dir,
-    'train_split': data.train_split,
-    'test_split': data.test_split,
-    'num_classes': data.num_classes,
-    'label_fraction': fraction,
-    'num_labels': len(subject.chosen[fraction]),
-    'num_test': len(labels['test']),
-    'num_corrupt': {
-      split: len(known) - len(labels[split])
-      for split, (_, known) in subject.examples.items()
-    },
-    **subject.facts,
-    **_origin(subject),
-  }
-
-
-def _complete(subject, found):
-  """What `eval.json` gets, and the arrays for figures."""
-  config, labels = subject.config, subject.labels
-  test_labels = jnp.asarray(labels['test'])
-  test_features = jnp.asarray(subject.features['test'])
-  embeddings = jnp.asarray(subject.embeddings['test'])
-  unit = collapse.normalize(embeddings)
-  prototypes = np.asarray(subject.run.prototypes)
-  cosines = np.asarray(
-    collapse.class_mean_cosines(unit, test_labels, len(prototypes))
-  )
-  result = {
-    'protocol_version': probe.PROTOCOL_VERSION,
-    'step': subject.run.step,
-    **found['linear', 1],
-    **found['knn', 1],
-    **_collapse_measures(embeddings, test_labels, prototypes, cosines),
-    'features_effective_rank': float(collapse.effective_rank(test_features)),
-    'features_within_between_ratio': float(
-      collapse.within_between_ratio(
-        test_features, test_labels, config.data.num_classes
-      )
-    ),
-    'num_train': len(labels['train']),
-    'num_test': len(labels['test']),
-    'config': workdir_lib.to_json(config),
-    **_origin(subject),
-  }
-  arrays = {
-    'embeddings': np.asarray(unit),
-    'labels': labels['test'],
-    'spectrum': np.asarray(collapse.singular_values(unit)),
-    'class_mean_cosines': cosines,
-    'prototypes': prototypes,
-  }
-  return result, arrays
-
-
-def _origin(subject):
-  """What a measurement was made of and with, and when."""
-  mesh = subject.mesh
-  return {
-    'parameters_sha256': subject.fingerprint,
-    'seed': subject.config.seed,
-    'commit': build.commit(),
-    'versions': {x: importlib.metadata.version(x) for x in _LIBRARIES},
-    'device': f'{mesh.size} x {mesh.devices.flat[0].device_kind}',
-    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-  }
-
-
-def check_asked(modes: tuple[str, ...], fractions: tuple[float, ...]) -> None:
-  """Raises ValueError for modes or fractions that there cannot be."""
-  unknown = [mode for mode in modes if mode not in MODES]
-  if unknown or not modes:
-    got = f'{unknown[0]!r}' if unknown else 'none'
-    raise ValueError(f'--mode must be some of {", ".join(MODES)}; got {got}')
-  if not fractions:
-    raise ValueError('--label_fraction must hold at least one number, got none')
-  for fraction in fractions:
-    protocol.check_fraction(fraction)
+  def _origin(self):
+    kind = self._mesh.devices.flat[0].device_kind
+    return {
+      'parameters_sha256': self._frozen,
+      'seed': self._config.seed,
+      'commit': build.commit(),
+      'versions': {x: importlib.metadata.version(x) for x in _LIBRARIES},
+      'device': f'{self._mesh.size} x {kind}',
+      'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    }
 
 
 def _on_other_data(config, data):
-  """The config with that data set in it, and its examples."""
+  """Returns the config with another data set, and its examples."""
   config = inputs.on_other_data(config, **dataclasses.asdict(data))
   given = {}
   for split in ('train', 'test'):
@@ -402,7 +389,7 @@ def _on_other_data(config, data):
 
 
 def _decoded(chosen, decoded, fraction):
-  """The chosen examples but for those that cannot be decoded."""
+  """Returns the chosen positions without those that cannot be decoded."""
   chosen = np.intersect1d(chosen, decoded)
   if not chosen.size:
     raise ValueError(
@@ -416,18 +403,14 @@ def _warn_of_labels(workdir, trained, chosen):
   fewer = [f'{x:g}' for x, few in chosen.items() if (trained or 0) > len(few)]
   if fewer:
     parallel.warn(
-      f'{workdir}: its training knew {trained:,} labels, more than '
+      f'{workdir}: training used {trained:,} labels, more than '
       f'--label_fraction={",".join(fewer)} gives; these are not figures of a '
       'network that saw so few'
     )
 
 
-def _frozen_part(run):
-  return run.variables['params'], run.variables['batch_stats']
-
-
 def _collapse_measures(embeddings, labels, prototypes, cosines):
-  """Measures of the normalized test embeddings, as plain numbers."""
+  """Returns measures of the normalized test embeddings as plain numbers."""
   unit = collapse.normalize(embeddings)
   num_classes = len(prototypes)
   angles = collapse.principal_angles(unit, labels, num_classes)
@@ -452,3 +435,44 @@ def _collapse_measures(embeddings, labels, prototypes, cosines):
     'uniformity': collapse.uniformity(embeddings),
   }
   return {name: float(value) for name, value in measures.items()}
+
+
+def _file_name(measurement):
+  """Returns the name of a measurement's file: what was measured, and how."""
+  place = [measurement['data']]
+  if measurement['other_data']:
+    if measurement['data'] in sources.WITHOUT_PREPARING:
+      path = measurement['data_dir'] or ''
+      place.append(path and os.path.basename(os.path.abspath(path)))
+    place += [measurement['train_split'], measurement['test_split']]
+  parts = [
+    '-'.join(filter(None, place)),
+    measurement['mode'],
+    f'{measurement["label_fraction"]:g}',
+    *(f'{k}={v}'.strip('[]') for k, v in measurement['eval_changed'].items()),
+  ]
+  # Neither a part of a split, as train[:10%], nor a list belongs in a name.
+  parts = [re.sub(r'[^\w.+-]+', '-', part) for part in parts]
+  return f'step{measurement["step"]}_{"_".join(parts)}.json'
+
+
+def _packed(arrays):
+  count = len(arrays['labels'])
+  shown = np.linspace(0, count - 1, min(count, _MAX_ROWS)).round().astype(int)
+  packed = io.BytesIO()
+  np.savez_compressed(
+    packed,
+    embeddings=arrays['embeddings'][shown].astype(np.float16),
+    labels=arrays['labels'][shown].astype(np.int32),
+    spectrum=arrays['spectrum'].astype(np.float32),
+    class_mean_cosines=arrays['class_mean_cosines'].astype(np.float32),
+    prototypes=arrays['prototypes'].astype(np.float32),
+  )
+  return packed.getvalue()
+
+
+def _write_json(folder, name, content):
+  path = os.path.join(folder, name)
+  epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(content, indent=2) + '\n'
+  files.write_whole(path, text.encode())

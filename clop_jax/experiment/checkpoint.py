@@ -319,7 +319,8 @@ class Checkpoints:
     Args:
       target: Shapes, dtypes and shardings of the state, as
         `jax.ShapeDtypeStruct` leaves with `sharding`. The devices and processes
-        need not be those that saved it.
+        need not be those that saved it. If its `opt_state` is None, so is that
+        of the result; further fields may be None, too.
       warn: Function that reports a damaged checkpoint.
 
     Returns:
@@ -354,19 +355,46 @@ class Checkpoints:
   def _restore(self, step, target):
     """Returns `(state, None)` or `(None, fault)`, the same on all processes."""
     scalar = jax.tree.leaves(target)[0].sharding
+    fields = _fields(target)
     wanted = {
-      'state': _fields(target),
+      'state': fields,
       'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=scalar),
     }
-    restored, fault = self._read(step, ocp.args.StandardRestore(wanted))
+    fault = None
+    if target.opt_state is None:
+      # Evaluation does not know the optimizer, but the checksum includes it.
+      wanted, fault = self._guarded(step, lambda: self._saved(step, scalar))
+    if parallel.all_agree(fault is None):
+      arguments = ocp.args.StandardRestore(wanted)
+      restored, fault = self._read(step, arguments)
     if not parallel.all_agree(fault is None):
       return None, fault or 'another process could not read it'
-    if int(_checksum(restored['state'])) != int(restored['checksum']):
-      return None, _WRONG_CHECKSUM
-    return dataclasses.replace(target, **restored['state']), None
+    fault = _fault(restored)
+    if fault is not None:
+      return None, fault
+    try:
+      state = _selected(restored['state'], fields)
+    except ValueError as error:
+      return None, str(error)
+    return dataclasses.replace(target, **state), None
+
+  def _saved(self, step, sharding):
+    """Returns the shapes and dtypes of all arrays of a checkpoint."""
+    # The manager knows no metadata before it has restored something.
+    folder = epath.Path(self._place) / str(step) / 'default'
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      ocp.StandardCheckpointHandler().metadata(folder).tree,
+    )
 
   def _read(self, step, arguments):
-    """Returns `(contents, None)` or `(None, fault)`.
+    """Returns the contents of a checkpoint; see `_guarded`."""
+    return self._guarded(
+      step, lambda: self._manager.restore(step, args=arguments)
+    )
+
+  def _guarded(self, step, work):
+    """Returns `(work(), None)` or `(None, fault)`.
 
     Raises:
       UnreadableCheckpointError: On all processes, if the system of one of them
@@ -375,7 +403,7 @@ class Checkpoints:
     restored = fault = refusal = None
     with _quiet():
       try:
-        restored = self._manager.restore(step, args=arguments)
+        restored = work()
       except Exception as error:
         # Damage surfaces as whatever the broken layer raises, even a bare
         # Exception from Orbax's array reader.
@@ -425,13 +453,7 @@ class Checkpoints:
     restored, fault = self._read(
       step, ocp.args.StandardRestore(fallback_sharding=_here())
     )
-    if fault is not None:
-      return fault
-    if not isinstance(restored, dict) or {*restored} != {'state', 'checksum'}:
-      return 'it is not a checkpoint of a training run'
-    if int(_checksum(restored['state'])) != int(restored['checksum']):
-      return _WRONG_CHECKSUM
-    return None
+    return _fault(restored) if fault is None else fault
 
   def metrics(self, step: int) -> dict[str, float]:
     """Returns the metrics that a checkpoint was saved with."""
@@ -456,6 +478,15 @@ class Checkpoints:
 
 def _raise(error):
   raise error
+
+
+def _fault(restored):
+  """Returns what is wrong with the contents of a checkpoint, or None."""
+  if not isinstance(restored, dict) or {*restored} != {'state', 'checksum'}:
+    return 'it is not a checkpoint of a training run'
+  if int(_checksum(restored['state'])) != int(restored['checksum']):
+    return _WRONG_CHECKSUM
+  return None
 
 
 def _score(name, mode, metrics):
@@ -529,6 +560,17 @@ def _fields(state):
   """
   fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
   return {name: value for name, value in fields.items() if value is not None}
+
+
+def _selected(state, fields):
+  """Returns the arrays of a restored state that belong to some fields."""
+  leaves, structure = jax.tree_util.tree_flatten_with_path(fields)
+  saved = dict(jax.tree_util.tree_leaves_with_path(state))
+  for path, leaf in leaves:
+    if path not in saved or saved[path].shape != leaf.shape:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise ValueError(f'{name} must have shape {list(leaf.shape)}')
+  return structure.unflatten([saved[path] for path, _ in leaves])
 
 
 @jax.jit

@@ -93,7 +93,7 @@ def labelled_source(
     raise ValueError(
       f'{where}: this run was trained without one, and evaluation '
       'needs it; evaluate from Python with examples of your own, '
-      'evaluate.evaluate(workdir, given=...)'
+      'evaluate.Request(workdir, given=...)'
     )
   try:
     evaluated = source(config, name) if given is None else given

@@ -1,6 +1,7 @@
 """A trained run, restored and frozen: images to features and embeddings."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from clop_jax.data import augment
-from clop_jax.experiment import build as experiment_lib
+from clop_jax.experiment import build
 from clop_jax.experiment import checkpoint
 from clop_jax.experiment import workdir as workdir_lib
 from clop_jax.runtime import files
@@ -25,23 +26,23 @@ class Restored:
   """A checkpoint of a run, as functions of images; see `load`.
 
   Attributes:
-    config: of the run.
-    experiment: what the config names, among it the Flax modules.
-    mesh: the devices it is on.
-    step: of the checkpoint.
+    config: Config of the run.
+    experiment: Flax modules `backbone` and `projection_head`.
+    mesh: Mesh of the devices that hold the variables.
+    step: Step of the checkpoint.
     variables: `{'params': ..., 'batch_stats': ...}`, each with the parts
       'backbone' and 'projection_head'.
-    prototypes: `[num_classes, dim]`.
-    pure: `(variables, images) -> (features, embeddings)`, jitted: uint8 images
-      `[batch, height, width, channels]` of any size to float32 features
-      `[batch, feature_dim]` and embeddings `[batch, dim]` (not normalized).
-      Images are resized to the size of the run's views and normalized as in
-      training; batch normalization is in evaluation mode. Any function of JAX
-      can be applied to it.
+    prototypes: Prototypes `[num_classes, dim]`.
+    pure: Jitted function `(variables, images) -> (features, embeddings)` of
+      uint8 images `[batch, height, width, channels]` of any size. It returns
+      float32 features `[batch, feature_dim]` and embeddings `[batch, dim]` (not
+      normalized). Images are resized to the size of the run's views and
+      normalized as in training; batch normalization is in evaluation mode. All
+      transformations of JAX apply.
   """
 
   config: ml_collections.ConfigDict
-  experiment: experiment_lib.Experiment
+  experiment: build.Networks
   mesh: Mesh
   step: int
   variables: Any
@@ -49,7 +50,7 @@ class Restored:
   pure: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 
   def apply(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`(features, embeddings)` of uint8 images, with the run's variables."""
+    """Returns `(features, embeddings)` of uint8 images."""
     return self.pure(self.variables, images)
 
 
@@ -57,76 +58,69 @@ def load(workdir: str, *, which: str = 'latest', devices=None) -> Restored:
   """Restores a checkpoint; nothing but the workdir is needed.
 
   Args:
-    workdir: of a run.
-    which: checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
-    devices: default: all, of all processes.
+    workdir: Workdir of a run.
+    which: Checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
+    devices: Devices for the variables, by default all of all processes.
 
   Returns:
     The run.
 
   Raises:
-    ValueError: if the workdir is missing or holds no run, or has no such
-      checkpoint; names those that there are.
-    checkpoint.DamagedCheckpointError: if no checkpoint can be restored.
+    ValueError: If the workdir is missing or holds no run, or has no such
+      checkpoint; the error lists the existing ones.
+    checkpoint.DamagedCheckpointError: If no checkpoint can be restored.
   """
-  config = workdir_lib.load_config(workdir)
+  config, which = workdir_lib.load_config(workdir), str(which)
   mesh = parallel.make_mesh(devices)
-  # The schedule's length is no part of the state: any will do here.
-  run = experiment_lib.build(
-    config, total_steps=config.train.num_epochs, steps_per_epoch=0
-  )
-  state = _restore(config, workdir, run, mesh, str(which))
+  networks = build.networks(config)
+  state = None
+  with _checkpoints(config, workdir) as checkpoints:
+    target = _abstract_state(networks, config, mesh)
+    if checkpoints is not None and which == 'latest':
+      state = checkpoints.restore_latest(target, warn=parallel.warn)
+    elif checkpoints is not None:
+      state = checkpoints.restore(_step(checkpoints, which), target)
+  if state is None:
+    raise _no_checkpoint(workdir)
   return Restored(
     config=config,
-    experiment=run,
+    experiment=networks,
     mesh=mesh,
     step=int(state.step),
     variables=state.variables,
     prototypes=state.prototypes,
-    pure=frozen(run, config, mesh),
+    pure=frozen(networks, config, mesh),
   )
 
 
 def steps(workdir: str) -> list[int]:
-  """The steps of a run's checkpoints, oldest first.
+  """Returns the steps of a run's checkpoints, oldest first.
 
   Raises:
-    ValueError: if the workdir is missing or holds no run or no checkpoint.
+    ValueError: If the workdir is missing or holds no run or no checkpoint.
   """
-  config = workdir_lib.load_config(workdir)
-  found = []
-  if files.is_folder(epath.Path(workdir) / checkpoint.FOLDER):
-    with workdir_lib.open_checkpoints(
-      config, workdir, read_only=True
-    ) as checkpoints:
-      found = checkpoints.steps()
-  if not found:
-    raise _no_checkpoint(workdir)
-  return found
+  return check(workdir, 'all')
 
 
 def check(workdir: str, which: str) -> list[int]:
   """Refuses a checkpoint that a run does not have, before any long work.
 
   Args:
-    workdir: of a run.
-    which: as of `load`; or 'all'.
+    workdir: Workdir of a run.
+    which: Checkpoint as in `load`, or 'all'.
 
   Returns:
-    As `steps`.
+    The steps of all checkpoints, oldest first.
 
   Raises:
-    ValueError: as `load`.
+    ValueError: As `load`.
   """
-  found = steps(workdir)
-  if which in ('latest', 'all'):
-    return found
-  config = workdir_lib.load_config(workdir)
-  with workdir_lib.open_checkpoints(
-    config, workdir, read_only=True
-  ) as checkpoints:
-    step = _step(checkpoints, which)
-  if step not in found:
+  with _checkpoints(workdir_lib.load_config(workdir), workdir) as checkpoints:
+    found = checkpoints.steps() if checkpoints is not None else []
+    if not found:
+      raise _no_checkpoint(workdir)
+    step = None if which in ('latest', 'all') else _step(checkpoints, which)
+  if step is not None and step not in found:
     raise ValueError(
       f'there is no checkpoint of step {step} in {workdir}; there are {found}'
     )
@@ -134,14 +128,17 @@ def check(workdir: str, which: str) -> list[int]:
 
 
 def frozen(
-  experiment: experiment_lib.Experiment,
-  config: ml_collections.ConfigDict,
-  mesh: Mesh,
+  networks, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]:
-  """`Restored.pure` of an experiment's networks."""
+  """Returns `Restored.pure` of some networks.
+
+  Args:
+    networks: Flax modules as `backbone` and `projection_head`.
+    config: Config of the run.
+    mesh: Mesh of the devices, on each of which the outputs are whole.
+  """
   recipe, channels = config.augment, config.data.channels
 
-  # Whole on every device, so that every process has them.
   @functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
   def apply(variables, images):
     _check_images(images, channels)
@@ -153,8 +150,8 @@ def frozen(
       interpolation=recipe.interpolation,
     )
     features, embeddings, _ = train_state.apply_networks(
-      experiment.backbone,
-      experiment.projection_head,
+      networks.backbone,
+      networks.projection_head,
       variables['params'],
       variables['batch_stats'],
       x,
@@ -169,32 +166,56 @@ def _check_images(images, channels):
   fits = images.ndim == 4 and images.shape[-1] == channels
   if fits and images.dtype == jnp.uint8:
     return
-  way_out = ''
+  advice = ''
   if images.shape[-1:] == (channels,) and images.ndim == 3:
-    way_out = '; of one image: images[None]'
+    advice = '; of one image: images[None]'
   elif fits:
-    way_out = '; of [0, 1]: (255 * images).round().astype(jnp.uint8)'
+    advice = '; of [0, 1]: (255 * images).round().astype(jnp.uint8)'
   raise ValueError(
     f'images must be uint8 [batch, height, width, {channels}], as the run was '
-    f'trained on, got {images.dtype} {list(images.shape)}{way_out}'
+    f'trained on, got {images.dtype} {list(images.shape)}{advice}'
   )
 
 
-def _restore(config, workdir, run, mesh, which):
-  directory = epath.Path(workdir) / checkpoint.FOLDER
-  state = None
-  if files.is_folder(directory):
-    with workdir_lib.open_checkpoints(
-      config, workdir, read_only=True
-    ) as checkpoints:
-      target = experiment_lib.abstract_state(run, mesh)
-      if which == 'latest':
-        state = checkpoints.restore_latest(target, warn=parallel.warn)
-      else:
-        state = checkpoints.restore(_step(checkpoints, which), target)
-  if state is None:
-    raise _no_checkpoint(workdir)
-  return state
+@contextlib.contextmanager
+def _checkpoints(config, workdir):
+  """Opens the checkpoints of a workdir; None if it has no folder of them."""
+  if not files.is_folder(epath.Path(workdir) / checkpoint.FOLDER):
+    yield None
+    return
+  with workdir_lib.open_checkpoints(
+    config, workdir, read_only=True
+  ) as checkpoints:
+    yield checkpoints
+
+
+def _abstract_state(networks, config, mesh):
+  """Returns the shapes of what evaluation needs of a checkpoint."""
+  size, channels = config.augment.size, config.data.channels
+
+  def create():
+    images = jnp.zeros((1, size, size, channels), jnp.float32)
+    key = jax.random.key(0)
+    features, backbone = networks.backbone.init_with_output(
+      key, images, train=False
+    )
+    embeddings, head = networks.projection_head.init_with_output(
+      key, features, train=False
+    )
+    variables = {'backbone': backbone, 'projection_head': head}
+    return train_state.TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params={k: v.get('params', {}) for k, v in variables.items()},
+      batch_stats={k: v.get('batch_stats', {}) for k, v in variables.items()},
+      opt_state=None,
+      prototypes=jnp.zeros((config.data.num_classes, embeddings.shape[-1])),
+    )
+
+  sharding = parallel.replicated(mesh)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    jax.eval_shape(create),
+  )
 
 
 def _no_checkpoint(workdir):

@@ -133,7 +133,7 @@ def run(values: dict, workdir: str, **record) -> None:
       try:
         train.train(config, workdir, watched=False)
         seconds.append(time.monotonic() - start)
-        evaluate.write(workdir, *evaluate.evaluate(workdir))
+        evaluate.evaluate(evaluate.Request(workdir)).write(workdir)
       except Exception:
         traceback.print_exc()
         raise

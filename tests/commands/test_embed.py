@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -10,7 +11,6 @@ from pyarrow import parquet
 import pytest
 
 import clop_jax
-from clop_jax import column_files
 from clop_jax import embed
 from clop_jax import evaluate
 from clop_jax.data import arrays
@@ -25,7 +25,9 @@ def take(digits_run):
 
   def call(out, **arguments):
     return embed.embed(
-      str(digits_run), str(out), devices=jax.devices()[ONE], **arguments
+      embed.Request(
+        str(digits_run), str(out), devices=jax.devices()[ONE], **arguments
+      )
     )
 
   return call
@@ -63,7 +65,8 @@ def test_the_runs_own_test_split_is_what_evaluation_measures(
     assert file['features'].dtype == file['embeddings'].dtype == np.float32
     np.testing.assert_allclose(file['features'], features, atol=1e-4)
     np.testing.assert_allclose(file['embeddings'], embeddings, atol=1e-4)
-    _, found = evaluate.evaluate(str(digits_run), devices=jax.devices()[ONE])
+    request = evaluate.Request(str(digits_run), devices=jax.devices()[ONE])
+    found = evaluate.evaluate(request).arrays
     np.testing.assert_allclose(
       unit(file['embeddings']), found['embeddings'], atol=1e-5
     )
@@ -72,7 +75,7 @@ def test_the_runs_own_test_split_is_what_evaluation_measures(
 def test_parquet_has_the_same_columns_row_group_by_row_group(
   take, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(column_files, '_ROW_GROUP', 100)
+  monkeypatch.setattr(embed, '_ROW_GROUP', 100)
   split = {'split': 'train[:250]', 'batch_size': 50}
   assert take(tmp_path / 'a.npz', **split) == 250
   assert take(tmp_path / 'a.parquet', **split) == 250
@@ -231,15 +234,18 @@ def test_only_a_few_batches_are_read_ahead_of_what_is_written(
   take, tmp_path, monkeypatch
 ):
   source, ahead, written = Endless(4000), [], 0
-  add = column_files._Npz.add
 
-  def counted(self, columns):
-    nonlocal written
-    add(self, columns)
-    written += len(columns['label'])
-    ahead.append(source.read - written)
+  @contextlib.contextmanager
+  def counting(path, step, capacity):
+    def add(columns):
+      nonlocal written
+      written += len(columns['label'])
+      ahead.append(source.read - written)
 
-  monkeypatch.setattr(column_files._Npz, 'add', counted)
+    (tmp_path / 'a.npz.partial').touch()
+    yield add
+
+  monkeypatch.setattr(embed, '_npz', counting)
   take(tmp_path / 'a.npz', source=source, batch_size=100, num_workers=0)
   assert written == 4000
   # 33 that the reader looks at first, two batches on the devices, some read.
@@ -261,7 +267,9 @@ def test_a_failure_midway_leaves_the_old_file_and_nothing_else(take, tmp_path):
 def test_a_file_that_is_there_is_replaced_only_when_asked(take, tmp_path):
   out = tmp_path / 'a.npz'
   out.write_bytes(b'before')
-  with pytest.raises(ValueError, match=r'is there already; .* --overwrite'):
+  with pytest.raises(
+    ValueError, match=r'a\.npz already exists; .* --overwrite'
+  ):
     take(out, source=Endless(3))
   assert out.read_bytes() == b'before'
   take(out, source=Endless(3), overwrite=True)

@@ -394,7 +394,10 @@ def test_evaluation_needs_the_workdir_alone_and_freezes_the_backbone(
   trained, capsys
 ):
   config, workdir = trained
-  result, arrays = evaluate.evaluate(str(workdir), devices=jax.devices()[ONE])
+  found = evaluate.evaluate(
+    evaluate.Request(str(workdir), devices=jax.devices()[ONE])
+  )
+  result, arrays = found.complete, found.arrays
   assert result['protocol_version'] == 2
   assert result['step'] == 10
   assert result['config'] == workdir_lib.to_json(config)
@@ -409,8 +412,10 @@ def test_evaluation_needs_the_workdir_alone_and_freezes_the_backbone(
 
 
 def test_evaluation_on_eight_devices_gives_the_same_figures(trained):
-  one, _ = evaluate.evaluate(str(trained[1]), devices=jax.devices()[ONE])
-  eight, _ = evaluate.evaluate(str(trained[1]))
+  one, eight = (
+    evaluate.evaluate(evaluate.Request(str(trained[1]), devices=x)).complete
+    for x in (jax.devices()[ONE], None)
+  )
   assert eight['knn_top1'] == pytest.approx(one['knn_top1'], abs=0.006)
   assert eight['effective_rank'] == pytest.approx(
     one['effective_rank'], rel=1e-3
@@ -433,23 +438,24 @@ def test_the_page_of_the_measures_has_every_name_of_a_run(trained):
       'pseudo_label_share',
       'pseudo_label_accuracy',
     } == names_in_table(text, '`metrics.jsonl`, a line for each logged step')
-  result, _ = evaluate.evaluate(str(workdir), devices=jax.devices()[ONE])
+  request = evaluate.Request(str(workdir), devices=jax.devices()[ONE])
+  result = evaluate.evaluate(request).complete
   assert set(result) == names_in_table(text, '`eval.json`, of the whole test')
 
 
 def test_evaluation_of_a_folder_that_is_no_run_says_what_it_is(tmp_path, copy):
   with pytest.raises(ValueError, match='does not exist; train first'):
-    evaluate.evaluate(str(tmp_path / 'nowhere'))
+    evaluate.evaluate(evaluate.Request(str(tmp_path / 'nowhere')))
   (tmp_path / 'empty').mkdir()
   with pytest.raises(ValueError, match=r'holds no config.json.*nothing'):
-    evaluate.evaluate(str(tmp_path / 'empty'))
+    evaluate.evaluate(evaluate.Request(str(tmp_path / 'empty')))
   _, workdir = copy
   shutil.rmtree(workdir / 'checkpoints')
   with pytest.raises(ValueError, match='holds no checkpoint yet; train first'):
-    evaluate.evaluate(str(workdir))
+    evaluate.evaluate(evaluate.Request(str(workdir)))
   (workdir / 'config.json').write_text('{')
   with pytest.raises(ValueError, match=r'config.json .*JSON object'):
-    evaluate.evaluate(str(workdir))
+    evaluate.evaluate(evaluate.Request(str(workdir)))
 
 
 def test_the_best_checkpoint_is_kept_and_can_be_evaluated(digits_dir, tmp_path):
@@ -469,21 +475,21 @@ def test_the_best_checkpoint_is_kept_and_can_be_evaluated(digits_dir, tmp_path):
   assert {*found} == {best, 20}
   assert found[best].metrics['effective_rank'] == pytest.approx(means.max())
   for which, step in (('best', best), ('latest', 20), (str(best), best)):
-    result, _ = evaluate.evaluate(
-      str(tmp_path), which=which, devices=jax.devices()[ONE]
+    found = evaluate.evaluate(
+      evaluate.Request(str(tmp_path), which, devices=jax.devices()[ONE])
     )
-    assert result['step'] == step
+    assert found.step == step
   with pytest.raises(
     ValueError, match=rf'no checkpoint of step 7 .*{best}, 20'
   ):
-    evaluate.evaluate(str(tmp_path), which='7')
+    evaluate.evaluate(evaluate.Request(str(tmp_path), '7'))
   with pytest.raises(ValueError, match="must be 'latest', 'best' or a step"):
-    evaluate.evaluate(str(tmp_path), which='newest')
+    evaluate.evaluate(evaluate.Request(str(tmp_path), 'newest'))
 
 
 def test_the_best_of_a_run_that_kept_none_is_refused(trained):
   with pytest.raises(ValueError, match=r'train with --config.train.keep_best='):
-    evaluate.evaluate(str(trained[1]), which='best')
+    evaluate.evaluate(evaluate.Request(str(trained[1]), 'best'))
 
 
 def test_the_host_is_two_dispatches_ahead_at_most():

@@ -14,15 +14,16 @@ from clop_jax.runtime import parallel
 from tests import small
 
 CLASSES = 3
-PLAIN = finetune.recipe(
-  size=8,
-  mean=(0.4,),
-  std=(0.3,),
-  crop_area=(0.5, 1.0),
-  crop_aspect=(0.75, 1.25),
-  flip_probability=0.5,
-  random=False,
-)
+AUGMENT = {
+  'size': 8,
+  'mean': (0.4,),
+  'std': (0.3,),
+  'crop_area': (0.5, 1.0),
+  'crop_aspect': (0.75, 1.25),
+  'flip_probability': 0.5,
+  'interpolation': 'bilinear',
+}
+PLAIN = finetune.recipe(AUGMENT, random=False)
 
 
 def backbone(axis_name=None, **arguments):
@@ -119,8 +120,8 @@ def trainer(variables, devices, **arguments):
     network,
     variables,
     num_classes=CLASSES,
-    feature_dim=16,
     recipe=PLAIN,
+    channels=1,
     bn_scope=network.bn_scope,
     mesh=mesh,
     seed=0,
@@ -204,13 +205,12 @@ def test_only_the_chosen_examples_are_served():
 
 def test_the_light_augmentation_crops_and_flips_and_nothing_else():
   recipe = finetune.recipe(
-    **{
-      'size': 8,
+    AUGMENT
+    | {
       'mean': (0.0,) * 3,
       'std': (1.0,) * 3,
       'crop_area': (1.0, 1.0),
       'crop_aspect': (1.0, 1.0),
-      'flip_probability': 0.5,
     }
   )
   image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)

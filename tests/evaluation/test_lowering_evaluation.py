@@ -110,39 +110,26 @@ def test_knn_lowers():
 )
 def test_fine_tuning_lowers(changes):
   config = small.digits_config('unused', **changes)
-  mesh, augment = lowering.mesh(), config.augment
+  mesh = lowering.mesh()
   run = steps.built(config)
   variables = {
     name: part['backbone'] for name, part in variables_of(run).items()
   }
   images = images_of(config)
-  features, _ = jax.eval_shape(
-    restored.frozen(run, config, mesh), variables_of(run), images
-  )
-  sizes = {'num_classes': CLASSES, 'feature_dim': features.shape[-1]}
   trainer = finetune.Trainer(
     run.backbone,
     variables,
-    recipe=finetune.recipe(
-      size=augment.size,
-      mean=augment.mean,
-      std=augment.std,
-      crop_area=augment.crop_area,
-      crop_aspect=augment.crop_aspect,
-      flip_probability=augment.flip_probability,
-      random=config.eval.finetune_augment,
-    ),
+    num_classes=CLASSES,
+    recipe=finetune.recipe(config.augment, random=config.eval.finetune_augment),
+    channels=config.data.channels,
     bn_scope=config.model.bn_scope,
     mesh=mesh,
     seed=0,
-    **sizes,
   )
   data = inputs.abstract_loader(
     config, mesh, num_examples=1437, image_shape=(8, 8, 1)
   )
-  state = jax.eval_shape(
-    lambda variables: finetune.create_state(variables, **sizes), variables
-  )
+  state = jax.eval_shape(trainer._create, variables)
   shared = {
     'key': jax.eval_shape(lambda: jax.random.key(0)),
     'numbers': {'learning_rate': floats(), 'total_steps': floats()},

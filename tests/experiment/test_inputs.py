@@ -167,9 +167,10 @@ def test_a_run_on_crops_of_the_host_trains_resumes_and_is_evaluated(tmp_path):
   # What was cut out depends on the step alone: a part is made again equal.
   shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '6')
   assert train_on(config, tmp_path / 'run') == log
-  result, arrays = evaluate.evaluate(
-    str(tmp_path / 'run'), devices=jax.devices()[:1]
+  found = evaluate.evaluate(
+    evaluate.Request(str(tmp_path / 'run'), devices=jax.devices()[:1])
   )
+  result, arrays = found.complete, found.arrays
   # Images of 20 x 24 pixels were brought to the view's size.
   assert result['num_train'] == 24 and result['num_test'] == 8
   assert np.isfinite(arrays['embeddings']).all()
@@ -194,17 +195,19 @@ def test_a_run_on_sources_of_ones_own_is_evaluated_on_them(tmp_path):
   train.train(config.lock(), str(workdir), source=own(40), devices=device)
   test = own(20)
   test[3] |= {'label': -1}
-  result, arrays = evaluate.evaluate(
-    str(workdir), given={'train': own(40), 'test': test}, devices=device
+  given = {'train': own(40), 'test': test}
+  found = evaluate.evaluate(
+    evaluate.Request(str(workdir), given=given, devices=device)
   )
+  result, arrays = found.complete, found.arrays
   assert (result['num_train'], result['num_test']) == (40, 19)
   expected = [entry['label'] for entry in test if entry['label'] >= 0]
   np.testing.assert_array_equal(arrays['labels'], expected)
   # The band's place is plain to see, also for a network of eight epochs.
   assert result['linear_top1'] > 0.5
   with pytest.raises(ValueError, match='no labelled example to evaluate'):
-    unlabelled = sources.Unlabelled(test)
-    evaluate.evaluate(str(workdir), given={'train': test, 'test': unlabelled})
+    given = {'train': test, 'test': sources.Unlabelled(test)}
+    evaluate.evaluate(evaluate.Request(str(workdir), given=given))
 
 
 def test_a_corrupt_image_stops_the_command_unless_it_may_be_skipped(tmp_path):
@@ -242,7 +245,8 @@ def test_a_corrupt_image_stops_the_command_unless_it_may_be_skipped(tmp_path):
   # Evaluation leaves it out, and nothing takes its place.
   broken = root / 'test' / 'class0' / '04.png'
   broken.write_bytes(broken.read_bytes()[:60])
-  _, arrays = evaluate.evaluate(str(workdir), devices=jax.devices()[:1])
+  request = evaluate.Request(str(workdir), devices=jax.devices()[:1])
+  arrays = evaluate.evaluate(request).arrays
   np.testing.assert_array_equal(arrays['labels'], [0, 1, 1, 2, 2, 3, 3])
 
 
@@ -326,4 +330,4 @@ def test_a_run_without_a_test_split_trains_and_says_why_it_has_no_figures(
   )
   train.train(config, str(tmp_path / 'run'), devices=jax.devices()[:1])
   with pytest.raises(ValueError, match=r"test_split='': this run was trained"):
-    evaluate.evaluate(str(tmp_path / 'run'), devices=jax.devices()[:1])
+    evaluate.evaluate(evaluate.Request(str(tmp_path / 'run')))

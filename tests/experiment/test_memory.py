@@ -92,7 +92,7 @@ def test_too_little_memory_is_one_line_with_what_helps(
 
 @pytest.mark.parametrize(
   ('module', 'example'),
-  [(evaluate, '--eval=batch_size=64'), (embed, '--batch_size=64')],
+  [(evaluate, '--config.eval.batch_size=64'), (embed, '--batch_size=64')],
 )
 def test_commands_without_a_config_name_their_own_flag(module, example, run):
   assert example in run(on_device, module, '--workdir=w')

@@ -1,5 +1,6 @@
 import functools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,10 @@ import pytest
 
 import clop_jax
 from clop_jax import evaluate
+from clop_jax.experiment import build
+from clop_jax.experiment import checkpoint
+from clop_jax.experiment import workdir as workdir_lib
+from clop_jax.runtime import parallel
 from tests import small
 
 
@@ -60,7 +65,8 @@ def test_other_images_are_refused(run, shape, dtype, way_out):
 
 
 def test_embeddings_are_those_that_evaluation_measures(run, images, digits_run):
-  _, arrays = evaluate.evaluate(str(digits_run), devices=jax.devices()[:1])
+  request = evaluate.Request(str(digits_run), devices=jax.devices()[:1])
+  arrays = evaluate.evaluate(request).arrays
   _, embeddings = run.apply(images)
   unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
   np.testing.assert_allclose(unit, arrays['embeddings'], atol=1e-5)
@@ -121,6 +127,28 @@ def test_a_step_is_chosen_and_an_unknown_one_lists_those_there_are(digits_run):
     clop_jax.load(workdir, which='newest', devices=one)
   with pytest.raises(ValueError, match=r'train with --config.train.keep_best'):
     clop_jax.load(workdir, which='best', devices=one)
+
+
+def test_damage_anywhere_in_a_checkpoint_is_seen_on_any_devices(
+  digits_run, tmp_path, capsys, monkeypatch
+):
+  workdir = shutil.copytree(digits_run, tmp_path / 'run')
+  config = workdir_lib.load_config(str(workdir))
+  with workdir_lib.open_checkpoints(config, str(workdir)) as checkpoints:
+    built = build.build(config, total_steps=10, steps_per_epoch=5)
+    target = build.abstract_state(built, parallel.make_mesh())
+    state = checkpoints.restore(10, target)
+    # Evaluation does not use the optimizer's state, whose checksum is wrong.
+    broken = jax.tree.map(lambda x: x + 1, state.opt_state)
+    checksum = checkpoint._checksum(state)
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoint, '_checksum', lambda _: checksum)
+      checkpoints.save(state.replace(opt_state=broken), 15)
+      checkpoints.wait()
+  run = clop_jax.load(str(workdir))
+  assert run.step == 10
+  assert 'step 15' in capsys.readouterr().err
+  assert len(run.prototypes.sharding.device_set) == jax.device_count()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

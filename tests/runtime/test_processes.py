@@ -535,8 +535,8 @@ def main():
     f'--workdir={folder}/tuned',
     '--mode=finetune',
     '--label_fraction=0.5',
-    '--eval=finetune_epochs=1',
-    '--eval=finetune_min_steps=12',
+    '--config.eval.finetune_epochs=1',
+    '--config.eval.finetune_min_steps=12',
   )
 
 cli.run(main, lambda: None)
@@ -555,19 +555,21 @@ def test_two_processes_evaluate_and_embed_as_one_does(digits_run, tmp_path):
     assert text in outputs[0] and text not in outputs[1]
   devices = jax.devices()[:2]
   both = json.loads((tmp_path / 'run' / 'eval.json').read_text())
-  one, _ = evaluate.evaluate(str(digits_run), devices=devices)
+  request = evaluate.Request(str(digits_run), devices=devices)
+  one = evaluate.evaluate(request).complete
   assert both['knn_top1'] == pytest.approx(one['knn_top1'], abs=0.01)
   assert both['parameters_sha256'] == one['parameters_sha256']
   (path,) = (tmp_path / 'tuned' / 'evaluations').iterdir()
   both = json.loads(path.read_text())
   assert both['device'].startswith('2 x ')
-  one = evaluate.measure(
+  request = evaluate.Request(
     str(tmp_path / 'tuned'),
     modes=('finetune',),
     fractions=(0.5,),
-    settings={'finetune_epochs': 1, 'finetune_min_steps': 12},
+    overrides={'eval.finetune_epochs': 1, 'eval.finetune_min_steps': 12},
     devices=devices,
-  ).measurements[0]
+  )
+  (one,) = evaluate.evaluate(request).measurements
   # A batch and its augmentation do not depend on who has the examples.
   for name in ('finetune_learning_rate', 'finetune_steps', 'num_labels'):
     assert both[name] == one[name]

@@ -161,7 +161,7 @@ def test_kept_embeddings_are_few_and_evenly_spaced(tmp_path):
     'class_mean_cosines': np.eye(k),
     'prototypes': np.eye(k, dim),
   }
-  evaluate.write(str(tmp_path), {'step': 1}, arrays)
+  evaluate.Result(1, [], {'step': 1}, arrays).write(str(tmp_path))
   assert json.loads((tmp_path / 'eval.json').read_text()) == {'step': 1}
   with np.load(tmp_path / 'embeddings.npz') as kept:
     assert {name: (x.shape, str(x.dtype)) for name, x in kept.items()} == {

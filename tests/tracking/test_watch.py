@@ -141,7 +141,8 @@ def test_a_probe_is_what_the_evaluation_measures(watched):
   _, workdir = watched
   lines = lines_of(workdir / 'probe.jsonl')
   assert [line['step'] for line in lines] == [5, 10]
-  result, _ = evaluate.evaluate(str(workdir), devices=jax.devices()[:1])
+  request = evaluate.Request(str(workdir), devices=jax.devices()[:1])
+  result = evaluate.evaluate(request).complete
   assert result['step'] == 10
   names = set(lines[1]) - {'step'}
   assert {'knn_top1', 'knn200_top1', 'linear_top1', 'linear_top5'} <= names
