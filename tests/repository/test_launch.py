@@ -331,7 +331,7 @@ def test_under_slurm_only_a_preempted_job_is_requeued(code, requeued, checkout):
   assert record['environ']['SRUN_CPUS_PER_TASK'] == '32'
   assert '--kill-on-bad-exit=0' in checkout.calls('srun')
   (pip,) = checkout.calls('pip')
-  assert pip.endswith('[cuda]')
+  assert pip.endswith('[cuda,track]')
 
 
 # launch/tpu_pod.sh
@@ -353,7 +353,7 @@ def test_a_tpu_worker_runs_the_flags_in_a_fresh_checkout(checkout):
     assert (there / name).exists()
   # The second run had nothing to install.
   (pip,) = checkout.calls('pip')
-  assert pip.endswith(f'{there}[tpu]')
+  assert pip.endswith(f'{there}[tpu,track]')
   calls = checkout.calls('gcloud')
   assert all('--worker=all --zone=us-b --project=mine' in x for x in calls[::2])
   # The archive does not stay behind here.
