@@ -121,10 +121,10 @@ def test_numbers_of_every_kind_are_one_number(name):
     for kind in (np.float32, np.float64, np.array, jnp.float32, jnp.array):
       got = function(kind(number))
       assert got.dtype == expected.dtype
-      np.testing.assert_allclose(got, expected, rtol=1e-5)
+      np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
     traced = jax.jit(function)(number)
     assert traced.dtype == expected.dtype
-    np.testing.assert_allclose(traced, expected, rtol=1e-5)
+    np.testing.assert_allclose(traced, expected, rtol=1e-5, atol=1e-6)
     with jax.numpy_dtype_promotion('strict'):
       function(np.float64(number))
 
