@@ -19,6 +19,7 @@ import optax
 
 from clop_jax import loss
 from clop_jax import prototypes
+from clop_jax.data import augment
 from clop_jax.data import images
 from clop_jax.models import heads
 from clop_jax.models import resnet
@@ -453,12 +454,12 @@ def _pseudo_labels(config, steps_per_epoch):
   return label
 
 
-def recipe(config: ml_collections.ConfigDict) -> dict:
-  """The keyword arguments of `augment.view`."""
-  arguments = config.augment.to_dict()
+def recipe(config: ml_collections.ConfigDict) -> augment.Recipe:
+  """Returns the random operations that make the views."""
+  fields = config.augment.to_dict()
   if config.data.host_crops:
-    arguments['crop_probability'] = 0.0  # the workers have cropped already
-  return arguments
+    fields['crop_probability'] = 0.0  # the workers have cropped already
+  return augment.Recipe(**fields)
 
 
 def training_key(config: ml_collections.ConfigDict) -> jax.Array:

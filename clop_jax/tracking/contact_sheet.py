@@ -1,7 +1,6 @@
 """Contact sheets of training images and their augmented views."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ class Sheets:
 
   def __init__(
     self,
-    recipe: Mapping[str, Any],
+    recipe: augment.Recipe,
     key: jax.Array,
     reader: reader_lib.Reader,
     plain: reader_lib.Reader,
@@ -29,20 +28,20 @@ class Sheets:
     """Stores the readers; reads nothing yet.
 
     Args:
-      recipe: Keyword arguments of `augment.view`.
+      recipe: Random operations of the views.
       key: Key of the run's training steps.
       reader: Reader of the training, see `inputs.training_reader`.
       plain: Reader of the whole images, see `inputs.evaluation_reader`.
       host_crops: True if `reader` returns two crops of each image.
     """
-    self._mean, self._std = np.array(recipe['mean']), np.array(recipe['std'])
+    self._mean, self._std = np.array(recipe.mean), np.array(recipe.std)
     self._key, self._reader, self._plain = key, reader, plain
     self._crops = host_crops
 
     @jax.jit
     def make(key, step, index, images):
       keys = augment.example_keys(key, step, index)
-      return augment.two_views(keys, images, **recipe)
+      return augment.two_views(keys, images, recipe)
 
     self._make: Callable = make
     self._lower = make.lower

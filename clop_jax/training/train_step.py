@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
 
 from flax import linen as nn
 import jax
@@ -29,7 +28,7 @@ class Parts:
     projection_head: Flax module from features to embeddings.
     tx: Optax chain.
     schedule: Learning rate of a step, as in `tx`; it is only logged.
-    recipe: Keyword arguments of `augment.view`.
+    recipe: Random operations that make the views.
     contrastive: Contrastive loss, `(embeddings, labels, axis_name=...)`.
     clop_weight: Weight of the CLOP loss (lambda in the paper). If 0, the loss
       is only logged.
@@ -48,7 +47,7 @@ class Parts:
   projection_head: nn.Module
   tx: optax.GradientTransformation
   schedule: optax.Schedule
-  recipe: dict[str, Any]
+  recipe: augment.Recipe
   contrastive: Callable[..., jax.Array]
   clop_weight: float | jax.Array
   clop: Callable[..., jax.Array] = loss.clop_loss
@@ -184,7 +183,7 @@ def _embed(parts, state, key, params, examples):
     if images.ndim == 5:
       # Two crops of each example, made by the loader.
       images = images.swapaxes(0, 1)
-    views = augment.two_views(keys, images, **parts.recipe)
+    views = augment.two_views(keys, images, parts.recipe)
   num_views, batch_size = views.shape[:2]
   # Both views in one pass: half the launches, and batch statistics over all.
   images = views.reshape(num_views * batch_size, *views.shape[2:])

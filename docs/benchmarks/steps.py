@@ -13,6 +13,7 @@ import optax
 
 from clop_jax import loss
 from clop_jax import prototypes
+from clop_jax.data import augment
 from clop_jax.data import loader
 from clop_jax.models import heads
 from clop_jax.models import resnet
@@ -92,9 +93,9 @@ STEPS = {'cpu': 1, 'gpu': 10}
 TURNS = {'cpu': 4, 'gpu': 7}
 
 
-def recipe(size: int) -> dict:
-  """Returns the arguments of `augment.view`: CIFAR's recipe at every size."""
-  return {'size': size, 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
+def recipe(size: int) -> augment.Recipe:
+  """Returns CIFAR's augmentation at every size."""
+  return augment.Recipe(size=size, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 @functools.cache

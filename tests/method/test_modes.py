@@ -148,7 +148,9 @@ def simulated(model, **keywords):
 
 def view(**keywords):
   return lambda: augment.view(
-    jax.random.key(0), jnp.asarray(PICTURE), **RECIPE, **keywords
+    jax.random.key(0),
+    jnp.asarray(PICTURE),
+    augment.Recipe(**RECIPE, **keywords),
   )
 
 

@@ -125,7 +125,7 @@ def test_the_views_are_those_of_the_step_before(watched):
   images = np.stack([source[i]['image'] for i in index.tolist()])
   keys = augment.example_keys(build.training_key(config), 9, index)
   views = augment.two_views(
-    keys, images.reshape(16, 8, 8, 1), **config.augment.to_dict()
+    keys, images.reshape(16, 8, 8, 1), build.recipe(config)
   )
   views = np.asarray(views) * config.augment.std[0] + config.augment.mean[0]
   views = 255 * np.clip(views, 0, 1)
