@@ -86,7 +86,8 @@ def system_error(error: BaseException) -> OSError | None:
   Returns:
     The system's error, or None if data are damaged or missing.
   """
-  waiting, seen = [error], []
+  waiting: list[BaseException | None] = [error]
+  seen: list[BaseException] = []
   while waiting:
     one = waiting.pop()
     if one is None or one in seen:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+from typing import Any
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command resumes.
 EXIT_CODE = 75
@@ -88,7 +89,8 @@ class Notice:
   """
 
   _came = False
-  _outer = _previous = None
+  _outer: 'Notice | None' = None
+  _previous: Any = None
 
   def __enter__(self) -> 'Notice':
     global _notice
