@@ -5,6 +5,7 @@ import difflib
 import errno
 import glob
 import importlib.util
+import io
 import os
 import shutil
 import sys
@@ -19,21 +20,21 @@ _PREPARE = 'python -m clop_jax.prepare'
 
 
 class TfdsSource:
-  """A prepared split; images are decoded by Pillow when they are asked for.
+  """A prepared split; images are decoded by Pillow when they are read.
 
   TFDS would decode with TensorFlow or OpenCV where it finds one: another
   decoder on another machine, and other pixels.
 
   Attributes:
-    num_classes: of the label.
-    class_names: by label.
+    num_classes: Number of classes.
+    class_names: Names of the classes, by label.
   """
 
   def __init__(self, builder, split: str):
     """Opens a split of a prepared builder.
 
     Raises:
-      ValueError: if the split is missing (the valid ones are listed), or the
+      ValueError: If the split is missing (the valid ones are listed), or the
         files do not allow random access.
     """
     import tensorflow_datasets as tfds
@@ -86,15 +87,15 @@ class TfdsSource:
     return {'image': image, 'label': int(example['label'])}
 
   def name_of(self, index):
-    """Data set, split and number."""
+    """Returns the data set, split and number of an example."""
     return f'{self._name} {self._split} example {index}'
 
   @property
   def labels(self) -> np.ndarray:
     """All labels, `[n]` int32; read once, without decoding, and kept in a file.
 
-    The file lies beside the prepared data; where that cannot be written the
-    labels are read again each time.
+    The file lies beside the prepared data. If it cannot be written, the labels
+    are read again each time.
     """
     found = self._cached() if self._labels is None else self._labels
     if found is None:
@@ -135,31 +136,28 @@ class TfdsSource:
 def load(
   name: str, split: str, data_dir: str | None = None, *, progress: bool = False
 ) -> TfdsSource:
-  """The split of a data set, prepared first if need be.
+  """Returns the split of a data set, prepared first if necessary.
 
   Args:
-    name: as TFDS has it ('cifar100', 'imagenette/320px-v2'), or one of ours.
-    split: as TFDS has it; a part of one, as 'train[:10%]', will do.
-    data_dir: where TFDS keeps its data sets; None is TFDS's default.
-    progress: show a bar while preparing.
-
-  Returns:
-    The source.
+    name: Name in TFDS ('cifar100', 'imagenette/320px-v2'), or one of ours.
+    split: Split in TFDS, or a part of one, as 'train[:10%]'.
+    data_dir: Folder of TFDS's data sets; None is TFDS's default.
+    progress: True shows a progress bar while preparing.
 
   Raises:
-    ValueError: for an unknown name or split, or if the set cannot be prepared.
-    OSError: if it cannot be written.
+    ValueError: If the name or split is unknown, or the set cannot be prepared.
+    OSError: If it cannot be written.
   """
   return TfdsSource(prepared(name, data_dir, progress=progress), split)
 
 
 def builder(name: str, data_dir: str | None = None):
-  """The TFDS builder of that name.
+  """Returns the TFDS builder of that name.
 
   Raises:
-    ValueError: if there is none, or it has no `image` with a class `label`.
+    ValueError: If there is none, or it has no `image` with a class `label`.
   """
-  # TFDS takes a second to import, so only those who read with it pay.
+  # Here, because TFDS takes a second to import.
   import tensorflow_datasets as tfds
 
   from clop_jax.data import digits
@@ -201,15 +199,15 @@ def builder(name: str, data_dir: str | None = None):
 
 
 def prepared(name: str, data_dir: str | None, *, progress: bool = False):
-  """The builder of that name, prepared by this process or another one.
+  """Returns the builder of that name, prepared by this process or another one.
 
-  Any number of processes of one machine (or of a shared folder with locks) may
-  call this at once: one prepares, the others wait. What an interrupted
-  preparation left is removed; it never counts as prepared.
+  Several processes of one machine (or of a shared folder with locks) may call
+  this at once: one prepares, the others wait. The files of an interrupted
+  preparation are removed.
 
   Raises:
-    ValueError: if it cannot be prepared, with what is needed and the command.
-    OSError: if it cannot be written.
+    ValueError: If it cannot be prepared; the error names what is needed.
+    OSError: If it cannot be written.
   """
   made = builder(name, data_dir)
   if made.is_prepared():
@@ -231,10 +229,10 @@ def prepared(name: str, data_dir: str | None, *, progress: bool = False):
 
 @contextlib.contextmanager
 def _alone(data_dir):
-  """Holds the lock of a data set; a killed process's lock is free.
+  """Holds the lock of a data set, which ends with the process.
 
-  Gives False where there are no locks, as in a remote folder: TFDS writes to a
-  folder of its own, and renames it when it is done.
+  Yields False if there are no locks, as in a remote folder. TFDS writes to a
+  folder of its own and renames it at the end, so nothing is lost.
   """
   if '://' in data_dir:
     yield False
@@ -254,7 +252,7 @@ def _alone(data_dir):
 
 
 def _check_needs(made, name, data_dir):
-  """Says everything that is missing at once, before anything is downloaded."""
+  """Raises ValueError with all that is missing, before any download."""
   needs = []
   folder = os.path.join(made._data_dir_root, 'downloads', 'manual')
   instructions = made.MANUAL_DOWNLOAD_INSTRUCTIONS
@@ -291,8 +289,8 @@ def _prepare(made, name, data_dir, progress):
   else:
     tfds.disable_progress_bar()
   try:
-    # TFDS announces itself on standard output, which is the command's own.
-    with contextlib.redirect_stdout(sys.stderr if progress else _Nowhere()):
+    # TFDS prints to standard output, which belongs to the command.
+    with contextlib.redirect_stdout(sys.stderr if progress else io.StringIO()):
       made.download_and_prepare()
   except ImportError as error:
     raise ValueError(
@@ -313,13 +311,3 @@ def _prepare(made, name, data_dir, progress):
       f'{" ".join(str(error).split())}. Nothing there counts as prepared; once '
       f'the cause is gone: {_command(name, data_dir)}'
     ) from error
-
-
-class _Nowhere:
-  """A file that keeps nothing."""
-
-  def write(self, text):
-    return len(text)
-
-  def flush(self):
-    pass

@@ -1,7 +1,6 @@
-"""A run's folder: its config, its labels, and who is at work in it.
+"""The workdir of a run: config, labels and lock file.
 
-A folder may be remote (`gs://`, `s3://`), as far as `etils.epath` and Orbax
-reach it.
+A workdir may be remote (`gs://`, `s3://`) if `etils.epath` and Orbax reach it.
 """
 
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from clop_jax.runtime import locks
 from clop_jax.runtime import parallel
 
 
-# Groups of the config that have no say in what is trained.
+# Groups of the config that do not affect training.
 _NOT_TRAINED = ('watch', 'eval')
 
 CONFIG, LABELS = 'config.json', 'labels.npz'
@@ -37,7 +36,7 @@ _LABELS_FIX = 'delete it, and the command that trained the run writes it again'
 def open_checkpoints(
   config: ml_collections.ConfigDict, workdir: str, *, read_only: bool = False
 ) -> checkpoint.Checkpoints:
-  """The checkpoints of a workdir, kept as the config says."""
+  """Opens the checkpoints of a workdir."""
   return checkpoint.Checkpoints(
     os.path.join(workdir, checkpoint.FOLDER),
     keep=config.train.keep_checkpoints,
@@ -48,7 +47,7 @@ def open_checkpoints(
 
 
 def has_checkpoint(workdir: str) -> bool:
-  """Whether a run in this folder has saved a step, so that it would go on."""
+  """Returns True if a run in this folder has saved a step to resume from."""
   folder = epath.Path(workdir) / checkpoint.FOLDER
   return files.is_folder(folder) and any(
     x.name.isdigit() for x in folder.iterdir()
@@ -56,7 +55,7 @@ def has_checkpoint(workdir: str) -> bool:
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict:
-  """The config as JSON has it: tuples are lists."""
+  """Returns a config as JSON types: tuples become lists."""
   return json.loads(json.dumps(config.to_dict()))
 
 
@@ -67,23 +66,23 @@ def claim(
   labels: np.ndarray,
   true_labels: np.ndarray,
 ) -> Iterator[None]:
-  """Holds a workdir for one run, and puts its config and labels there.
+  """Locks a workdir for one run, and writes its config and labels.
 
   If the run then fails before it has logged or saved a step, they are removed
-  again, so that they do not stand in the way of a corrected command.
+  again, so that a corrected command can use the workdir.
 
-  The lock is the main process's and ends with it, also when it is killed. (A
-  remote folder has none.) The other processes wait here for the main one.
+  The main process holds the lock until it ends, and the others wait here for
+  it. A remote folder has no lock.
 
   Args:
-    config: of the run.
-    workdir: made if it is missing.
-    labels: `[n]` that training sees.
-    true_labels: `[n]` that the data have.
+    config: Config of the run.
+    workdir: Path of the workdir, created if missing.
+    labels: `[n]` labels for training.
+    true_labels: `[n]` labels of the data.
 
   Raises:
-    ValueError: if another run is at work there, or the workdir was made with
-      another config or other data; nothing was written then.
+    ValueError: If another run uses the workdir, or it was made with another
+      config or other data. Nothing is written then.
   """
   with contextlib.ExitStack() as stack:
     made = []
@@ -122,12 +121,12 @@ def _has_begun(workdir):
 
 @contextlib.contextmanager
 def locked(workdir: str) -> Iterator[None]:
-  """Holds a folder, made if it is missing, for one process at a time.
+  """Locks a folder, created if missing, for this process.
 
-  A remote folder has no lock, nor has one on a file system without locks.
+  A remote folder, or one on a file system without locks, is not locked.
 
   Raises:
-    ValueError: if another process holds it.
+    ValueError: If another process holds the lock.
   """
   path = epath.Path(workdir)
   path.mkdir(parents=True, exist_ok=True)
@@ -151,7 +150,7 @@ def locked(workdir: str) -> Iterator[None]:
 
 
 def _check_config(config, workdir):
-  """Refuses a workdir of another config."""
+  """Raises ValueError if the workdir was made with another config."""
   if not files.exists(epath.Path(workdir) / CONFIG):
     return
   unlike = differences(
@@ -165,7 +164,7 @@ def _check_config(config, workdir):
 
 
 def _trained(config):
-  """What of a config of `to_json` has a say in what is trained."""
+  """Returns the part of a config that affects training."""
   return {
     name: value for name, value in config.items() if name not in _NOT_TRAINED
   }
@@ -177,7 +176,7 @@ def _save_config(config, workdir):
   if files.exists(path):
     if to_json(load_config(workdir))['eval'] == content['eval']:
       return
-    # Evaluation takes its settings from here: those of the last training.
+    # Evaluation reads its settings here: those of the last training command.
     saved = files.read_json(path, fix=_CONFIG_FIX)
     content = saved | {'eval': content['eval']}
   text = json.dumps(content, indent=2) + '\n'
@@ -185,7 +184,7 @@ def _save_config(config, workdir):
 
 
 def _check_labels(workdir, labels):
-  """Refuses a workdir of other data."""
+  """Raises ValueError if the workdir was made with other data."""
   path = epath.Path(workdir) / LABELS
   if not files.exists(path):
     return
@@ -205,7 +204,7 @@ def _save_labels(workdir, labels, true_labels):
 
 
 def _read_labels(path):
-  """The labels that the training of a workdir saw, `[n]`."""
+  """Returns the training labels of a workdir, `[n]`."""
   labels = files.read_npz(path, ['labels'], fix=_LABELS_FIX)['labels']
   if labels.ndim != 1 or labels.dtype.kind != 'i':
     raise ValueError(
@@ -216,10 +215,7 @@ def _read_labels(path):
 
 
 def num_labels(workdir: str) -> int | None:
-  """How many examples the training of a workdir had the labels of.
-
-  None: the workdir does not say.
-  """
+  """Returns the number of labelled examples of a run, None if unknown."""
   path = epath.Path(workdir) / LABELS
   if not files.exists(path):
     return None
@@ -227,18 +223,15 @@ def num_labels(workdir: str) -> int | None:
 
 
 def find(path: str) -> list[str]:
-  """The workdirs that a path names.
+  """Returns the workdirs at a path, sorted.
 
   Args:
-    path: a workdir; or a folder with workdirs in it at any depth, as a study's;
-      or a pattern as of a shell (`runs/*`), for either.
-
-  Returns:
-    The workdirs, sorted. A path that holds none comes back alone: `load_config`
-    says what is wrong with it.
+    path: A workdir, a folder with workdirs at any depth, or a shell pattern
+      (`runs/*`) for either. A path without workdirs is returned alone, for
+      `load_config` to report.
 
   Raises:
-    ValueError: if it is a pattern that no workdir matches.
+    ValueError: If no workdir matches a pattern.
   """
   if files.is_remote(path) or files.exists(path) or not glob.has_magic(path):
     return _within(path) or [path]
@@ -252,10 +245,9 @@ def find(path: str) -> list[str]:
 
 
 def _matches(pattern):
-  """The paths that match a pattern, sorted.
+  """Returns the paths that match a pattern, sorted.
 
-  Leading folders that exist by that very name may also be meant literally, as
-  in `runs/[2024]/*`.
+  Leading folders that exist under that name also count, as in `runs/[2024]/*`.
   """
   found = {*glob.glob(pattern)}
   folder, rest = '', pattern
@@ -269,7 +261,7 @@ def _matches(pattern):
 
 
 def _within(path):
-  """The workdirs at or below a local path."""
+  """Returns the workdirs at or below a local path."""
   if files.is_remote(path):
     return []
   found = []
@@ -283,20 +275,19 @@ def _within(path):
   for folder, folders, names in os.walk(path, onerror=onerror):
     if CONFIG in names:
       found.append(folder)
-      folders.clear()  # what a run keeps is no run
+      folders.clear()  # a workdir contains no other
     folders[:] = [name for name in folders if not name.startswith('.')]
   return sorted(found)
 
 
 def load_config(workdir: str) -> ml_collections.ConfigDict:
-  """The config of a workdir.
+  """Returns the config of a workdir.
 
-  Fields that this version of the code has and the workdir's did not get their
-  defaults, which train as before there was such a field.
+  Missing fields, of a workdir of an older version, get their defaults.
 
   Raises:
-    ValueError: if the folder is missing, or is not a workdir, or its config
-      cannot be read.
+    ValueError: If the folder is missing or no workdir, or its config cannot be
+      read.
   """
   folder = epath.Path(workdir)
   if not files.is_folder(folder):
@@ -317,15 +308,11 @@ def load_config(workdir: str) -> ml_collections.ConfigDict:
 
 
 def completed(saved: Any, path: str) -> dict:
-  """Completes a config that was read from a file.
+  """Returns a config from a file with defaults for missing fields.
 
   Args:
-    saved: Config as `to_json` returns it, perhaps of another version of the
-      code.
+    saved: Config as `to_json` returns it, perhaps of another version.
     path: Path of the file, for errors.
-
-  Returns:
-    The config, with the defaults of the fields that it does not have.
 
   Raises:
     ValueError: If a field has the wrong type, or is out of range.
@@ -346,7 +333,7 @@ def completed(saved: Any, path: str) -> dict:
 
 
 def _known(config, names, prefix):
-  """The part of a config that has a declaration."""
+  """Returns the part of a config that has a declaration."""
   groups = {name.rpartition('.')[0] for name in names}
   return {
     name: _known(value, names, f'{prefix}{name}.')
@@ -358,20 +345,16 @@ def _known(config, names, prefix):
 
 
 def _completed(saved, default):
-  """The saved fields, and those of the defaults that are missing there."""
+  """Returns the saved fields and the defaults of missing ones."""
   fields = default | saved
   for name, value in saved.items():
-    if (
-      isinstance(value, dict)
-      and isinstance(default.get(name), dict)
-      and (name != 'options')
-    ):
+    if isinstance(value, dict) and isinstance(default.get(name), dict):
       fields[name] = _completed(value, default[name])
   return fields
 
 
 def differences(old: dict, new: dict, prefix: str = '') -> list[str]:
-  """What two configs of `to_json` differ in, a text for each field."""
+  """Returns a text for each field in which two configs differ."""
   lines = []
   for name in sorted({*old, *new}):
     field = f'{prefix}{name}'

@@ -14,6 +14,8 @@ from clop_jax import cli
 from clop_jax import defaults
 from clop_jax import fields
 from clop_jax import train
+from clop_jax.experiment import workdir
+from clop_jax.study import grid
 from tests import small
 
 CONFIG = 'configs/digits.py'
@@ -225,6 +227,15 @@ def test_a_broken_config_file_is_one_line(text, tmp_path, monkeypatch):
   line = small.refused(train, '--config=c.py', '--workdir=w')
   assert 'c.py' in line or 'config' in line
   assert not (tmp_path / 'w').exists()
+
+
+def test_a_grid_varies_the_fraction_of_a_class():
+  config = defaults.get_config()
+  values = grid.parse(['data.class_fractions.3=0.1,1'], config)
+  assert values == {'data.class_fractions.3': [0.1, 1.0]}
+  cell = {'data.class_fractions.3': 0.1}
+  applied = grid.applied(workdir.to_json(config), cell)
+  assert applied['data']['class_fractions'] == {'3': 0.1}
 
 
 def test_a_config_of_ones_own_type_is_checked():

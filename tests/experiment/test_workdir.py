@@ -190,14 +190,13 @@ def test_a_run_that_fails_before_its_first_step_can_be_corrected(
     assert (epath.Path(folder) / name).exists() is has_begun
 
 
-def test_a_remote_path_that_orbax_takes_for_a_pattern_is_refused():
-  fsspec.register_implementation('s3', Bucket, clobber=True)
-  with (
-    pytest.raises(ValueError, match=r'--workdir .*s3://bucket/run\[1\]'),
-    workdir.claim(config_of(), 's3://bucket/run[1]', LABELS, TRUE),
-  ):
-    pass
-  assert not epath.Path('s3://bucket/run[1]').exists()
+def test_class_fractions_of_an_older_workdir_are_read(tmp_path):
+  saved = workdir.to_json(config_of())
+  for text, value in (('', {}), ('0:0.6, 1:0.23', {'0': 0.6, '1': 0.23})):
+    saved['data']['class_fractions'] = text
+    (tmp_path / 'config.json').write_text(json.dumps(saved))
+    config = workdir.load_config(str(tmp_path))
+    assert config.data.class_fractions.to_dict() == value
 
 
 @pytest.mark.parametrize(
