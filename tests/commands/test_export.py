@@ -416,7 +416,7 @@ def test_a_run_starts_from_a_file_s_weights_and_goes_on_without_it(
   assert len(os.listdir(workdir / 'checkpoints')) == 2
   subprocess.run(['rm', '-r', workdir / 'checkpoints' / '10'], check=True)
   train.train(config, str(workdir), devices=jax.devices()[ONE])
-  assert 'going on from step 5 of 10' in capsys.readouterr().out
+  assert 'resuming from step 5 of 10' in capsys.readouterr().out
   assert (workdir / 'metrics.jsonl').read_text() == lines
 
 

@@ -166,7 +166,7 @@ def test_a_damaged_newest_checkpoint_costs_an_epoch_and_not_the_run(
   run(config, workdir)
   output = capsys.readouterr()
   assert 'checkpoint of step 10' in output.err and 'damaged' in output.err
-  assert 'going on from step 5 of 10' in output.out
+  assert 'resuming from step 5 of 10' in output.out
   jax.tree.map(
     np.testing.assert_array_equal,
     final_state(config, workdir),

@@ -310,7 +310,7 @@ def test_kills_and_preemptions_cost_nothing_but_time(
   finish(started)
   codes, outputs, errors = finish(start(flags_of(digits_dir, tmp_path)))
   assert codes == [0], errors
-  assert 'going on from step' in outputs[0]
+  assert 'resuming from step' in outputs[0]
   assert_same_end(tmp_path, unbroken, 30)
 
 
@@ -495,7 +495,7 @@ def test_two_processes_go_on_from_eight_devices(
   command = ['-c', _WITNESSED, f'--workdir={ours}', f'--out={tmp_path}/begin']
   codes, outputs, errors = finish(start(command, processes=2, devices=2))
   assert codes == [0, 0], errors
-  assert 'going on from step 22 of 30' in outputs[0].splitlines()
+  assert 'resuming from step 22 of 30' in outputs[0].splitlines()
   # To the bit, on each device.
   named = {
     jax.tree_util.keystr(path, simple=True, separator='/'): x
