@@ -76,7 +76,7 @@ class MetricsLog(callback.Callback):
       steps: Steps that are left.
       batch_size: Number of images in a step.
     """
-    self._start, self._total_steps = steps.start, steps.stop
+    self._total_steps = steps.stop
     self._batch_size = batch_size
     self._lines = JsonLines(path, start=steps.start)
     self._is_terminal = sys.stderr.isatty()
@@ -86,7 +86,7 @@ class MetricsLog(callback.Callback):
       unit='step',
       disable=not self._is_terminal,
     )
-    self._began = time.monotonic()
+    self._first: tuple[int, float] | None = None
 
   def close(self, failed: bool = False) -> None:
     """Closes the file and the progress bar."""
@@ -105,24 +105,26 @@ class MetricsLog(callback.Callback):
     self._show(step, metrics)
 
   def _show(self, step, metrics):
-    seconds = time.monotonic() - self._began
-    steps_per_second = (step - self._start) / seconds
-    images_per_second = steps_per_second * self._batch_size
     shown = {
       'loss': f'{metrics["loss"]:.4f}',
       'clop': f'{metrics["clop_loss"]:.4f}',
       'effective rank': f'{metrics["effective_rank"]:.1f}',
-      'images/s': f'{images_per_second:,.0f}',
     }
+    left = ''
+    if self._first is None:
+      # Steps up to this one waited for the compiler: they tell no speed.
+      self._first = (step, time.monotonic())
+    else:
+      first, began = self._first
+      rate = (step - first) / (time.monotonic() - began)
+      shown['images/s'] = f'{rate * self._batch_size:,.0f}'
+      left = f', {(self._total_steps - step) / rate:.0f} s left'
     if self._is_terminal:
       self._bar.set_postfix(shown, refresh=False)
       self._bar.update(step - self._bar.n)
       return
-    left = (self._total_steps - step) / steps_per_second
     parts = ', '.join(f'{name} {value}' for name, value in shown.items())
-    print(
-      f'step {step}/{self._total_steps}: {parts}, {left:.0f} s left', flush=True
-    )
+    print(f'step {step}/{self._total_steps}: {parts}{left}', flush=True)
 
 
 def say(message: str, *, error: bool = False) -> None:

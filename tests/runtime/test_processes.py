@@ -444,18 +444,18 @@ flags.DEFINE_string('out', None, '')
 def main():
   import jax
   import numpy as np
-  run = train._run
+  run = train._Loop.run
 
-  def witnessed(program, state, *arguments, **keywords):
+  def witnessed(loop, state):
     arrays = {
       jax.tree_util.keystr(path, simple=True, separator='/'):
         np.stack([shard.data for shard in x.addressable_shards])
       for path, x in jax.tree_util.tree_leaves_with_path(state)
     }
     np.savez(f'{flags.FLAGS.out}.{jax.process_index()}.npz', **arrays)
-    run(program, state, *arguments, **keywords)
+    run(loop, state)
 
-  train._run = witnessed
+  train._Loop.run = witnessed
   folder = flags.FLAGS.workdir
   train.train(workdir.load_config(folder), folder)
 
@@ -465,14 +465,14 @@ cli.run(main, lambda: None)
 
 def sigterm_after(step, monkeypatch):
   """This process gets SIGTERM while that step is logged."""
-  write = metrics_log.MetricsLog.write
+  logged = metrics_log.MetricsLog.logged
 
   def write_and_signal(log, done, metrics):
-    write(log, done, metrics)
+    logged(log, done, metrics)
     if done == step:
       signal.raise_signal(signal.SIGTERM)
 
-  monkeypatch.setattr(metrics_log.MetricsLog, 'write', write_and_signal)
+  monkeypatch.setattr(metrics_log.MetricsLog, 'logged', write_and_signal)
 
 
 def test_two_processes_go_on_from_eight_devices(
