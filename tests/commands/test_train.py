@@ -114,12 +114,14 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(copy, trained, kept):
   assert metrics_of(workdir) == metrics_of(trained[1])
 
 
-def test_a_resumed_run_sets_the_same_prototypes_and_pseudo_labels(
+def test_a_resumed_stream_sets_the_same_prototypes_and_pseudo_labels(
   digits_dir, tmp_path
 ):
   config = small.digits_config(
     digits_dir,
     data__label_fraction=0.5,
+    data__loader='stream',
+    data__num_workers=2,
     loss__pseudo_label_threshold=0.3,
     prototypes__kind='aligned',
     prototypes__align_every_epochs=1,
