@@ -1,9 +1,8 @@
-"""Checks of arguments, shared by the pure functions.
+"""Argument checks shared by the pure functions.
 
-They look at shapes and dtypes while tracing, and at values where these are
-known: a traced array has none yet. What passes can be used under
-`jax_numpy_rank_promotion='raise'` and `jax_numpy_dtype_promotion='strict'`, and
-is float32 also under `jax_enable_x64`.
+Shapes and dtypes are checked while tracing, values only where they are known.
+The results work under `jax_numpy_rank_promotion='raise'`,
+`jax_numpy_dtype_promotion='strict'` and `jax_enable_x64`.
 """
 
 import contextlib
@@ -20,18 +19,14 @@ _INT32 = np.iinfo(np.int32)
 
 
 def in_default_modes(function, *, x64: bool | None = None):
-  """Runs a function in JAX's default promotion modes, whatever the caller has.
+  """Returns a function that runs in JAX's default promotion modes.
 
-  For long functions, where explicit ranks and types in every line would hide
-  what the line computes.
+  For long functions, which explicit ranks and dtypes would make hard to read.
 
   Args:
     function: Function of arrays.
-    x64: False makes it compute in 32 bits under `jax_enable_x64`, too; None
-      leaves that mode to the caller.
-
-  Returns:
-    The function.
+    x64: False to compute in 32 bits even under `jax_enable_x64`. None keeps the
+      caller's mode.
   """
 
   @functools.wraps(function)
@@ -47,11 +42,7 @@ def in_default_modes(function, *, x64: bool | None = None):
 
 
 def array(name: str, value) -> jax.Array:
-  """Returns the value as an array of numbers.
-
-  Raises:
-    ValueError: If it is not one, as a list of texts.
-  """
+  """Returns the value as an array of numbers, or raises a ValueError."""
   try:
     return jnp.asarray(value)
   except (TypeError, ValueError, OverflowError) as error:
@@ -62,11 +53,7 @@ def array(name: str, value) -> jax.Array:
 
 
 def floating(name: str, value) -> jax.Array:
-  """Returns the value as a float32 array.
-
-  Raises:
-    ValueError: If its dtype is not floating.
-  """
+  """Returns a floating array as float32, or raises a ValueError."""
   x = array(name, value)
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f'{name} must be floating, got {x.dtype}')
@@ -74,41 +61,60 @@ def floating(name: str, value) -> jax.Array:
 
 
 def real(name: str, value) -> jax.Array:
-  """Returns a value of floating or integer numbers as a float32 array.
-
-  Raises:
-    ValueError: If its dtype is neither.
-  """
+  """Returns a floating or integer array as float32, or raises a ValueError."""
   x = array(name, value)
-  if not (
-    jnp.issubdtype(x.dtype, jnp.floating)
-    or jnp.issubdtype(x.dtype, jnp.integer)
-  ):
+  if not any(jnp.issubdtype(x.dtype, t) for t in (jnp.floating, jnp.integer)):
     raise ValueError(f'{name} must be floating or integer, got {x.dtype}')
   return x.astype(jnp.float32)
+
+
+def views(name: str, x: jax.Array, at_least: int = 1) -> jax.Array:
+  """Returns an array `[views, batch, dim]`, or raises a ValueError."""
+  if x.ndim != 3 or 0 in x.shape:
+    raise ValueError(
+      f'{name} must have shape [views, batch, dim] without an empty axis (two '
+      f'views: jnp.stack([z1, z2])), got {x.shape}'
+    )
+  if x.shape[0] < at_least:
+    raise ValueError(
+      f'{name} must have at least {at_least} views on the first axis '
+      f'(jnp.stack([z1, z2])), got shape {x.shape}'
+    )
+  return x
+
+
+def prototypes(value, dim: int) -> jax.Array:
+  """Returns float32 prototypes `[num_classes, dim]`, or raises a ValueError."""
+  x = real('prototypes', value)
+  if x.ndim != 2 or x.shape[1] != dim or not len(x):
+    raise ValueError(
+      f'prototypes must have shape [num_classes, dim]=[*, {dim}] to fit the '
+      f'embeddings, got {x.shape}'
+    )
+  return x
 
 
 def number(
   name: str,
   value,
   *,
-  above: float | None = None,
-  at_least: float | None = None,
-  at_most: float | None = None,
+  above: float = -math.inf,
+  at_least: float = -math.inf,
+  at_most: float = math.inf,
   dtype=jnp.float32,
 ) -> Any:
-  """Returns a finite number: a Python float, or a traced scalar of a dtype.
+  """Returns a finite number: a Python float, or a traced scalar.
 
   Args:
     name: Name of the argument, for the error.
     value: Number of Python, NumPy or JAX.
-    above: Bound that the number must exceed, unless it is traced.
-    at_least: Lowest number allowed, unless it is traced.
-    at_most: Highest number allowed, unless it is traced.
-    dtype: Type of a traced number.
+    above: Bound that the number must exceed. Traced numbers are not compared.
+    at_least: Smallest number allowed.
+    at_most: Largest number allowed.
+    dtype: Dtype of a traced number.
 
   Raises:
-    ValueError: If the value is none, or out of range.
+    ValueError: If the value is not a number, or out of range.
   """
   if isinstance(value, jax.core.Tracer):
     if value.shape or not jnp.issubdtype(value.dtype, jnp.number):
@@ -116,28 +122,21 @@ def number(
         f'{name} must be a number, got {value.dtype}{list(value.shape)}'
       )
     return value.astype(dtype)
-  expected = ' and '.join(
-    f'{word} {bound:g}'
-    for word, bound in (
-      ('above', above),
-      ('at least', at_least),
-      ('at most', at_most),
-    )
-    if bound is not None
-  )
   try:
-    # A text would pass `float`, and an array of one number an older NumPy.
+    # `float` accepts strings, and some versions of NumPy arrays of one number.
     if isinstance(value, str | bytes) or np.ndim(value):
       raise TypeError
     result = float(value)
   except (TypeError, ValueError):
     result = math.nan
-  if (
-    not math.isfinite(result)
-    or (above is not None and not result > above)
-    or (at_least is not None and not result >= at_least)
-    or (at_most is not None and not result <= at_most)
-  ):
+  in_range = result > above and at_least <= result <= at_most
+  if not (math.isfinite(result) and in_range):
+    bounds = {'above': above, 'at least': at_least, 'at most': at_most}
+    expected = ' and '.join(
+      f'{word} {bound:g}'
+      for word, bound in bounds.items()
+      if math.isfinite(bound)
+    )
     raise ValueError(
       f'{name} must be {expected or "a finite number"}, got {value}'
     )
@@ -145,11 +144,7 @@ def number(
 
 
 def count(name: str, value, *, at_least: int = 1) -> int:
-  """Returns a whole number.
-
-  Raises:
-    ValueError: If the value is none, or too small.
-  """
+  """Returns a whole number, or raises a ValueError if it is too small."""
   try:
     result = operator.index(value)
   except TypeError:
@@ -164,35 +159,35 @@ def count(name: str, value, *, at_least: int = 1) -> int:
 def labels(
   name: str, value, shape: tuple[int, ...], num_classes: int | None = None
 ) -> jax.Array:
-  """Returns labels, of which negative ones mean unlabelled.
+  """Returns integer labels, of which negative ones mean unlabelled.
 
   Args:
     name: Name of the argument, for the error.
     value: Integers of any kind. Without `num_classes` only their equality
-      matters: 64-bit ids that int32 cannot hold are renumbered where their
-      values are known.
+      matters. Known 64-bit ids that do not fit int32 are then renumbered.
     shape: Shape that the labels must have.
-    num_classes: Number of classes.
+    num_classes: Number of classes, or None.
 
   Returns:
-    An integer array; int32 with `num_classes`. A traced label that is too large
-    for int32 is the largest int32.
+    An integer array, int32 with `num_classes`. A traced label that is too large
+    for int32 becomes the largest int32.
 
   Raises:
-    ValueError: If the shape is another, the dtype is not an integer, or a known
+    ValueError: If the shape differs, the dtype is not an integer, or a known
       label is not below `num_classes`.
   """
   known = _known(name, value)
-  found = np.shape(value) if known is None else known.shape
-  if found != shape:
-    raise ValueError(f'{name} must have shape {list(shape)}, got {list(found)}')
-  dtype = value.dtype if known is None else known.dtype
+  values = value if known is None else known
+  if values.shape != shape:
+    raise ValueError(
+      f'{name} must have shape {list(shape)}, got {list(values.shape)}'
+    )
+  dtype = values.dtype
   if not jnp.issubdtype(dtype, jnp.integer):
     raise ValueError(f'{name} must be integers (-1 is unlabelled), got {dtype}')
   if num_classes is None:
-    if known is not None and not isinstance(value, jax.Array):
-      return jnp.asarray(_renumbered(known))
-    return jnp.asarray(value)
+    renumber = known is not None and not isinstance(value, jax.Array)
+    return jnp.asarray(_renumbered(known) if renumber else value)
   if known is not None:
     wrong = np.argwhere(known >= num_classes)
     if wrong.size:
@@ -203,7 +198,7 @@ def labels(
         f'{known[position]} at index {where}'
       )
     return jnp.asarray(np.maximum(known.astype(np.int64), -1).astype(np.int32))
-  # Saturated: a plain conversion would make another class of a large label.
+  # A plain conversion would wrap a large label around to another class.
   info = jnp.iinfo(dtype)
   x = value
   if info.max > _INT32.max:
@@ -214,7 +209,7 @@ def labels(
 
 
 def _known(name, value):
-  """The values of an array where they are known, else None."""
+  """The values of an array as NumPy, or None if they are not available."""
   if isinstance(value, jax.core.Tracer):
     return None
   if isinstance(value, jax.Array) and not value.is_fully_addressable:
@@ -226,12 +221,8 @@ def _known(name, value):
 
 
 def _renumbered(values):
-  """Labels that int32 can hold, equal where the given ones are."""
-  if values.size == 0 or (
-    values.max() <= _INT32.max and values.min() >= _INT32.min
-  ):
-    return values.astype(np.int32)
-  _, numbers = np.unique(values, return_inverse=True)
-  return np.where(values < 0, -1, numbers.reshape(values.shape)).astype(
-    np.int32
-  )
+  """Labels that fit int32 and are equal where the given ones are."""
+  if values.size and (values.max() > _INT32.max or values.min() < _INT32.min):
+    numbers = np.unique(values, return_inverse=True)[1].reshape(values.shape)
+    values = np.where(values < 0, -1, numbers)
+  return values.astype(np.int32)

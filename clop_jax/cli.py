@@ -1,6 +1,8 @@
 """How every command starts and ends: flags in, one clear line out on error."""
 
+import ast
 from collections.abc import Callable
+import contextlib
 import errno
 import io
 import os
@@ -15,6 +17,7 @@ from absl import flags
 from absl import logging
 
 from clop_jax import defaults
+from clop_jax import fields
 from clop_jax.experiment import checkpoint
 from clop_jax.experiment import memory
 from clop_jax.runtime import compilation_cache
@@ -30,6 +33,12 @@ _USER_ERRORS = (
   OSError,
   FloatingPointError,
   checkpoint.DamagedCheckpointError,
+)
+
+_FIELD = re.compile(r'--?(?:no)?config\.([\w.]+)')
+# absl has no None, and ml_collections adds no entries to a config.
+_LATE = re.compile(
+  r'--?config\.(?:[\w.]+=None$|data\.(?:class_fractions|options)\.\w+=)'
 )
 
 # Flags whose files cannot be remote.
@@ -48,7 +57,7 @@ class _PathParser(flags.ArgumentParser):
     return 'path'
 
 
-# For `flags.DEFINE(command.PATH, name, default, help)`.
+# For `flags.DEFINE(cli.PATH, name, default, help)`.
 PATH = _PathParser()
 
 
@@ -60,14 +69,13 @@ def run(
 ) -> None:
   """Parses the flags, joins the other processes if any, and calls `main`.
 
-  A user's error is one line and exit 1; a run that was told to end and saved
-  leaves with `preemption.EXIT_CODE`.
+  A user's error becomes one line and exit code 1. A run that was preempted and
+  has saved exits with `preemption.EXIT_CODE`.
 
   Args:
-    main: takes nothing; it reads the flags.
-    define_flags: defines the command's own flags.
-    joins: False for a command of one process, which joins no others even
-      inside a cluster's job.
+    main: Function without arguments; it reads the flags.
+    define_flags: Function that defines the flags of the command.
+    joins: False for a command that always runs in one process.
   """
   # Names of files need not be UTF-8. Standard error escapes them by itself.
   if isinstance(sys.stdout, io.TextIOWrapper):
@@ -84,12 +92,12 @@ def _define_process_flags():
   flags.DEFINE_string(
     'coordinator_address', None, 'HOST:PORT of process 0 (several processes).'
   )
-  flags.DEFINE_integer('num_processes', None, 'How many processes there are.')
-  flags.DEFINE_integer('process_id', None, 'Which one this is, from 0.')
+  flags.DEFINE_integer('num_processes', None, 'Number of processes.')
+  flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
   flags.DEFINE_integer(
     'peer_timeout_seconds',
     60,
-    'After so long without a sign a process counts as dead.',
+    'Seconds without a sign after which a process counts as dead.',
     lower_bound=1,
   )
   flags.DEFINE_integer(
@@ -101,10 +109,7 @@ def _define_process_flags():
 
 
 class _Output:
-  """A stream that a command goes on without when nobody reads it any more.
-
-  `train ... | head` shall not end the training.
-  """
+  """A stream whose reader may leave, as in `train ... | head`."""
 
   def __init__(self, stream):
     self._stream = stream
@@ -116,29 +121,29 @@ class _Output:
     try:
       return self._stream.write(text)
     except BrokenPipeError:
-      return self._lose(len(text))
+      self._discard()
+      return len(text)
 
   def flush(self):
     try:
       self._stream.flush()
     except BrokenPipeError:
-      self._lose(0)
+      self._discard()
 
-  def _lose(self, count):
-    # Below Python, too: what it still holds is written at the latest when it
-    # ends, and libraries have the same number.
+  def _discard(self):
+    # Replaces the file descriptor, which libraries write to as well. Python
+    # flushes what it still holds when it exits.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, self._stream.fileno())
     os.close(nowhere)
-    return count
 
 
 def _guarded(main, joins):
   values = flags.FLAGS
   sys.unraisablehook = _report
   if not values['verbosity'].present:
-    # Orbax and TFDS tell of every file they touch, and print the traceback of
-    # what they raise as well; --verbosity=0 shows it.
+    # Orbax and TFDS log every file they touch, and the traceback of what they
+    # raise as well; --verbosity=0 shows it.
     logging.set_verbosity(logging.FATAL)
   try:
     _check_paths()
@@ -161,36 +166,41 @@ def _guarded(main, joins):
     parallel.leave()
     sys.exit(preemption.EXIT_CODE)
   except Exception as error:
-    reason = f'{" ".join(str(error).split()):.200}'
-    if memory.is_exhausted(error):
-      advice = _advice(memory.device_advice)
-      message = f'the devices are out of memory ({reason}). {advice}'
-    elif parallel.is_lost_peer(error):
-      message = (
-        'another process of this run has ended or cannot be reached '
-        f'({reason}); start all processes again: training resumes from the '
-        'last checkpoint'
-      )
-    elif isinstance(error, MemoryError):
-      advice = _advice(memory.host_advice)
-      details = f' ({reason})' if reason else ''
-      message = f'this machine is out of memory{details}. {advice}'
-    elif isinstance(error, _USER_ERRORS):
-      message = str(error)
-    else:
+    message = _message(error)
+    if message is None:
       raise
     if values.traceback:
       traceback.print_exc()
-    save_failed = isinstance(error, checkpoint.SaveError)
-    number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT):
-      message += '; free some space and run the same command again'
-    elif save_failed and number != errno.ENOENT:
-      message += '; make the folder writable and run the same command again'
+    causes = (error, error.__cause__)
     _fail(
       message,
-      at_once=save_failed or isinstance(error.__cause__, checkpoint.SaveError),
+      at_once=any(isinstance(x, checkpoint.SaveError) for x in causes),
     )
+
+
+def _message(error):
+  """Returns the line for a user's error, None for any other one."""
+  reason = f'{" ".join(str(error).split()):.200}'
+  if memory.is_exhausted(error):
+    advice = _advice(memory.device_advice)
+    return f'the devices are out of memory ({reason}). {advice}'
+  if parallel.is_lost_peer(error):
+    return (
+      f'another process of this run has ended or cannot be reached ({reason}); '
+      'start all processes again: training resumes from the last checkpoint'
+    )
+  if isinstance(error, MemoryError):
+    details = f' ({reason})' if reason else ''
+    advice = _advice(memory.host_advice)
+    return f'this machine is out of memory{details}. {advice}'
+  if not isinstance(error, _USER_ERRORS):
+    return None
+  number = error.errno if isinstance(error, OSError) else None
+  if number in (errno.ENOSPC, errno.EDQUOT):
+    return f'{error}; free some space and run the same command again'
+  if isinstance(error, checkpoint.SaveError) and number != errno.ENOENT:
+    return f'{error}; make the folder writable and run the same command again'
+  return str(error)
 
 
 def _check_paths():
@@ -203,7 +213,7 @@ def _check_paths():
 
 
 def _texts():
-  """`(flag or field, text)` of what the user has given."""
+  """Yields `(flag or field, text)` for all texts given by the user."""
   values = flags.FLAGS
   for name in values:
     # ml_collections makes a flag of each field that is given as one.
@@ -212,19 +222,15 @@ def _texts():
       for text in value if isinstance(value, list) else [value]:
         if isinstance(text, str):
           yield name, text
-  groups = [('config', values['config'].value)] if 'config' in values else []
-  while groups:
-    name, group = groups.pop()
-    for field, value in (group or {}).items():
-      if isinstance(value, str):
-        yield f'{name}.{field}', value
-      # What a source's options may be is the source's own matter.
-      elif hasattr(value, 'items') and field != 'options':
-        groups.append((f'{name}.{field}', value))
+  config = values['config'].value if 'config' in values else None
+  # The source itself checks its options.
+  for name, value in fields.flat(config or {}, defaults.FIELDS).items():
+    if isinstance(value, str):
+      yield f'config.{name}', value
 
 
 def _advice(advise):
-  """Advice for the command's config, or for a command that has none."""
+  """Returns advice for the config of the command, if it has one."""
   values = flags.FLAGS
   if 'label_fraction' in values:  # evaluate, whose config is the run's
     return 'Lower the batch size, for example --config.eval.batch_size=64'
@@ -236,9 +242,9 @@ def _advice(advise):
 
 
 def _report(unraisable):
-  """`sys.unraisablehook`, but for what follows a failed save in other threads.
+  """Reports all but the errors of TensorStore's threads after a failed save.
 
-  TensorStore's go on telling an event loop that Orbax has closed.
+  They still use an event loop that Orbax has closed.
   """
   if str(unraisable.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(unraisable)
@@ -258,36 +264,40 @@ def _parse(argv):
         f'--config={path[1]}: there is no such file; the package has '
         + ', '.join(f'configs/{name}' for name in _own_configs())
       )
-  # ml_collections looks there as well, whatever it is passed.
-  sys.argv = argv
-  unset = [a for a in argv if _is_unset(a)]
+  late = [argument for argument in argv if _LATE.match(argument)]
   try:
-    rest = flags.FLAGS([a for a in argv if a not in unset])
-    for override in unset:
-      _unset(override)
-    _expand_config()
+    for argument in argv:
+      if (name := _FIELD.match(argument)) and argument not in late:
+        fields.check_name(name[1], defaults.FIELDS, where='--config.')
+    # ml_collections also reads sys.argv, whatever it is passed.
+    sys.argv = argv = [a for a in argv if a not in late]
+    rest = flags.FLAGS(argv)
+    config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
+    for override in late:
+      _set(config, override)
     if rest[1:]:
       _fail(
         f'unexpected argument {rest[1]!r}; flags begin with --, as '
         f'--{rest[1].lstrip("-")}'
       )
-    if 'config' in flags.FLAGS and flags.FLAGS['config'].value is not None:
-      defaults.check(flags.FLAGS['config'].value)
+    if config is not None:
+      for name in defaults.PATHS:
+        group, _, field = name.partition('.')
+        value = config.get(group, {}).get(field)
+        if isinstance(value, str):
+          config[group][field] = files.expanded(value)
+      defaults.check(config)
     return rest
   except (flags.Error, ValueError, TypeError, OSError) as error:
     _fail(str(error))
   except Exception as error:
-    # ml_collections tells of an unknown field by an AttributeError or KeyError.
     # Anything else comes from the config file, which is Python.
     path = ' '.join(a for a in argv if re.match('--?config=', a))
-    _fail(
-      _unknown_field(argv)
-      or f'{path} cannot be loaded ({type(error).__name__}: {error})'
-    )
+    _fail(f'{path} cannot be loaded ({type(error).__name__}: {error})')
 
 
 def _print_help():
-  """What the command is for, its own flags, and how to see all others."""
+  """Prints the docstring of the command, its flags and the config's fields."""
   main = sys.modules['__main__']
   print((main.__doc__ or '').strip(), end='\n\n')
   print(
@@ -307,26 +317,13 @@ def _print_help():
 
 
 def _expanded(argument):
-  """`--config=~/mine.py` with the home folder's path."""
+  """Expands the home folder in `--config=~/mine.py`."""
   match = re.fullmatch(r'(--?config=)(~.*)', argument, re.DOTALL)
   return match[1] + files.expanded(match[2]) if match else argument
 
 
-def _expand_config():
-  """Expands the paths that the config holds, if there is one."""
-  config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
-  for field in defaults.PATHS if config is not None else ():
-    group, name = field.split('.')
-    value = config.get(group, {}).get(name)
-    if isinstance(value, str):
-      config[group][name] = files.expanded(value)
-
-
 def _packaged(argument):
-  """`--config=configs/NAME.py` where there is no such file: the package's own.
-
-  A wheel has them, and a checkout wherever the command is run.
-  """
+  """Replaces a missing `configs/NAME.py` by the one of the package."""
   match = re.fullmatch(r'(--?config=)configs/(\w+\.py)', argument)
   if not match or os.path.exists(argument.removeprefix(match[1])):
     return argument
@@ -335,7 +332,7 @@ def _packaged(argument):
 
 
 def _own_configs():
-  """The files of `configs/`: within the package, or beside it in a checkout."""
+  """Returns the package's configs by name; in a checkout they are beside it."""
   package = pathlib.Path(__file__).parent
   for folder in (package / 'configs', package.parent / 'configs'):
     if (folder / 'digits.py').exists():
@@ -343,53 +340,32 @@ def _own_configs():
   return {}
 
 
-def _is_unset(argument):
-  """Whether it is `--config.some.field=None`, which absl takes for a text."""
-  return re.fullmatch(r'--?config\.[\w.]+=None', argument) is not None
-
-
-def _unset(override):
-  """Sets an optional field to None."""
-  name = override.lstrip('-').removesuffix('=None').removeprefix('config.')
-  group = flags.FLAGS['config'].value
-  *path, last = name.split('.')
-  for part in path:
+def _set(config, override):
+  """Sets a field to None, or an entry of a group that any name may have."""
+  name, _, text = override.lstrip('-').removeprefix('config.').partition('=')
+  path, _, last = name.rpartition('.')
+  if text == 'None' and path not in defaults.FIELDS:
+    fields.check_name(name, defaults.FIELDS, where='--config.')
+    if not defaults.FIELDS[name].optional:
+      expected = defaults.FIELDS[name].expected()
+      raise ValueError(f'--config.{name} must be {expected}, got None')
+  group = config
+  for part in filter(None, path.split('.')):
     group = group[part]
-  field = defaults.FIELDS.get(name)  # a source's own option has none
-  if field is not None and not field.optional:
-    raise ValueError(f'--config.{name} must be {field.expected()}, got None')
-  group[last] = None
-
-
-def _unknown_field(argv):
-  """The first override of a field that the config file does not have."""
-  overrides = [a for a in argv if a.lstrip('-').startswith('config.')]
-  # ml_collections looks for overrides in sys.argv, whatever it is passed.
-  sys.argv = [a for a in argv if a not in overrides]
-  try:
-    flags.FLAGS(sys.argv)
-  except Exception:
-    return None  # the file itself is at fault
-  for override in overrides:
-    path = override.lstrip('-').split('=')[0].split('.')[1:]
-    group = flags.FLAGS['config'].value
-    for depth, name in enumerate(path):
-      if not hasattr(group, 'keys') or name not in group:
-        where = '.'.join(['config', *path[:depth]])
-        fields = sorted(group) if hasattr(group, 'keys') else []
-        return (
-          f'--config.{".".join(path)}: {where} has no field {name!r}; '
-          f'it has: {", ".join(fields) or "no fields"}'
-        )
-      group = group[name]
-  return None
+  value = {'true': True, 'false': False}.get(text.lower(), text)
+  with contextlib.suppress(ValueError, SyntaxError):
+    value = ast.literal_eval(text)
+  # A config file may have written class 3 as an integer.
+  last = next((key for key in group if str(key) == last), last)
+  with config.unlocked():
+    group[last] = value
 
 
 def _fail(message, code=1, at_once=False):
   message = ' '.join(message.split())
   if at_once or parallel.is_joined():
-    # Not by way of Python's end, which waits for threads that may hang, nor
-    # JAX's, which waits for processes that may be dead.
+    # Python's exit waits for threads that may hang, and JAX's for processes
+    # that may be dead.
     parallel.end(message, code)
   print(f'error: {message}', file=sys.stderr, flush=True)
   sys.exit(code)

@@ -1,18 +1,17 @@
 """Measures of collapse and of class geometry, as pure functions of jax alone.
 
 `embeddings` are `[..., dim]`; the leading axes are examples (and views).
-Labels have the leading shape and are -1 where unlabelled; those rows are left
-out of every measure that asks for a class. Measures that speak of directions
-say so and normalize; all others take the embeddings as they are. Results are
-float32. A measure of classes is NaN for a class that has no example.
+`labels` are integers of the leading shape; measures of classes leave out rows
+with label -1 and are NaN for a class without an example. Measures of directions
+normalize the embeddings and say so; the others use them as they are. Results
+are float32.
 
-The measures are made for embeddings that collapse: tiny differences between
-long vectors are taken before anything is rounded, so that the results have at
-least three correct digits there, too.
+The measures stay accurate to at least three digits for collapsed embeddings:
+tiny differences between long vectors are computed before anything is rounded.
 
-Where a measure takes `axis_name`, each device passes its part of the examples
-and gets the measure of all of them, as with the losses. Nothing larger than
-`[dim, dim]` is reduced, and the embeddings stay where they are.
+With `axis_name`, each device passes its part of the examples and gets the
+measure of all of them, as with the losses. Nothing larger than `[dim, dim]` is
+reduced, and no embedding leaves its device.
 """
 
 import itertools
@@ -27,8 +26,8 @@ from clop_jax import linalg
 
 _PRECISION = lax.Precision.HIGHEST
 
-# Singular values below this share of the largest count as zero: float32 cannot
-# tell them from rounding.
+# Singular values below this share of the largest count as zero: in float32 they
+# are rounding.
 _RANK_TOLERANCE = 1e-5
 
 
@@ -49,12 +48,7 @@ def normalize(embeddings: jax.Array) -> jax.Array:
     [[0.6 0.8]
      [0.  0. ]]
   """
-  x = arguments.real('embeddings', embeddings)
-  # Scaled first: the square of a very large or small entry leaves float32.
-  largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-  x = x / jnp.where(largest == 0.0, 1.0, largest)
-  norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-  return x / jnp.where(norm == 0.0, 1.0, norm)
+  return linalg.normalize(arguments.real('embeddings', embeddings))
 
 
 def singular_values(
@@ -66,8 +60,8 @@ def singular_values(
 
   Args:
     embeddings: `[..., dim]`, flattened to `n` rows.
-    center: subtract the mean embedding first.
-    axis_name: The mapped axis over which the examples are spread, or None.
+    center: True to subtract the mean embedding first.
+    axis_name: Mapped axis over which the examples are spread, or None.
 
   Returns:
     `[min(n, dim)]`; with `axis_name` `[dim]`. See `linalg.singular_values` for
@@ -87,30 +81,26 @@ def singular_values(
   rows = _rows(embeddings)
   if center:
     rows = _centred(rows, axis_name)
-  # Scaled, since the squares of very large or small rows leave float32.
-  largest = jnp.max(jnp.abs(rows))
-  if axis_name is not None:
-    largest = lax.pmax(largest, axis_name)
-  scale = jnp.where(largest == 0.0, 1.0, largest)
+  scale = linalg.magnitude(rows, axis_name)
   return scale * linalg.singular_values(rows / scale, axis_name=axis_name)
 
 
 def effective_rank(
   embeddings: jax.Array, *, center: bool = False, axis_name: str | None = None
 ) -> jax.Array:
-  r"""Effective rank: how many directions the embeddings really use.
+  r"""Effective rank: the number of directions that the embeddings use.
 
   .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad
     p_i = \sigma_i / \sum_j \sigma_j
 
-  1 when all embeddings lie on one line, `dim` when they fill all directions
-  alike; 0 for all zeros.
+  1 if all embeddings lie on one line, `dim` if they fill all directions
+  equally, 0 for all zeros.
 
   Args:
     embeddings: `[..., dim]`.
-    center: subtract the mean embedding first. Without it, embeddings that are
-      all equal have effective rank 1.
-    axis_name: The mapped axis over which the examples are spread, or None.
+    center: True to subtract the mean embedding first. If False, embeddings that
+      are all equal have effective rank 1.
+    axis_name: Mapped axis over which the examples are spread, or None.
 
   Returns:
     A scalar in [0, min(n, dim)].
@@ -131,10 +121,10 @@ def effective_rank(
 
 
 def effective_rank_of_spectrum(spectrum: jax.Array) -> jax.Array:
-  """Effective rank from singular values; see `effective_rank`.
+  """Effective rank from singular values, see `effective_rank`.
 
   Args:
-    spectrum: `[n]`, of any scale.
+    spectrum: `[n]` singular values of any scale, floating.
 
   Returns:
     A scalar in [0, n].
@@ -146,11 +136,11 @@ def effective_rank_of_spectrum(spectrum: jax.Array) -> jax.Array:
     >>> print(f'{collapse.effective_rank_of_spectrum(spectrum):.3f}')
     2.000
   """
-  # Entropy from two sums of one pass: log T - sum(s log s) / T.
+  # Entropy from two sums: log T - sum(s log s) / T.
   total = jnp.sum(spectrum)
   logs = jnp.log(jnp.where(spectrum == 0.0, 1.0, spectrum))
-  some = jnp.where(total == 0.0, 1.0, total)
-  entropy = jnp.log(some) - jnp.sum(spectrum * logs) / some
+  divisor = jnp.where(total == 0.0, 1.0, total)
+  entropy = jnp.log(divisor) - jnp.sum(spectrum * logs) / divisor
   return jnp.where(total == 0.0, 0.0, jnp.exp(entropy))
 
 
@@ -159,8 +149,8 @@ def embedding_variance(embeddings: jax.Array) -> jax.Array:
 
   .. math:: \frac{1}{n} \sum_i \|z_i - \bar z\|^2
 
-  For unit embeddings it is `1 - ||mean||^2`: 0 if all are equal, 1 if they
-  cancel.
+  For unit embeddings it is `1 - ||mean||^2`: 0 if all are equal, 1 if their
+  mean is 0.
 
   Args:
     embeddings: `[..., dim]`.
@@ -175,7 +165,7 @@ def embedding_variance(embeddings: jax.Array) -> jax.Array:
     1.0
 
   Reference:
-    CLOP, arXiv 2403.18699: the measure of collapse of its learning-rate sweep.
+    CLOP, arXiv 2403.18699, measures collapse by it in its learning-rate sweep.
   """
   return jnp.sum(jnp.mean(_centred(_rows(embeddings)) ** 2, axis=0))
 
@@ -187,12 +177,11 @@ def embedding_std(
 
   .. math:: \frac{1}{d} \sum_j \mathrm{std}_i(z_{ij} / \|z_i\|)
 
-  About `1 / sqrt(dim)` when they are spread over the sphere, 0 when they are
-  all equal.
+  About `1 / sqrt(dim)` for embeddings spread over the sphere, 0 for equal ones.
 
   Args:
     embeddings: `[..., dim]`.
-    axis_name: The mapped axis over which the examples are spread, or None.
+    axis_name: Mapped axis over which the examples are spread, or None.
 
   Returns:
     A scalar.
@@ -219,8 +208,8 @@ def class_means(
 
   Args:
     embeddings: `[..., dim]`.
-    labels: integers of the leading shape; -1 is left out.
-    num_classes: number of classes.
+    labels: Integers of the leading shape; -1 is left out.
+    num_classes: Number of classes.
 
   Returns:
     `[num_classes, dim]`; a row of zeros for a class without an example.
@@ -249,14 +238,14 @@ def class_mean_cosines(
   .. math:: \cos(m_a, m_b), \qquad m_k \to m_k - \bar z
     \text{ first, if centred}
 
-  CLOP wants 0 between classes (not centred); a simplex ETF has `-1/(k-1)`.
+  CLOP aims at 0 between classes (not centred); a simplex ETF has `-1/(k-1)`.
 
   Args:
     embeddings: `[..., dim]`.
-    labels: integers of the leading shape; -1 is left out.
-    num_classes: number of classes.
-    center: subtract the mean over the classes' means first, as neural collapse
-      (NC2) does.
+    labels: Integers of the leading shape; -1 is left out.
+    num_classes: Number of classes.
+    center: True to subtract the mean of the class means first, as in neural
+      collapse (NC2).
 
   Returns:
     `[num_classes, num_classes]`.
@@ -279,7 +268,7 @@ def class_mean_cosines(
     _, means = _within_and_between(rows, labels, one_hot)
   else:
     means = _class_means(rows, one_hot)
-  unit = normalize(means)
+  unit = linalg.normalize(means)
   cosines = jnp.matmul(unit, unit.T, precision=_PRECISION)
   both = (present[:, None] * present[None, :]) > 0
   return jnp.where(both, cosines, jnp.nan)
@@ -294,15 +283,15 @@ def within_between_ratio(
     \Sigma_W = \tfrac{1}{n} \sum_i (z_i - m_{y_i})(z_i - m_{y_i})^\top, \quad
     \Sigma_B = \tfrac{1}{k} \sum_k (m_k - \bar m)(m_k - \bar m)^\top
 
-  0 when every class has fallen onto its mean; large when classes overlap.
-  NaN with fewer than two classes. The pseudo-inverse leaves out directions in
-  which the class means differ by less than 1e-5 of what they differ by most.
-  Where all class means are equal it is 0 whatever the spread within classes.
+  0 if every class has collapsed to its mean, large if classes overlap, NaN with
+  fewer than two classes. The pseudo-inverse drops directions in which the class
+  means differ by less than 1e-5 of their largest difference. If all class means
+  are equal, the result is 0.
 
   Args:
     embeddings: `[..., dim]`.
-    labels: integers of the leading shape; -1 is left out.
-    num_classes: number of classes.
+    labels: Integers of the leading shape; -1 is left out.
+    num_classes: Number of classes.
 
   Returns:
     A scalar.
@@ -322,11 +311,11 @@ def within_between_ratio(
   one_hot = _one_hot(labels, num_classes)
   within, between = _within_and_between(rows, labels, one_hot)
   k = jnp.sum(jnp.max(one_hot, axis=0))
-  # The measure has no scale, but the squares below leave float32.
-  largest = jnp.maximum(jnp.max(jnp.abs(within)), jnp.max(jnp.abs(between)))
-  scale = jnp.where(largest == 0.0, 1.0, largest)
-  # Sigma_B has rank k - 1 at most, so its pseudo-inverse goes through the
-  # singular vectors of the k centred means; no dim x dim matrix is inverted.
+  # The measure has no scale, but the squares below could overflow.
+  scale = jnp.maximum(jnp.max(jnp.abs(within)), jnp.max(jnp.abs(between)))
+  scale = linalg.magnitude(scale)
+  # Sigma_B has rank k - 1 at most: its pseudo-inverse comes from the singular
+  # vectors of the k centred means, without inverting a dim x dim matrix.
   _, sigma, vt = linalg.svd(between / scale)
   in_range = (sigma > _RANK_TOLERANCE * sigma[0]) & (
     jnp.arange(len(sigma), dtype=jnp.float32) < k - 1
@@ -339,19 +328,19 @@ def within_between_ratio(
 
 
 def alignment(views: jax.Array, *, alpha: float = 2.0) -> jax.Array:
-  r"""Mean distance between views of one example, on the unit sphere.
+  r"""Mean distance between the views of an example, on the unit sphere.
 
   .. math:: E_{i,\, a < b}\; \|z^a_i - z^b_i\|_2^\alpha
 
   Args:
     views: `[views, batch, dim]`, at least two views; normalized inside.
-    alpha: the power.
+    alpha: Power of the distance, must be positive.
 
   Returns:
     A scalar in [0, 2^alpha]; 0 is perfect alignment (and full collapse).
 
   Raises:
-    ValueError: if there are fewer than two views.
+    ValueError: If there are fewer than two views.
 
   Example:
     >>> import jax.numpy as jnp
@@ -365,34 +354,28 @@ def alignment(views: jax.Array, *, alpha: float = 2.0) -> jax.Array:
     alignment and uniformity on the hypersphere", arXiv 2005.10242, section 4.1.
   """
   alpha = arguments.number('alpha', alpha, above=0)
-  views = arguments.real('views', views)
-  if views.ndim != 3 or views.shape[0] < 2:
-    raise ValueError(
-      'views must have shape [views, batch, dim] with at least two views, got '
-      f'{views.shape}'
-    )
-  pairs = itertools.combinations(range(views.shape[0]), 2)
-  first, second = (jnp.array(x) for x in zip(*pairs, strict=True))
-  difference = _difference_of_directions(views[first], views[second])
+  views = arguments.views('views', arguments.real('views', views), 2)
+  pairs = jnp.array([*itertools.combinations(range(len(views)), 2)]).T
+  difference = _difference_of_directions(views[pairs[0]], views[pairs[1]])
   squared = jnp.sum(difference**2, axis=-1)
   return jnp.mean(squared ** (alpha / 2))
 
 
 def uniformity(embeddings: jax.Array, *, t: float = 2.0) -> jax.Array:
-  r"""How evenly the embeddings cover the unit sphere.
+  r"""Uniformity of the embeddings on the unit sphere; lower is more uniform.
 
   .. math:: \log \frac{2}{n (n-1)} \sum_{i < j} \exp(-t \|z_i - z_j\|^2)
 
   Args:
-    embeddings: `[..., dim]`, at least two rows; normalized inside. Takes an
-      `n x n` matrix.
-    t: the width of the kernel.
+    embeddings: `[..., dim]`, at least two rows; normalized inside. Memory grows
+      with `n^2`.
+    t: Inverse width of the Gaussian kernel, must be positive.
 
   Returns:
-    A scalar: 0 when all are equal, about -2 t when they are spread out.
+    A scalar: 0 if all are equal, about -2 t if they are spread out.
 
   Raises:
-    ValueError: if there are fewer than two rows.
+    ValueError: If there are fewer than two rows.
 
   Example:
     >>> import jax.numpy as jnp
@@ -415,7 +398,7 @@ def uniformity(embeddings: jax.Array, *, t: float = 2.0) -> jax.Array:
   squared = length[:, None] + length[None, :] - 2 * product
   itself = jnp.eye(n, dtype=bool)
   exponents = -t * jnp.where(itself, 0.0, jnp.maximum(squared, 0.0))
-  # The logarithm of a mean near 1, as it is at collapse, would lose it.
+  # At collapse the mean is near 1, and its logarithm would lose all digits.
   below_one = jnp.sum(jnp.expm1(exponents)) / (n * (n - 1.0))
   is_close = below_one > -0.5
   near = jnp.log1p(jnp.where(is_close, below_one, 0.0))
@@ -436,9 +419,9 @@ def prototype_cosine(
 
   Args:
     embeddings: `[..., dim]`.
-    labels: integers of the leading shape; -1 is left out.
+    labels: Integers of the leading shape; -1 is left out.
     prototypes: `[num_classes, dim]`.
-    axis_name: The mapped axis over which the examples are spread, or None.
+    axis_name: Mapped axis over which the examples are spread, or None.
 
   Returns:
     A scalar in [-1, 1]; 0 without a labelled example.
@@ -453,9 +436,8 @@ def prototype_cosine(
   Reference:
     One minus the CLOP loss, arXiv 2403.18699.
   """
-  prototypes = arguments.real('prototypes', prototypes)
-  rows, labels = _rows_and_labels(embeddings, labels, len(prototypes))
-  return _own_cosine(normalize(rows), labels, prototypes, axis_name)
+  rows, labels, prototypes = _against_prototypes(embeddings, labels, prototypes)
+  return _own_cosine(linalg.normalize(rows), labels, prototypes, axis_name)
 
 
 def batch_measures(
@@ -465,19 +447,19 @@ def batch_measures(
   *,
   axis_name: str | None = None,
 ) -> dict[str, jax.Array]:
-  """Measures of a training batch that share one normalization.
+  """The measures that a training step logs, sharing one normalization.
 
-  A training step logs these. They are equal to those of the functions of the
-  same names, of the normalized embeddings, and cheaper together.
+  Each equals the function of the same name, of the normalized embeddings.
 
   Args:
     embeddings: `[..., dim]`.
-    labels: Integers of the leading shape, -1 is left out.
+    labels: Integers of the leading shape; -1 is left out.
     prototypes: `[num_classes, dim]`.
-    axis_name: The mapped axis over which the examples are spread, or None.
+    axis_name: Mapped axis over which the examples are spread, or None.
 
   Returns:
-    `effective_rank`, `embedding_std` and `prototype_cosine`, scalars.
+    A dict of the scalars `effective_rank`, `embedding_std` and
+    `prototype_cosine`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -487,9 +469,8 @@ def batch_measures(
     >>> print(*(f'{name} {x:.1f}' for name, x in measures.items()))
     effective_rank 2.0 embedding_std 0.5 prototype_cosine 1.0
   """
-  prototypes = arguments.real('prototypes', prototypes)
-  rows, labels = _rows_and_labels(embeddings, labels, len(prototypes))
-  unit = normalize(rows)
+  rows, labels, prototypes = _against_prototypes(embeddings, labels, prototypes)
+  unit = linalg.normalize(rows)
   return {
     'effective_rank': effective_rank_of_spectrum(
       linalg.singular_values(unit, axis_name=axis_name)
@@ -507,11 +488,11 @@ def prototype_energy_share(
   .. math:: \frac{\sum_i (z_i \cdot \hat c_{y_i})^2}{\sum_i \|z_i\|^2},
     \qquad \hat c = c / \|c\|
 
-  Unlike the mean cosine it does not care about the sign.
+  Unlike the mean cosine, it ignores the sign.
 
   Args:
     embeddings: `[..., dim]`.
-    labels: integers of the leading shape; -1 is left out.
+    labels: Integers of the leading shape; -1 is left out.
     prototypes: `[num_classes, dim]`.
 
   Returns:
@@ -530,13 +511,12 @@ def prototype_energy_share(
     The claim of CLOP (arXiv 2403.18699) that classes lie in orthogonal
     subspaces, as a ratio of energies.
   """
-  prototypes = arguments.real('prototypes', prototypes)
-  rows, labels = _rows_and_labels(embeddings, labels, len(prototypes))
+  rows, labels, prototypes = _against_prototypes(embeddings, labels, prototypes)
   rows = jnp.where((labels >= 0)[:, None], rows, 0.0)
-  # The measure has no scale, but the squares below leave float32.
-  largest = jnp.max(jnp.abs(rows))
-  rows = rows / jnp.where(largest == 0.0, 1.0, largest)
-  projections = jnp.matmul(rows, normalize(prototypes).T, precision=_PRECISION)
+  # The measure has no scale, but the squares below could overflow.
+  rows = rows / linalg.magnitude(rows)
+  directions = linalg.normalize(prototypes)
+  projections = jnp.matmul(rows, directions.T, precision=_PRECISION)
   energy = jnp.sum(rows**2)
   on_own = jnp.sum((projections * _one_hot(labels, len(prototypes))) ** 2)
   return on_own / jnp.where(energy == 0.0, 1.0, energy)
@@ -554,31 +534,31 @@ def principal_angles(
   .. math:: \cos \theta_r(a, b) = \sigma_r(V_a^\top V_b)
 
   where the columns of `V_a` are the first `subspace_dim` right singular vectors
-  of class `a`'s (not centred) embeddings. All angles are pi/2 when classes lie
-  in orthogonal subspaces.
+  of the (not centred) embeddings of class `a`. All angles are pi/2 if classes
+  lie in orthogonal subspaces.
 
   Small angles come from their sines, `sigma((I - V_a V_a^T) V_b)`, as the
   cosine of an angle below 3e-4 is 1 in float32. The error is about 1e-6 rad
-  times the ratio of a class's largest singular value to the one of the
-  direction: 1e-6 for equally strong directions, 1e-3 for one of a thousandth.
+  times the ratio of the largest singular value of a class to that of the
+  direction.
 
-  A class whose embeddings span fewer than `subspace_dim` directions (singular
-  values above 1e-5 of the largest) has a smaller subspace, and NaN for the
-  angles that do not exist. If its last singular value is as large as the next
-  one, its subspace is not unique, and the angles depend on rounding.
+  A class that spans fewer than `subspace_dim` directions (singular values above
+  1e-5 of the largest) has NaN for the angles that do not exist. If its last
+  singular value equals the next one, its subspace is not unique, and the angles
+  depend on rounding.
 
   Args:
     embeddings: `[..., dim]`.
-    labels: integers of the leading shape; -1 is left out.
-    num_classes: number of classes.
-    subspace_dim: dimension of each class's subspace, at most `dim`.
+    labels: Integers of the leading shape; -1 is left out.
+    num_classes: Number of classes.
+    subspace_dim: Dimension of the subspace of each class, at most `dim`.
 
   Returns:
     `[num_classes, num_classes, subspace_dim]` radians in [0, pi/2], smallest
     angle first.
 
   Raises:
-    ValueError: if `subspace_dim` is not in [1, dim].
+    ValueError: If `subspace_dim` is not in [1, dim].
 
   Example:
     >>> import jax.numpy as jnp
@@ -598,13 +578,13 @@ def principal_angles(
     raise ValueError(
       f'subspace_dim must be at most dim={dim}, got {subspace_dim}'
     )
-  largest = jnp.max(jnp.where((labels >= 0)[:, None], jnp.abs(rows), 0.0))
-  rows = rows / jnp.where(largest == 0.0, 1.0, largest)
+  labelled = (labels >= 0)[:, None]
+  rows = rows / linalg.magnitude(jnp.where(labelled, rows, 0.0))
 
   def basis(label):
     """`V` `[dim, subspace_dim]`, zero beyond the rank, and the rank."""
     members = jnp.where((labels == label)[:, None], rows, 0.0)
-    # Not by way of the second moments, which square the singular values.
+    # QR, as second moments would square the singular values.
     factor = jnp.linalg.qr(members, mode='r')
     _, sigma, vt = linalg.svd(factor)
     missing = max(0, subspace_dim - len(sigma))
@@ -630,12 +610,11 @@ def principal_angles(
     return jnp.where(is_small, jnp.arcsin(sines), jnp.arccos(cosines))
 
   # One class at a time against all: there may be thousands.
-  found = lax.map(
-    lambda a: jax.vmap(lambda b, rank: angles(a, b, rank))(bases, ranks), bases
-  )
+  to_all = jax.vmap(angles, in_axes=(None, 0, 0))
+  result = lax.map(lambda a: to_all(a, bases, ranks), bases)
   smaller = jnp.minimum(ranks[:, None], ranks[None, :])
   exists = order[None, None] < smaller[..., None]
-  return jnp.where(exists, found, jnp.nan)
+  return jnp.where(exists, result, jnp.nan)
 
 
 def _std_of_directions(rows, axis_name):
@@ -652,13 +631,12 @@ def _difference_of_directions(a, b):
     \frac{d \cdot (a + b)}{|a| (|a| + |b|)}, \qquad d = a - b
   """
   a, b = jnp.broadcast_arrays(a, b)
-  unit_a, unit_b = normalize(a), normalize(b)
-  # Powers of two scale without rounding.
-  _, exponent = jnp.frexp(jnp.max(jnp.abs(a), axis=-1, keepdims=True))
+  unit_a, unit_b = linalg.normalize(a), linalg.normalize(b)
   difference = a - b
-  near = jnp.max(jnp.abs(difference), axis=-1, keepdims=True) <= 0.5 * jnp.max(
-    jnp.abs(a), axis=-1, keepdims=True
-  )
+  largest = jnp.max(jnp.abs(a), axis=-1, keepdims=True)
+  near = jnp.max(jnp.abs(difference), axis=-1, keepdims=True) <= 0.5 * largest
+  # Powers of two scale without rounding.
+  _, exponent = jnp.frexp(largest)
   scaled_a = jnp.where(near, jnp.ldexp(a, -exponent), 1.0)
   scaled_b = jnp.where(near, jnp.ldexp(b, -exponent), 1.0)
   difference = jnp.where(near, jnp.ldexp(difference, -exponent), 0.0)
@@ -675,34 +653,28 @@ def _difference_of_directions(a, b):
 
 def _own_cosine(unit, labels, prototypes, axis_name):
   """Mean cosine of unit rows to the prototype of their class."""
-  own = normalize(prototypes)[jnp.maximum(labels, 0)]
-  cosines = jnp.sum(unit * own, axis=-1)
+  own = linalg.normalize(prototypes)[jnp.maximum(labels, 0)]
   known = (labels >= 0) & (labels < len(prototypes))
-  total = jnp.stack(
-    [
-      jnp.sum(jnp.where(known, cosines, 0.0)),
-      jnp.sum(known.astype(jnp.float32)),
-    ]
-  )
+  cosines = jnp.where(known, jnp.sum(unit * own, axis=-1), 0.0)
+  total = jnp.stack([jnp.sum(cosines), jnp.sum(known.astype(jnp.float32))])
   if axis_name is not None:
     total = lax.psum(total, axis_name)
   return total[0] / jnp.maximum(total[1], 1.0)
 
 
 def _class_means(rows, one_hot):
-  """Means of the rows of each class, 0 for a class without one."""
+  """Means of the rows of each class, 0 for a class without a row."""
   rows = jnp.where(jnp.max(one_hot, axis=1, keepdims=True) > 0, rows, 0.0)
   sums = jnp.matmul(one_hot.T, rows, precision=_PRECISION)
   return sums / jnp.maximum(jnp.sum(one_hot, axis=0), 1.0)[:, None]
 
 
 def _within_and_between(rows, labels, one_hot):
-  """Deviations of rows from their class means, and of those from their mean.
+  """Deviations of rows from their class means, and of these from their mean.
 
   `[n, dim]`, 0 for unlabelled rows, and `[num_classes, dim]`, 0 for classes
-  without a row. All are differences to a row of the class, or to a row of
-  another class, before they are anything else: the difference of two close
-  numbers is exact, that of their rounded means is not.
+  without a row. A row of the class, or of another class, is subtracted first:
+  the difference of two close numbers is exact, that of rounded means is not.
   """
   present = jnp.max(one_hot, axis=0)
   first = rows[jnp.argmax(one_hot, axis=0)]
@@ -719,20 +691,20 @@ def _within_and_between(rows, labels, one_hot):
 
 
 def _centred(rows, axis_name=None):
-  """Rows less their mean, exactly 0 if all are equal."""
+  """Rows minus their mean, exactly 0 if all are equal."""
   # The mean of equal numbers need not be that number after rounding.
   rows = rows - _origin(rows, axis_name)[None]
   return rows - _mean(rows, axis_name)[None]
 
 
 def _origin(rows, axis_name):
-  """A vector near all rows if they are near to each other."""
+  """A vector close to all rows if they are close to each other."""
   first = lax.stop_gradient(rows[0])
   return first if axis_name is None else lax.pmax(first, axis_name)
 
 
 def _mean(rows, axis_name):
-  """Mean over the rows of all devices, each of which has as many."""
+  """Mean over the rows of all devices, which have equally many."""
   mean = jnp.mean(rows, axis=0)
   return mean if axis_name is None else lax.pmean(mean, axis_name)
 
@@ -753,6 +725,12 @@ def _rows_and_labels(embeddings, labels, num_classes):
   shape = jnp.shape(embeddings)[:-1]
   labels = arguments.labels('labels', labels, shape, num_classes)
   return rows, labels.reshape(-1)
+
+
+def _against_prototypes(embeddings, labels, prototypes):
+  """Rows `[n, dim]`, their labels `[n]` and the prototypes."""
+  prototypes = arguments.prototypes(prototypes, jnp.shape(embeddings)[-1])
+  return *_rows_and_labels(embeddings, labels, len(prototypes)), prototypes
 
 
 def _one_hot(labels, num_classes):

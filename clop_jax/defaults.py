@@ -109,10 +109,13 @@ FIELDS = {
     1,
     _LARGE,
   ),
-  'data.class_fractions': text(
-    '',
-    "Shares of labels kept of single classes, as '0:0.6,1:0.23'.",
-    may_be_empty=True,
+  'data.class_fractions': fields.Field(
+    {},
+    'Shares of labels kept of single classes: class_fractions.3=0.5 keeps half '
+    'of class 3.',
+    dict,
+    low=0,
+    high=1,
   ),
   'data.label_fraction': share(1.0, "Share kept of each class's labels."),
   'data.labels_per_class': whole(
@@ -466,7 +469,9 @@ FIELDS = {
   ),
   # watch
   'watch.tensorboard': switch(
-    True, "Writes event files in the workdir's tensorboard/."
+    True,
+    "Writes event files in the workdir's tensorboard/, if tensorboardX is "
+    'installed.',
   ),
   'watch.images_every_epochs': whole(
     10,

@@ -1,16 +1,26 @@
 """Declarations of config fields: type, range, unit and meaning in one place.
 
-The check of a config, its error messages, `--help` and docs/config.md all come
-from the declarations in `defaults`.
+The check of a config, its errors, `--help` and docs/config.md all come from the
+declarations in `defaults`.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import difflib
+import functools
 import math
 from typing import Any
 
 import numpy as np
+
+_MANY = 10_000
+
+_KINDS = {
+  bool: 'true or false',
+  int: 'a whole number',
+  float: 'a number',
+  str: 'a text that is not empty',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,18 +29,18 @@ class Field:
 
   Attributes:
     default: Default value.
-    meaning: What it does, as documentation has it.
+    meaning: Description for the documentation.
     kind: Type of the value, or of each number of a list.
     unit: Unit of a number, as 'px'; '' for none.
-    low: Lowest value.
-    high: Highest value.
+    low: Lowest value; for a group, of each entry.
+    high: Highest value; for a group, of each entry.
     above: True if `low` itself is too low.
     below: True if `high` itself is too high.
-    choices: All values that there are; () for any.
+    choices: All valid values; () for any.
     lengths: Least and greatest length of a list; None for no list.
-    ascending: True if a list must not fall.
-    optional: True if None is a value.
-    may_be_empty: True if an empty text is a value.
+    ascending: True if a list must be in ascending order.
+    optional: True if None is valid.
+    may_be_empty: True if an empty text is valid.
     is_path: True for a path, in which commands expand a leading `~`.
   """
 
@@ -50,94 +60,69 @@ class Field:
   is_path: bool = False
 
   def range(self) -> str:
-    """Returns the range as documentation has it, '' if there is none."""
+    """Returns the range for the documentation, '' if there is none."""
     if self.choices:
       return ', '.join(map(str, self.choices))
-    unit = f' {self.unit}' if self.unit else ''
-    lower = (
-      ''
-      if self.low == -math.inf
-      else f'above {self.low:g}'
-      if self.above
-      else f'at least {_number(self.low)}'
-    )
-    upper = (
-      ''
-      if self.high == math.inf
-      else f'below {self.high:g}'
-      if self.below
-      else f'at most {_number(self.high)}'
-    )
-    if lower and upper and not self.above and not self.below:
-      both = f'{_number(self.low)} to {_number(self.high)}'
+    low, high = _number(self.low), _number(self.high)
+    if low and high and not self.above and not self.below:
+      limits = f'{low} to {high}'
     else:
-      both = ', '.join(filter(None, (lower, upper)))
-    return both + unit if both else self.unit
+      lower = low and f'{"above" if self.above else "at least"} {low}'
+      upper = high and f'{"below" if self.below else "at most"} {high}'
+      limits = ', '.join(filter(None, (lower, upper)))
+    return ' '.join(filter(None, (limits, self.unit)))
 
   def expected(self) -> str:
-    """Returns what a value must be, for an error."""
-    if self.kind is dict:
-      return 'a group of options'
+    """Describes the valid values, for an error."""
+    text = 'a text' if self.may_be_empty else _KINDS.get(self.kind, 'a group')
+    if self.kind is dict and self.range():
+      text += ' of numbers'
+    if self.lengths is not None:
+      least, most = self.lengths
+      count = f'{least}' if least == most else f'{least} to {most}'
+      count = f'{least} or more' if most >= _MANY else count
+      numbers = 'whole numbers' if self.kind is int else 'numbers'
+      order = ' in ascending order' if self.ascending else ''
+      text = f'a list of {count} {numbers}{order}'
+      text += ', each' if self.range() else ''
+    limits = self.range()
+    text += f' {"from " if " to " in limits else ""}{limits}' if limits else ''
     if self.choices:
       text = f'one of {list(self.choices)}'
-    else:
-      one = {
-        bool: 'true or false',
-        int: 'a whole number',
-        float: 'a number',
-        str: 'a text' if self.may_be_empty else 'a text that is not empty',
-      }[self.kind]
-      if self.lengths is not None:
-        many = 'whole numbers' if self.kind is int else 'numbers'
-        least, most = self.lengths
-        count = (
-          f'{least}'
-          if least == most
-          else f'{least} or more'
-          if most >= _MANY
-          else f'{least} to {most}'
-        )
-        order = ' in ascending order' if self.ascending else ''
-        one = f'a list of {count} {many}{order}'
-        if self.range():
-          one += ', each'
-      limits = self.range()
-      limits = f'from {limits}' if ' to ' in limits else limits
-      text = f'{one} {limits}'.rstrip()
     return f'None or {text}' if self.optional else text
 
   def accepts(self, value: Any) -> bool:
-    """Returns True if a config may have the value."""
+    """Returns True if the value is valid."""
     if value is None:
       return self.optional
     if self.kind is dict:
-      return hasattr(value, 'items')
+      return hasattr(value, 'items') and (
+        not self.range() or all(map(self._accepts_one, value.values()))
+      )
     if self.lengths is None:
       return self._accepts_one(value)
-    if not isinstance(value, tuple | list):
-      return False
     least, most = self.lengths
-    if not least <= len(value) <= most or not all(
-      map(self._accepts_one, value)
-    ):
-      return False
-    return not self.ascending or list(value) == sorted(value)
+    return (
+      isinstance(value, tuple | list)
+      and least <= len(value) <= most
+      and all(map(self._accepts_one, value))
+      and (not self.ascending or list(value) == sorted(value))
+    )
 
   def _accepts_one(self, value):
-    if self.kind in (bool, str):
-      if not isinstance(value, self.kind):
-        return False
-    elif isinstance(value, bool) or not isinstance(
-      value,
-      int | np.integer if self.kind is int else int | float | np.number,
-    ):
+    types = {bool: bool, str: str, int: int | np.integer}.get(
+      self.kind, int | float | np.number
+    )
+    if not isinstance(value, types):
+      return False
+    if isinstance(value, bool) and self.kind is not bool:
       return False
     if self.choices:
       return value in self.choices
-    if self.kind is str:
-      return self.may_be_empty or bool(value)
     if self.kind is bool:
       return True
+    if self.kind is str:
+      return self.may_be_empty or bool(value)
     # A comparison with NaN is false.
     return (
       (value > self.low if self.above else value >= self.low)
@@ -146,25 +131,10 @@ class Field:
     )
 
 
-_MANY = 10_000
-
-
 def _number(x):
+  if abs(x) == math.inf:
+    return ''
   return f'{int(x)}' if x == int(x) and abs(x) < 1e15 else f'{x:g}'
-
-
-def whole(
-  default: int | None, meaning: str, low: int, high: int, **more
-) -> Field:
-  """Declares a whole number."""
-  return _bounded(int, default, meaning, low, high, **more)
-
-
-def real(
-  default: float | None, meaning: str, low: float, high: float, **more
-) -> Field:
-  """Declares a number."""
-  return _bounded(float, default, meaning, low, high, **more)
 
 
 def _bounded(kind, default, meaning, low, high, **more):
@@ -172,6 +142,10 @@ def _bounded(kind, default, meaning, low, high, **more):
   return Field(
     default, meaning, kind, low=low, high=high, optional=optional, **more
   )
+
+
+whole = functools.partial(_bounded, int)
+real = functools.partial(_bounded, float)
 
 
 def share(default: float | None, meaning: str, **more) -> Field:
@@ -186,14 +160,12 @@ def reals(
   high: float,
   *,
   length: int | tuple[int, int] = (1, _MANY),
+  kind: type = float,
   **more,
 ) -> Field:
-  """Declares a list of numbers of the type of the default's."""
+  """Declares a list of numbers."""
   lengths = (length, length) if isinstance(length, int) else length
-  kind = more.pop('kind', float)
-  return Field(
-    default, meaning, kind, low=low, high=high, lengths=lengths, **more
-  )
+  return _bounded(kind, default, meaning, low, high, lengths=lengths, **more)
 
 
 def text(default: str | None, meaning: str, **more) -> Field:
@@ -223,35 +195,48 @@ def check(
   Args:
     config: Config.
     fields: Declarations by full name, as 'loss.temperature'.
-    where: What stands before the name of a field in an error.
-    fix: Advice that an error ends with.
+    where: Prefix of a field's name in an error.
+    fix: Advice at the end of an error.
 
   Raises:
-    ValueError: If a field is missing or unknown, or its value is out of range.
+    ValueError: If a field is missing, unknown or out of range.
   """
   end = f'; {fix}' if fix else ''
   for group in {name.rpartition('.')[0] for name in fields} - {''}:
-    found = config.get(group, {})
-    if not hasattr(found, 'items'):
+    value = config.get(group, {})
+    if not hasattr(value, 'items'):
       raise ValueError(
-        f'{where}{group} must be a group of fields, got {found!r:.40}{end}'
+        f'{where}{group} must be a group of fields, got {value!r:.40}{end}'
       )
   values = flat(config, fields)
   for name in values:
-    if name not in fields:
-      group = name.rpartition('.')[0]
-      near = difflib.get_close_matches(name, fields, 1)
-      known = [x for x in fields if x.rpartition('.')[0] == group]
-      advice = f'did you mean {near[0]}?' if near else f'there are {known}'
-      raise ValueError(f'{where}{name} is no field of a config; {advice}{end}')
+    check_name(name, fields, where=where, end=end)
   for name, field in fields.items():
     if name not in values:
       raise ValueError(f'{where}{name} is missing{end}')
     if not field.accepts(values[name]):
       raise ValueError(
         f'{where}{name} must be {field.expected()}, got '
-        f'{values[name]!r:.100}{end}'
+        f'{_plain(values[name])!r:.100}{end}'
       )
+
+
+def check_name(
+  name: str, fields: dict[str, Field], *, where: str = '', end: str = ''
+) -> None:
+  """Raises ValueError, with the nearest names, if there is no such field."""
+  if name in fields:
+    return
+  near = difflib.get_close_matches(name, fields, 1)
+  group = name.rpartition('.')[0]
+  known = [x for x in fields if group and x.rpartition('.')[0] == group]
+  known = known or sorted({x.partition('.')[0] for x in fields})
+  advice = f'did you mean {near[0]}?' if near else f'there are {known}'
+  raise ValueError(f'{where}{name} is no field of a config; {advice}{end}')
+
+
+def _plain(value):
+  return value.to_dict() if hasattr(value, 'to_dict') else value
 
 
 def flat(

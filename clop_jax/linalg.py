@@ -1,4 +1,4 @@
-"""Matrix decompositions that lower on every platform, also inside `shard_map`.
+"""Unit vectors, and decompositions that lower everywhere, also in `shard_map`.
 
 On a TPU, JAX writes its SVD and, for more than 256 rows, its `eigh` as loops.
 These loops cannot be lowered for values that vary over an axis of
@@ -12,6 +12,50 @@ import jax.numpy as jnp
 
 _PRECISION = lax.Precision.HIGHEST
 _JACOBI = lax.linalg.EighImplementation.JACOBI
+
+
+def normalize(x: jax.Array) -> jax.Array:
+  """Unit vectors along the last axis; the zero vector stays 0.
+
+  Args:
+    x: `[..., dim]`, floating.
+
+  Returns:
+    `[..., dim]` of the same dtype. The gradient at a zero vector is 0.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import linalg
+    >>> print(linalg.normalize(jnp.array([[0.0, 2.0], [0.0, 0.0]])))
+    [[0. 1.]
+     [0. 0.]]
+  """
+  # Dividing by the largest entry first keeps the squares within float32.
+  largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+  is_zero = largest == 0.0
+  x = x / jnp.where(is_zero, 1.0, largest)
+  squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jnp.where(
+    is_zero, 0.0, lax.rsqrt(jnp.where(is_zero, 1.0, squared))
+  )
+
+
+def magnitude(x: jax.Array, axis_name: str | None = None) -> jax.Array:
+  """The largest absolute entry, over all devices, or 1 if all entries are 0.
+
+  Dividing by it keeps the squares of very large or small numbers in float32.
+
+  Args:
+    x: Array of any shape, floating.
+    axis_name: Mapped axis over which the entries are spread, or None.
+
+  Returns:
+    A scalar.
+  """
+  largest = jnp.max(jnp.abs(x))
+  if axis_name is not None:
+    largest = lax.pmax(largest, axis_name)
+  return jnp.where(largest == 0.0, 1.0, largest)
 
 
 def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -61,21 +105,20 @@ def singular_values(
 ) -> jax.Array:
   r"""Singular values of a matrix, whose rows may be spread over devices.
 
-  With `axis_name` no device sees all rows, and nothing larger than `[dim, dim]`
-  is reduced. The eigenvalues of :math:`Z^\top Z` alone would lose all singular
-  values below `sqrt(eps) = 3e-4` of the largest. So the rows are rotated to its
-  eigenvectors, :math:`Y = Z V`, and the norms of the columns of :math:`Y` are
-  the singular values: they are sums of squares, which do not cancel.
+  With `axis_name` nothing larger than `[dim, dim]` is reduced. The eigenvalues
+  of :math:`Z^\top Z` alone would lose all singular values below `sqrt(eps) =
+  3e-4` of the largest. So the rows are rotated to its eigenvectors, :math:`Y =
+  Z V`. The norms of the columns of :math:`Y` are the singular values: sums of
+  squares, which do not cancel.
 
-  The error of a singular value is at most about 2e-4 of the largest: directions
-  below 3e-4 of it share their energy. The effective rank differs from a float64
-  SVD's by less than 0.1 % for healthy spectra, rank 1, and rank 3 with noise of
-  1e-3, and by 1.3 % in the worst case found, a single direction 3e-4 as strong
-  as the only other one.
+  The error of a singular value is at most about 2e-4 of the largest. The
+  effective rank differs from that of a float64 SVD by less than 0.1 % for
+  healthy spectra, rank 1, and rank 3 with noise of 1e-3. The worst case found
+  is 1.3 %, for a direction 3e-4 as strong as the only other one.
 
   Args:
-    rows: `[n, dim]` float32, this device's part of the rows with `axis_name`.
-    axis_name: The mapped axis over which the rows are spread, or None.
+    rows: `[n, dim]`, floating. With `axis_name`, this device's rows.
+    axis_name: Mapped axis over which the rows are spread, or None.
 
   Returns:
     `[min(n, dim)]` without `axis_name`, else `[dim]`; largest first.
@@ -93,10 +136,12 @@ def singular_values(
   """
   if axis_name is None:
     return lax.platform_dependent(
-      rows, tpu=lambda x: _svd_by_eigh(x)[1], default=_singular_values
+      rows,
+      tpu=lambda x: _svd_by_eigh(x)[1],
+      default=lambda x: jnp.linalg.svd(x, compute_uv=False),
     )
-  # `_gram` is the same on all devices, so JAX's own `eigh` lowers everywhere.
-  # It is symmetric already: each entry and its mirror are the same sum.
+  # The Gram matrix is replicated, so JAX's own `eigh` lowers everywhere. It is
+  # symmetric already: each entry and its mirror are the same sum.
   gram = lax.psum(_matmul(rows.T, rows), axis_name)
   vectors, _ = lax.linalg.eigh(gram, symmetrize_input=False)
   rotated = _matmul(rows, vectors)
@@ -110,8 +155,7 @@ def _matmul(a, b):
 
 
 def _eigh(matrix):
-  values, vectors = jnp.linalg.eigh(matrix)
-  return values, vectors
+  return tuple(jnp.linalg.eigh(matrix))
 
 
 def _eigh_jacobi(matrix):
@@ -119,13 +163,8 @@ def _eigh_jacobi(matrix):
   return values, vectors
 
 
-def _singular_values(matrix):
-  return jnp.linalg.svd(matrix, compute_uv=False)
-
-
 def _svd(matrix):
-  u, sigma, vt = jnp.linalg.svd(matrix, full_matrices=False)
-  return u, sigma, vt
+  return tuple(jnp.linalg.svd(matrix, full_matrices=False))
 
 
 def _svd_by_eigh(matrix):

@@ -1,21 +1,19 @@
 """The training losses of CLOP and its neighbours, as pure functions.
 
-Conventions, the same for every function:
+Conventions:
 
-* `embeddings` are `[views, batch, dim]`, floating, any precision; all
+* `embeddings` are `[views, batch, dim]`, floating, of any precision. All
   arithmetic is float32 and the result is a float32 scalar.
-* `labels` are `[batch]` integers of any kind, one for all views of an example;
-  a negative label (-1) means unlabelled.
-* The result is a mean over the *global* batch. With `axis_name=None` the arrays
-  given are the global batch (one device, or global arrays under `jax.jit`).
-  With a name they are this device's share of it, and every device returns the
-  same global value.
-* Gradients. Under `jax.shard_map(..., check_vma=True)` differentiate these
-  functions as they are: the gradient for replicated parameters is already the
-  global gradient, and averaging it again would be wrong or useless. Under
+* `labels` are `[batch]` integers of any kind, one for all views of an example.
+  A negative label (-1) means unlabelled.
+* The result is a mean over the *global* batch. Without `axis_name` the arrays
+  are the global batch (one device, or global arrays under `jax.jit`). With it
+  they are this device's part, and every device returns the same global value.
+* Under `jax.shard_map(..., check_vma=True)` the gradient for replicated
+  parameters is already the global gradient: do not average it again. Under
   `jax.pmap`, average the gradients with `jax.lax.pmean`.
 * A NaN in the embeddings gives a NaN loss. A zero embedding has cosine 0 with
-  everything, and gets the gradient 0.
+  everything, and the gradient 0.
 """
 
 import functools
@@ -26,14 +24,26 @@ from jax import lax
 import jax.numpy as jnp
 
 from clop_jax import arguments
+from clop_jax import linalg
+
+DISTANCES = ('cosine', 'euclidean', 'manhattan', 'softmax')
 
 # Half of the lowest float32: exp(_MASKED - max) is exactly 0, and unlike -inf
 # it leaves no `inf - inf` in the gradient of a row whose every entry is masked.
 _MASKED = float(jnp.finfo(jnp.float32).min) / 2
 
-# The matrix products of the losses feed exponentials; TPU and GPU defaults
+# The matrix products of the losses feed exponentials. TPU and GPU defaults
 # (bfloat16, TF32) would cost up to three digits there.
 _PRECISION = lax.Precision.HIGHEST
+
+# See `choose_block_size`.
+_BLOCK_ROWS = 512
+_ROWS_OF_WHOLE_ON_CPU = 2048
+_LARGEST_WHOLE = 1 << 26
+
+# The id of an embedding is `view * _BATCH_STRIDE + example`: the same on every
+# device, and one remainder away from the number of the example.
+_BATCH_STRIDE = 1 << 24
 
 
 def clop_loss(
@@ -54,14 +64,14 @@ def clop_loss(
              {\sum_{v,i:\, y_i \ge 0} w_{y_i}}
 
   with `d(z, c) = 1 - cos(z, c)` ('cosine', the paper's), `||z - c||_2`
-  ('euclidean') or `||z - c||_1` ('manhattan'). All of them first divide the
-  embeddings by their lengths, as the authors' code does; `c` stays as it is
-  given. Without a labelled example anywhere the loss and its gradient are
-  exactly 0.
+  ('euclidean') or `||z - c||_1` ('manhattan'). Every distance normalizes the
+  embeddings first, as the authors' code does. The last two use the prototypes
+  as they are. Without a labelled example anywhere, the loss and its gradient
+  are exactly 0.
 
-  Two forms are not the paper's. Embeddings that are all alike feel its cosine
-  distance as a pull towards the mean of orthonormal prototypes, where the loss
-  rests at `1 - 1 / sqrt(num_classes)`; these do not have that pull:
+  Two options are not in the paper. Its cosine distance pulls embeddings that
+  are all equal to the mean of orthonormal prototypes, where the loss is `1 - 1
+  / sqrt(num_classes)`. These two do not:
 
   .. math::
     d_{softmax}(z, c_y) = -\log \frac{\exp(\cos(z, c_y) / \tau)}
@@ -69,8 +79,8 @@ def clop_loss(
     d_{repulsion}(z, c_y) = 1 - \cos(z, c_y) +
       \frac{r}{k - 1} \sum_{j \ne y} \cos(z, c_j)
 
-  Repulsion with `r = 1` is, up to a constant and a factor, the cosine distance
-  to the simplex ETF that the centred prototypes are.
+  Repulsion with `r = 1` equals, up to a constant and a factor, the cosine
+  distance to the centred prototypes, a simplex ETF.
 
   Args:
     embeddings: `[views, batch, dim]` or `[batch, dim]`, floating.
@@ -78,18 +88,18 @@ def clop_loss(
       traced label beyond the prototypes gives NaN.
     prototypes: `[num_classes, dim]`, see `clop_jax.prototypes`.
     distance: 'cosine', 'euclidean', 'manhattan' or 'softmax'.
-    temperature: tau of 'softmax', above 0.
-    repulsion: r, the weight of the repulsion from the other prototypes, at
-      least 0; of 'cosine' only.
+    temperature: Temperature of 'softmax', must be positive.
+    repulsion: Weight `r` of the repulsion from the other prototypes, at least
+      0. Only for 'cosine'.
     class_weights: `[num_classes]` non-negative weights `w`; None is all ones.
-    axis_name: the mapped axis over which the batch is split, or None.
+    axis_name: Mapped axis over which the batch is split, or None.
 
   Returns:
     A float32 scalar, in [0, 2] for the cosine distance without repulsion.
 
   Raises:
-    ValueError: if a shape, a dtype, `distance`, a number or a label whose value
-      is known is not as above.
+    ValueError: If a shape, a dtype, `distance`, a number or a known label is
+      not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -101,34 +111,26 @@ def clop_loss(
   Reference:
     "CLOP", arXiv 2403.18699, the loss added to the contrastive one.
   """
-  if distance not in _DISTANCES:
+  if distance not in DISTANCES:
     raise ValueError(
-      f'distance must be one of {sorted(_DISTANCES)}, got {distance!r}'
+      f'distance must be one of {sorted(DISTANCES)}, got {distance!r}'
     )
   temperature = arguments.number('temperature', temperature, above=0)
   repulsion = arguments.number('repulsion', repulsion, at_least=0)
-  # A traced number has no value: it may be 0 or not.
-  repels = isinstance(repulsion, jax.core.Tracer) or repulsion > 0
-  if repels and distance != 'cosine':
+  if _may_repel(repulsion) and distance != 'cosine':
     raise ValueError(
-      f"repulsion={repulsion} goes with distance='cosine' only, got "
-      f'{distance!r}; set repulsion to 0'
+      f"repulsion={repulsion} needs distance='cosine', got {distance!r}; set "
+      'repulsion to 0'
     )
   embeddings = arguments.array('embeddings', embeddings)
   if embeddings.ndim == 2:
     embeddings = embeddings[None]
   embeddings = _checked_embeddings(embeddings, min_views=1)
   views, batch, dim = embeddings.shape
-  prototypes = arguments.real('prototypes', prototypes)
-  if prototypes.ndim != 2 or prototypes.shape[1] != dim or not len(prototypes):
-    raise ValueError(
-      f'prototypes must have shape [num_classes, dim]=[*, {dim}] to fit the '
-      f'embeddings, got {prototypes.shape}'
-    )
-  num_classes = prototypes.shape[0]
+  prototypes = arguments.prototypes(prototypes, dim)
+  num_classes = len(prototypes)
   labels = arguments.labels('labels', labels, (batch,), num_classes)
-  labelled = labels >= 0
-  weights = labelled.astype(jnp.float32)
+  weights = (labels >= 0).astype(jnp.float32)
   if class_weights is not None:
     class_weights = arguments.real('class_weights', class_weights)
     if class_weights.shape != (num_classes,):
@@ -137,26 +139,78 @@ def clop_loss(
         f'{class_weights.shape}'
       )
     weights *= class_weights[labels]
-  # A gather clamps an index that is too large, which would pull the example to
-  # the wrong prototype without a word.
-  own = jnp.where(
-    (labels < num_classes)[:, None],
-    prototypes[jnp.where(labelled, labels, 0)],
-    jnp.nan,
-  )[None]
-  unit = _normalize(embeddings)
-  distances = _DISTANCES[distance](unit, own)
-  if distance == 'softmax':
-    cosines = _dot(unit, _normalize(prototypes))
-    partition = jax.nn.logsumexp(cosines / temperature, axis=-1)
-    distances = partition - (1.0 - distances) / temperature
-  if repels:
-    everything = jnp.sum(_normalize(prototypes), axis=0)
-    others = everything[None, None] - _normalize(own)
-    cosines = jnp.sum(unit * others, axis=-1)
-    distances += repulsion / max(num_classes - 1, 1) * cosines
+  distances = prototype_distances(
+    linalg.normalize(embeddings),
+    labels,
+    prototypes,
+    distance=distance,
+    temperature=temperature,
+    repulsion=repulsion,
+  )
   weights = jnp.broadcast_to(weights[None], (views, batch))
-  return _masked_mean(distances, weights, axis_name)
+  # A product, not a selection: NaN times 0 is NaN, so a broken embedding shows
+  # even where its weight is 0.
+  return _mean(jnp.sum(distances * weights), jnp.sum(weights), axis_name)
+
+
+def prototype_distances(
+  unit: jax.Array,
+  labels: jax.Array,
+  prototypes: jax.Array,
+  *,
+  distance: str = 'cosine',
+  temperature: float = 0.1,
+  repulsion: float = 0.0,
+) -> jax.Array:
+  """Distances of unit embeddings to the prototypes of their classes.
+
+  `clop_loss` is their weighted mean and has the equations. This function checks
+  nothing and keeps the dtype.
+
+  Args:
+    unit: `[..., dim]` unit embeddings, floating.
+    labels: Integers of the leading shape, or of its last axes. The distance of
+      an unlabelled embedding has no meaning.
+    prototypes: `[num_classes, dim]`, floating.
+    distance: 'cosine', 'euclidean', 'manhattan' or 'softmax'.
+    temperature: Temperature of 'softmax'.
+    repulsion: Weight of the repulsion from the other prototypes, for 'cosine'.
+
+  Returns:
+    `[...]` distances; NaN for labels beyond the prototypes.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from clop_jax import loss
+    >>> labels = jnp.array([0, 0])
+    >>> print(loss.prototype_distances(jnp.eye(2), labels, jnp.eye(2)))
+    [0. 1.]
+  """
+  unit, labels, prototypes = map(jnp.asarray, (unit, labels, prototypes))
+  # A gather clamps an index that is too large, which would silently pull the
+  # example to the wrong prototype.
+  exists = (labels < len(prototypes))[..., None]
+  own = jnp.where(exists, prototypes[jnp.maximum(labels, 0)], jnp.nan)
+  own = jnp.expand_dims(own, tuple(range(unit.ndim - own.ndim)))
+  if distance == 'manhattan':
+    return jnp.sum(jnp.abs(unit - own), axis=-1)
+  if distance == 'euclidean':
+    squared = jnp.sum(jnp.square(unit - own), axis=-1)
+    # The square root has no gradient at 0, where the distance has its minimum:
+    # 0 is a subgradient.
+    is_zero = squared == 0.0
+    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, squared)))
+  own = linalg.normalize(own)
+  cosines = jnp.sum(unit * own, axis=-1)
+  if distance == 'softmax':
+    logits = _dot(unit, linalg.normalize(prototypes)) / temperature
+    return jax.nn.logsumexp(logits, axis=-1) - cosines / temperature
+  if not _may_repel(repulsion):
+    return 1.0 - cosines
+  total = jnp.sum(linalg.normalize(prototypes), axis=0)
+  others = jnp.expand_dims(total, tuple(range(own.ndim - 1))) - own
+  weight = repulsion / max(len(prototypes) - 1, 1)
+  return 1.0 - cosines + weight * jnp.sum(unit * others, axis=-1)
 
 
 def nt_xent_loss(
@@ -173,28 +227,25 @@ def nt_xent_loss(
         \frac{\exp(\cos(z_a, z_p) / \tau)}
              {\sum_{b \ne a} \exp(\cos(z_a, z_b) / \tau)}
 
-  over all `V B` embeddings `a`; `P(a)` are the other views of the same example.
-  With two views it is the published loss. With more, the positives' logarithms
-  are averaged, as in SupCon's `L_out`.
+  over all `V B` embeddings `a`, where `P(a)` are the other views of the same
+  example. With two views it is the published loss. With more, the logarithms of
+  the positives are averaged, as in SupCon's `L_out`.
 
   Args:
     embeddings: `[views, batch, dim]` with at least two views, floating.
-    temperature: tau, above 0.
-    block_size: rows of the similarity matrix that exist at one time. None makes
-      it whole: memory grows with the square of the batch. A number makes it
-      block by block, and each block's part of the gradient with it: memory
-      grows with the batch, the value is the same. With `axis_name` the rows are
-      as many fewer as the devices are more (and at least one), so that a device
-      never holds more than its own rows times `block_size` numbers of the
-      matrix, if `block_size` is not below the devices. docs/scaling.md says how
-      to choose it for many devices. (Reverse mode only.)
-    axis_name: the mapped axis over which the batch is split, or None.
+    temperature: Softmax temperature, must be positive.
+    block_size: Number of rows of the similarity matrix in memory at one time,
+      over all devices together (at least one on each). None holds the whole
+      matrix: memory grows with the square of the batch. With blocks it grows
+      with the batch. The value is the same. docs/scaling.md helps to choose it.
+      Blocks support reverse-mode differentiation only.
+    axis_name: Mapped axis over which the batch is split, or None.
 
   Returns:
     A float32 scalar.
 
   Raises:
-    ValueError: if a shape, a dtype or a hyper-parameter is not as above.
+    ValueError: If a shape, a dtype or a hyper-parameter is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -209,7 +260,7 @@ def nt_xent_loss(
     Representations", arXiv 2002.05709, section 2.1, equation 1.
   """
   embeddings = _checked_embeddings(embeddings, min_views=2)
-  return _supervised_contrastive(
+  return _contrastive(
     embeddings, None, temperature, 'out', block_size, axis_name
   )
 
@@ -232,26 +283,26 @@ def supcon_loss(
     L_{in} = \frac{1}{|A|} \sum_{a \in A} -\log \frac{1}{|P(a)|}
       \sum_{p \in P(a)} \frac{\exp(s_{ap})}{\sum_{b \ne a} \exp(s_{ab})}
 
-  with `s = cos / temperature`. (The code SupContrast multiplies the loss by
-  `temperature / 0.07`.) `P(a)` are the other views of the same example and, if
-  it is labelled, all views of the examples with its label. `A` are the
-  embeddings with a positive: one without adds nothing. With all labels unique,
-  or all -1, both forms equal `nt_xent_loss` at two views.
+  with `s = cos / temperature`. `P(a)` are the other views of the same example
+  and, if it is labelled, all views of the examples with its label. `A` are the
+  embeddings with a positive; the others add nothing. If all labels are unique,
+  or all are -1, both forms equal `nt_xent_loss` at two views. (The authors'
+  code multiplies the loss by `temperature / 0.07`.)
 
   Args:
     embeddings: `[views, batch, dim]`, floating. One view is enough where
       classes repeat.
     labels: `[batch]` integers; negative is unlabelled.
-    temperature: above 0.
-    variant: 'out', the mean of logarithms, or 'in', the logarithm of the mean.
-    block_size: as in `nt_xent_loss`.
-    axis_name: the mapped axis over which the batch is split, or None.
+    temperature: Softmax temperature, must be positive.
+    variant: 'out' (mean of logarithms) or 'in' (logarithm of the mean).
+    block_size: As in `nt_xent_loss`.
+    axis_name: Mapped axis over which the batch is split, or None.
 
   Returns:
     A float32 scalar; 0 if no embedding has a positive.
 
   Raises:
-    ValueError: if a shape, a dtype or a hyper-parameter is not as above.
+    ValueError: If a shape, a dtype or a hyper-parameter is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -270,7 +321,7 @@ def supcon_loss(
     raise ValueError(f"variant must be 'out' or 'in', got {variant!r}")
   embeddings = _checked_embeddings(embeddings, min_views=1)
   labels = arguments.labels('labels', labels, (embeddings.shape[1],))
-  return _supervised_contrastive(
+  return _contrastive(
     embeddings, labels, temperature, variant, block_size, axis_name
   )
 
@@ -278,17 +329,17 @@ def supcon_loss(
 def choose_block_size(
   num_embeddings: int, num_devices: int = 1, *, platform: str | None = None
 ) -> int | None:
-  """The `block_size` that training takes unless the config gives one.
+  """Returns the default `block_size` of training.
 
-  Blocks of 512 rows on each device, where the whole matrix would be slower or
-  too large: on a CPU from 2,048 embeddings on (from there they are faster, as
-  they stay nearer to the caches), elsewhere from 2^26 numbers on a device on,
-  268 MB, as a loss needs two or three such matrices.
+  Blocks have 512 rows on each device. They are used where the whole matrix
+  would be slower or too large: on a CPU from 2,048 embeddings (they stay closer
+  to the caches), elsewhere above 2^26 entries (268 MB) per device, as a loss
+  needs two or three such matrices.
 
   Args:
-    num_embeddings: of all views, over all devices.
-    num_devices: that share the rows.
-    platform: 'cpu', 'gpu' or 'tpu'; None: JAX's default.
+    num_embeddings: Number of embeddings: all views, all devices.
+    num_devices: Number of devices that share the rows.
+    platform: 'cpu', 'gpu', 'tpu', or None for JAX's default.
 
   Returns:
     The block size, or None for the whole matrix.
@@ -317,26 +368,26 @@ def dcl_loss(
   temperature: float = 0.1,
   axis_name: str | None = None,
 ) -> jax.Array:
-  r"""Decoupled contrastive loss (DCL): NT-Xent without the positives below.
+  r"""Decoupled contrastive loss (DCL): NT-Xent with negatives alone below.
 
   .. math::
     L = \frac{1}{VB} \sum_a \Big( -\frac{1}{V-1} \sum_{p \in P(a)} s_{ap} +
         \log \sum_{b \in N(a)} \exp(s_{ab}) \Big)
 
-  with `s = cos / temperature`; `P(a)` are the other views of the same example
-  and `N(a)` all views of all other examples. It can be negative.
+  with `s = cos / temperature`. `P(a)` are the other views of the same example
+  and `N(a)` all views of all other examples. The loss can be negative.
 
   Args:
-    embeddings: `[views, batch, dim]`, floating, at least two views and (over
-      all devices) two examples.
-    temperature: above 0.
-    axis_name: the mapped axis over which the batch is split, or None.
+    embeddings: `[views, batch, dim]`, floating, with at least two views and
+      (over all devices) two examples.
+    temperature: Softmax temperature, must be positive.
+    axis_name: Mapped axis over which the batch is split, or None.
 
   Returns:
     A float32 scalar.
 
   Raises:
-    ValueError: if a shape, a dtype or a hyper-parameter is not as above.
+    ValueError: If a shape, a dtype or a hyper-parameter is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -351,17 +402,8 @@ def dcl_loss(
     the loss L_DC.
   """
   embeddings = _checked_embeddings(embeddings, min_views=2)
-  temperature = arguments.number('temperature', temperature, above=0)
-  views = embeddings.shape[0]
-  _checked_global_batch(embeddings, axis_name, at_least=2)
-  rows, row_ids, columns, column_ids = _rows_and_columns(embeddings, axis_name)
-  logits = _dot(rows / temperature, columns)
-  same_example = _same_example(row_ids, column_ids)
-  positive = same_example & (row_ids[:, None] != column_ids[None, :])
-  attraction = jnp.sum(jnp.where(positive, logits, 0.0), axis=1) / (views - 1)
-  repulsion = jax.nn.logsumexp(jnp.where(same_example, _MASKED, logits), axis=1)
-  per_anchor = repulsion - attraction
-  return _masked_mean(per_anchor, jnp.ones_like(per_anchor), axis_name)
+  _checked_global_batch(embeddings, axis_name)
+  return _contrastive(embeddings, None, temperature, 'dcl', None, axis_name)
 
 
 def vicreg_loss(
@@ -382,25 +424,24 @@ def vicreg_loss(
     v = \tfrac{1}{d} \sum_j \max(0, 1 - \sqrt{Var(Z_{:j}) + 10^{-4}}), \quad
     c = \tfrac{1}{d} \sum_{i \ne j} Cov(Z)_{ij}^2
 
-  with the unbiased (n - 1) variance and covariance. As in the paper's
-  algorithm 1, `s` is also a mean over the dimensions (equation 5 sums them).
-  The authors' code and lightly take half of the variance term: their weights
-  25, 25, 1 are 25, 12.5, 1 here.
-  With more than two views it is the mean over the pairs of views.
+  with the unbiased (n - 1) variance and covariance. With more than two views it
+  is the mean over the pairs of views. As in algorithm 1 of the paper, `s` is
+  also a mean over the dimensions (equation 5 sums them). The authors' code and
+  lightly halve the variance term: their weights 25, 25, 1 are 25, 12.5, 1 here.
 
   Args:
-    embeddings: `[views, batch, dim]`, floating, at least two views and (over
-      all devices) two examples; used at the length they have.
-    invariance_weight: lambda.
-    variance_weight: mu.
-    covariance_weight: nu.
-    axis_name: the mapped axis over which the batch is split, or None.
+    embeddings: `[views, batch, dim]`, floating, with at least two views and
+      (over all devices) two examples. They are not normalized.
+    invariance_weight: Weight lambda of the invariance term.
+    variance_weight: Weight mu of the variance term.
+    covariance_weight: Weight nu of the covariance term.
+    axis_name: Mapped axis over which the batch is split, or None.
 
   Returns:
     A float32 scalar.
 
   Raises:
-    ValueError: if a shape or a dtype is not as above.
+    ValueError: If a shape, a dtype or a weight is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -412,17 +453,14 @@ def vicreg_loss(
   Reference:
     Bardes et al., "VICReg", arXiv 2105.04906, section 4.1 and algorithm 1.
   """
-  invariance_weight, variance_weight, covariance_weight = (
-    arguments.number(name, value)
-    for name, value in (
-      ('invariance_weight', invariance_weight),
-      ('variance_weight', variance_weight),
-      ('covariance_weight', covariance_weight),
-    )
-  )
+  weights = [
+    arguments.number('invariance_weight', invariance_weight),
+    arguments.number('variance_weight', variance_weight),
+    arguments.number('covariance_weight', covariance_weight),
+  ]
   embeddings = _checked_embeddings(embeddings, min_views=2)
   views, _, dim = embeddings.shape
-  batch = _checked_global_batch(embeddings, axis_name, at_least=2)
+  batch = _checked_global_batch(embeddings, axis_name)
   pairs = list(itertools.combinations(range(views), 2))
   squared = sum(
     jnp.sum(jnp.square(embeddings[a] - embeddings[b])) for a, b in pairs
@@ -432,17 +470,13 @@ def vicreg_loss(
   centred = _centred(embeddings, batch, axis_name)
   covariance = _cross_products(centred, centred, axis_name) / (batch - 1)
   variances = jnp.diagonal(covariance, axis1=1, axis2=2)
-  deviation = jnp.sqrt(variances + 1e-4)
-  # Each view is in as many pairs as any other, so a mean over pairs of
-  # v(Z) + v(Z') is twice the mean over views.
-  variance = 2 * jnp.mean(jax.nn.relu(1.0 - deviation))
+  # Each view is in equally many pairs, so a mean over pairs of v(Z) + v(Z') is
+  # twice the mean over views.
+  variance = 2 * jnp.mean(jax.nn.relu(1.0 - jnp.sqrt(variances + 1e-4)))
   off_diagonal = covariance * (1.0 - jnp.eye(dim, dtype=jnp.float32))[None]
-  covariance_term = 2 * jnp.sum(jnp.square(off_diagonal)) / (views * dim)
-  return (
-    invariance_weight * invariance
-    + variance_weight * variance
-    + covariance_weight * covariance_term
-  )
+  off_diagonal = 2 * jnp.sum(jnp.square(off_diagonal)) / (views * dim)
+  terms = (invariance, variance, off_diagonal)
+  return sum(w * term for w, term in zip(weights, terms, strict=True))
 
 
 def barlow_twins_loss(
@@ -451,28 +485,28 @@ def barlow_twins_loss(
   redundancy_weight: float = 5e-3,
   axis_name: str | None = None,
 ) -> jax.Array:
-  r"""Barlow Twins: the views' cross-correlation should be the identity.
+  r"""Barlow Twins: pulls the cross-correlation of two views to the identity.
 
   .. math::
     L = \sum_i (1 - C_{ii})^2 + \lambda \sum_{i \ne j} C_{ij}^2, \qquad
     C = \tfrac{1}{n} \hat{Z}^\top \hat{Z}'
 
   where each column of `Z` is standardized over the batch: mean 0 and divided by
-  `sqrt(variance + 1e-5)`, as batch normalization does, so that a dead dimension
+  `sqrt(variance + 1e-5)`, as batch normalization does. So a constant dimension
   has correlation 0 and a finite gradient. With more than two views it is the
   mean over the pairs of views. (solo-learn multiplies the loss by 0.025.)
 
   Args:
-    embeddings: `[views, batch, dim]`, floating, at least two views and (over
-      all devices) two examples.
-    redundancy_weight: lambda.
-    axis_name: the mapped axis over which the batch is split, or None.
+    embeddings: `[views, batch, dim]`, floating, with at least two views and
+      (over all devices) two examples.
+    redundancy_weight: Weight lambda of the off-diagonal entries.
+    axis_name: Mapped axis over which the batch is split, or None.
 
   Returns:
     A float32 scalar.
 
   Raises:
-    ValueError: if a shape or a dtype is not as above.
+    ValueError: If a shape, a dtype or the weight is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -487,63 +521,23 @@ def barlow_twins_loss(
   redundancy_weight = arguments.number('redundancy_weight', redundancy_weight)
   embeddings = _checked_embeddings(embeddings, min_views=2)
   views, _, dim = embeddings.shape
-  batch = _checked_global_batch(embeddings, axis_name, at_least=2)
+  batch = _checked_global_batch(embeddings, axis_name)
   centred = _centred(embeddings, batch, axis_name)
   variances = _psum(jnp.sum(jnp.square(centred), axis=1), axis_name) / batch
   standardized = centred * lax.rsqrt(variances + 1e-5)[:, None]
-  first, second = zip(*itertools.combinations(range(views), 2), strict=True)
-  correlation = (
-    _cross_products(
-      standardized[jnp.array(first)], standardized[jnp.array(second)], axis_name
-    )
-    / batch
-  )
+  pairs = jnp.array([*itertools.combinations(range(views), 2)]).T
+  first, second = standardized[pairs[0]], standardized[pairs[1]]
+  correlation = _cross_products(first, second, axis_name) / batch
   identity = jnp.eye(dim, dtype=jnp.float32)[None]
   weights = identity + redundancy_weight * (1.0 - identity)
   squared = weights * jnp.square(correlation - identity)
   return jnp.sum(squared) / len(first)
 
 
-# Distances of unit embeddings to the prototypes of their classes.
-
-
-def _cosine_distance(unit, targets):
-  return 1.0 - jnp.sum(unit * _normalize(targets), axis=-1)
-
-
-def _euclidean_distance(unit, targets):
-  squared = jnp.sum(jnp.square(unit - targets), axis=-1)
-  # The square root has no gradient at 0; where an embedding sits on its target
-  # the distance is at its minimum and 0 is a subgradient.
-  at_target = squared == 0.0
-  return jnp.where(at_target, 0.0, jnp.sqrt(jnp.where(at_target, 1.0, squared)))
-
-
-def _manhattan_distance(unit, targets):
-  return jnp.sum(jnp.abs(unit - targets), axis=-1)
-
-
-_DISTANCES = {
-  'cosine': _cosine_distance,
-  'euclidean': _euclidean_distance,
-  'manhattan': _manhattan_distance,
-  'softmax': _cosine_distance,  # its logits are the cosines
-}
-
-# See `choose_block_size`.
-_BLOCK_ROWS = 512
-_ROWS_OF_WHOLE_ON_CPU = 2048
-_LARGEST_WHOLE = 1 << 26
-
-# An embedding's number is `view * _BATCH_STRIDE + example`: the same on every
-# device, and one remainder away from the example's number.
-_BATCH_STRIDE = 1 << 24
-
-
-def _supervised_contrastive(
+def _contrastive(
   embeddings, labels, temperature, variant, block_size, axis_name
 ):
-  """SupCon and, with labels None, NT-Xent, dense or in blocks of rows."""
+  """SupCon and, with labels None, NT-Xent and DCL; dense or in blocks."""
   temperature = arguments.number('temperature', temperature, above=0)
   if block_size is not None:
     block_size = arguments.count('block_size', block_size)
@@ -559,8 +553,8 @@ def _supervised_contrastive(
   if block_size is None or block_size >= num_columns:
     total, count = _anchor_sum(rows, columns, *numbered, variant)
   else:
-    # The columns are of all devices: with a fixed number of rows a block would
-    # grow with the number of devices. Rounded down, to hold no more than said.
+    # The columns come from all devices: a fixed number of rows would make a
+    # block grow with the number of devices.
     rows_at_once = max(1, block_size * num_rows // num_columns)
     total, count = _blocked_anchor_sum(
       rows, columns, *numbered, variant, rows_at_once
@@ -569,33 +563,35 @@ def _supervised_contrastive(
 
 
 def _anchor_sum(rows, columns, row_numbers, column_numbers, variant):
-  """Sum of the anchors' losses and number of the anchors with a positive.
+  """Sum of the anchors' losses, and number of the anchors with a positive.
 
   `*_numbers` are `(ids, labels or None)`. A negative row id is padding.
   """
-  (row_ids, row_labels), (column_ids, column_labels) = (
-    row_numbers,
-    column_numbers,
-  )
+  row_ids, row_labels = row_numbers
+  column_ids, column_labels = column_numbers
   itself = row_ids[:, None] == column_ids[None, :]
-  logits = jnp.where(itself, _MASKED, _dot(rows, columns))
-  positive = _same_example(row_ids, column_ids)
+  columns_example = column_ids[None, :] % _BATCH_STRIDE
+  same_example = row_ids[:, None] % _BATCH_STRIDE == columns_example
+  excluded = same_example if variant == 'dcl' else itself
+  positive = same_example
   if row_labels is not None:
     same_class = row_labels[:, None] == column_labels[None, :]
     positive |= same_class & (row_labels[:, None] >= 0)
   positive &= ~itself & (row_ids[:, None] >= 0)
   num_positives = jnp.sum(positive, axis=1).astype(jnp.float32)
   divisor = jnp.maximum(num_positives, 1.0)
-  if variant == 'out':
-    attraction = jnp.sum(jnp.where(positive, logits, 0.0), axis=1) / divisor
-  else:
+  logits = _dot(rows, columns)
+  partition = jax.nn.logsumexp(jnp.where(excluded, _MASKED, logits), axis=1)
+  if variant == 'in':
     attraction = jax.nn.logsumexp(
       jnp.where(positive, logits, _MASKED), axis=1
     ) - jnp.log(divisor)
-  losses = jax.nn.logsumexp(logits, axis=1) - attraction
+  else:
+    attraction = jnp.sum(jnp.where(positive, logits, 0.0), axis=1) / divisor
   has_positive = (num_positives > 0).astype(jnp.float32)
-  # A product, so that a NaN shows also where no anchor has a positive.
-  return jnp.sum(losses * has_positive), jnp.sum(has_positive)
+  # A product, so that a NaN shows even where no anchor has a positive.
+  losses = (partition - attraction) * has_positive
+  return jnp.sum(losses), jnp.sum(has_positive)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -619,9 +615,8 @@ def _blocked_anchor_sum(
 def _blocked_anchor_sum_fwd(
   rows, columns, row_numbers, column_numbers, variant, block_size
 ):
-  # The sum is differentiated where its block is at hand: the gradient needs the
-  # block's logits once, so nothing is kept and nothing made again, and all that
-  # the cotangent (a scalar) can do later is to scale it.
+  # Each block is differentiated while its logits exist: they are neither kept
+  # nor computed again. The cotangent, a scalar, only scales the result.
   differentiate = jax.value_and_grad(_anchor_sum, argnums=(0, 1), has_aux=True)
 
   def add_block(sums, block):
@@ -665,15 +660,15 @@ def _blocks(rows, row_numbers, block_size):
 
 
 def _zeros(tree, like):
-  """Zeros that vary over the same mapped axes as `like`, as a scan demands."""
+  """Zeros that vary over the mapped axes of `like`, as `lax.scan` requires."""
   never = like.ravel()[0] != like.ravel()[0]
   return jax.tree.map(lambda x: jnp.where(never, 0.0, jnp.zeros_like(x)), tree)
 
 
 def _rows_and_columns(embeddings, axis_name):
-  """This device's unit embeddings as rows, everybody's as columns, numbered."""
+  """Unit embeddings: this device's as rows, all as columns, with their ids."""
   views, batch, dim = embeddings.shape
-  unit = _normalize(embeddings)
+  unit = linalg.normalize(embeddings)
   gathered = _all_gather(unit, axis_name, axis=1)
   global_batch = gathered.shape[1]
   if global_batch > _BATCH_STRIDE:
@@ -692,26 +687,13 @@ def _rows_and_columns(embeddings, axis_name):
   )
 
 
-def _same_example(row_ids, column_ids):
-  columns = column_ids[None, :] % _BATCH_STRIDE
-  return row_ids[:, None] % _BATCH_STRIDE == columns
-
-
 def _dot(rows, columns):
   return jnp.matmul(rows, columns.T, precision=_PRECISION)
 
 
-def _normalize(x):
-  """Unit vectors along the last axis; the zero vector stays 0, gradient 0."""
-  # Scaled by the largest entry first: the square of a float32 beyond 1e19
-  # overflows, and a diverged embedding would come out as 0 and not as wrong.
-  largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-  is_zero = largest == 0.0
-  x = x / jnp.where(is_zero, 1.0, largest)
-  squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-  return x * jnp.where(
-    is_zero, 0.0, lax.rsqrt(jnp.where(is_zero, 1.0, squared))
-  )
+def _may_repel(repulsion):
+  # A traced number has no value: it may be 0 or not.
+  return isinstance(repulsion, jax.core.Tracer) or repulsion != 0
 
 
 def _centred(embeddings, global_batch, axis_name):
@@ -725,18 +707,11 @@ def _cross_products(a, b, axis_name):
   return _psum(local, axis_name)
 
 
-def _masked_mean(values, weights, axis_name):
-  """Weighted mean over all devices; 0 if all weights are 0, NaN stays NaN."""
-  # A product, not a selection: NaN times 0 is NaN, so a broken embedding shows
-  # even where its weight is 0.
-  return _mean(jnp.sum(values * weights), jnp.sum(weights), axis_name)
-
-
 def _mean(total, count, axis_name):
-  """Sum over devices by count over devices; 0 if there is nothing."""
-  # Not a mean of local means: devices hold different numbers of labels. In one
-  # collective, which waits for the embeddings; the count alone may be constant,
-  # and `grad_cache` needs the collectives in one order on all devices.
+  """Sum over devices divided by count over devices; 0 if the count is 0."""
+  # Not a mean of local means: devices hold different numbers of labels. One
+  # collective, since the count alone may be constant, and `grad_cache` needs
+  # the collectives in the same order on all devices.
   total, count = _psum(jnp.stack([total, count]), axis_name)
   return total / jnp.where(count == 0.0, 1.0, count)
 
@@ -752,27 +727,17 @@ def _all_gather(x, axis_name, axis):
 
 
 def _checked_embeddings(embeddings, min_views):
-  """The embeddings in float32, or a ValueError."""
   embeddings = arguments.floating('embeddings', embeddings)
-  if embeddings.ndim != 3 or 0 in embeddings.shape:
-    raise ValueError(
-      'embeddings must have shape [views, batch, dim] without an empty axis '
-      f'(two views: jnp.stack([z1, z2])), got {embeddings.shape}'
-    )
-  if embeddings.shape[0] < min_views:
-    raise ValueError(
-      f'embeddings must have at least {min_views} views on their first axis '
-      f'(jnp.stack([z1, z2])), got shape {embeddings.shape}'
-    )
-  return embeddings
+  return arguments.views('embeddings', embeddings, min_views)
 
 
-def _checked_global_batch(embeddings, axis_name, *, at_least):
+def _checked_global_batch(embeddings, axis_name):
+  """The size of the global batch, at least two."""
   devices = 1 if axis_name is None else lax.axis_size(axis_name)
   batch = embeddings.shape[1] * devices
-  if batch < at_least:
+  if batch < 2:
     raise ValueError(
-      f'embeddings must hold at least {at_least} examples for this loss, got '
-      f'{batch} (shape {embeddings.shape} on {devices} devices)'
+      f'embeddings must hold at least 2 examples for this loss, got {batch} '
+      f'(shape {embeddings.shape} on {devices} devices)'
     )
   return batch

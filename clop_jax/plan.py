@@ -24,10 +24,10 @@ import numpy as np
 
 from clop_jax import cli
 from clop_jax import defaults
-from clop_jax import train
 from clop_jax.experiment import build
 from clop_jax.experiment import inputs
 from clop_jax.experiment import memory as memory_lib
+from clop_jax.experiment import setup
 from clop_jax.runtime import hlo
 from clop_jax.runtime import parallel
 from clop_jax.runtime import topologies
@@ -151,11 +151,9 @@ def plan(
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.train.batch_size, mesh)
   config, examples, image_shape = _data(config, num_examples)
-  program = train.abstract_program(
-    config, mesh, num_examples=examples, image_shape=image_shape
-  )
+  run = setup.plan(config, mesh, num_examples=examples, image_shape=image_shape)
   # One step of a dispatch: a loop over several has the same in its body.
-  traced = program.trace(1)
+  traced = run.program.trace(1)
   options = _COMPILER_OPTIONS.get(chip.platform) if chip and topology else None
   try:
     compiled = traced.lower().compile(compiler_options=options)
@@ -165,9 +163,6 @@ def plan(
   text = compiled.as_text()
   found = hlo.kernels(text)
   collectives = hlo.collectives(text)
-  state, shared = program.arguments
-  steps_per_epoch = program.steps_per_epoch
-  total_steps = train.count_steps(config, steps_per_epoch)
   flop = _flop(traced.jaxpr.jaxpr)
   sent = {
     kind: sum(
@@ -184,15 +179,15 @@ def plan(
     devices=len(devices),
     jax_version=jax.__version__,
     compile_seconds=seconds,
-    parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+    parameters=sum(x.size for x in jax.tree.leaves(run.state.params)),
     batch_size=config.train.batch_size,
-    total_steps=total_steps,
-    images=total_steps * config.train.batch_size,
+    total_steps=run.total_steps,
+    images=run.total_steps * config.train.batch_size,
     dtype=np.dtype(
       build.compute_dtype(config.model.dtype, devices[0].platform)
     ).name,
     flop=flop,
-    memory=_memory(compiled, state, shared),
+    memory=_memory(compiled, *run.program.arguments),
     capacity=_capacity(chip, devices[0], topology),
     parts=parts,
     logged=_parts([k for k in found if k.conditional]),

@@ -17,9 +17,9 @@ from PIL import Image
 from clop_jax import cli
 from clop_jax import defaults
 from clop_jax.data import loader
-from clop_jax.data import sources
 from clop_jax.experiment import build
 from clop_jax.experiment import inputs
+from clop_jax.experiment import setup
 from clop_jax.runtime import remote
 from clop_jax.tracking import contact_sheet
 
@@ -40,11 +40,9 @@ def draw(config: ml_collections.ConfigDict, *, count: int = 32) -> np.ndarray:
   if count < 1:
     raise ValueError(f'--count must be at least 1, got {count}')
   defaults.check(config)
-  source = inputs.training_source(config)
-  config = inputs.with_num_classes(config, source)
-  labels = inputs.training_labels(config, sources.labels_of(source))
-  reader = inputs.training_reader(config, source, labels)
-  plain = inputs.evaluation_reader(config, source, labels)
+  config, examples = setup.read_labels(config)
+  reader = examples.reader
+  plain = inputs.evaluation_reader(config, examples.source, examples.labels)
   order = loader.Order(
     len(reader),
     batch_size=min(config.train.batch_size, len(reader)),

@@ -1,7 +1,7 @@
-"""Class prototypes: made, orthonormalized and aligned by pure functions.
+"""Creating, orthonormalizing and aligning class prototypes: pure functions.
 
-Prototypes are `[num_classes, dim]` with one row a class. Every function works
-under `jax.jit`, `jax.vmap` and `jax.pmap`; shapes are checked while tracing.
+Prototypes are `[num_classes, dim]`, one row per class. Every function works
+under `jax.jit`, `jax.vmap` and `jax.pmap` and checks shapes while tracing.
 """
 
 import math
@@ -24,21 +24,20 @@ def orthonormal_prototypes(
   .. math:: G_{ij} \sim N(0, 1), \quad G = Q R, \quad
     C = (Q\, \mathrm{sign}(\mathrm{diag} R))^\top, \quad C C^\top = I
 
-  A QR factor alone is not uniform: its signs are the algorithm's choice. With
-  the diagonal of `R` made positive the factor is unique, and `C` has the Haar
-  distribution.
+  A QR factor alone is not uniform: the algorithm chooses its signs. A positive
+  diagonal of `R` makes the factor unique, and `C` has the Haar distribution.
 
   Args:
-    key: a PRNG key, `jax.random.key(seed)`.
-    num_classes: number of prototypes, at most `dim`.
-    dim: dimension of the embeddings.
-    dtype: floating; computed in float32 at least.
+    key: PRNG key, `jax.random.key(seed)`.
+    num_classes: Number of prototypes, at most `dim`.
+    dim: Dimension of the embeddings.
+    dtype: Floating dtype of the result; computed in float32 at least.
 
   Returns:
     `[num_classes, dim]` orthonormal rows.
 
   Raises:
-    ValueError: if `num_classes > dim`, one of them is below 1, or `dtype` is
+    ValueError: If `num_classes > dim`, one of them is below 1, or `dtype` is
       not floating.
 
   Example:
@@ -69,20 +68,20 @@ def simplex_etf_prototypes(
     C = \sqrt{\tfrac{k}{k-1}}\; H U
 
   with `H` (`[k, k-1]`) an orthonormal basis of the complement of the all-ones
-  vector (Helmert's) and `U` random orthonormal rows. The rows sum to zero; they
-  are as far apart as `k` directions can be, and need one dimension less.
+  vector (Helmert's) and `U` random orthonormal rows. The rows sum to zero and
+  are as far apart as `k` directions can be. They need `k - 1` dimensions.
 
   Args:
-    key: a PRNG key.
-    num_classes: `k`, at least 2.
-    dim: dimension of the embeddings, at least `k - 1`.
-    dtype: floating; computed in float32 at least.
+    key: PRNG key.
+    num_classes: Number of prototypes `k`, at least 2.
+    dim: Dimension of the embeddings, at least `k - 1`.
+    dtype: Floating dtype of the result; computed in float32 at least.
 
   Returns:
     `[num_classes, dim]` unit rows.
 
   Raises:
-    ValueError: if `num_classes < 2`, `dim < num_classes - 1`, or `dtype` is not
+    ValueError: If `num_classes < 2`, `dim < num_classes - 1`, or `dtype` is not
       floating.
 
   Example:
@@ -104,7 +103,7 @@ def simplex_etf_prototypes(
       f'of {num_classes} classes, got {dim}; use a wider embedding'
     )
   compute_dtype = _compute_dtype(dtype)
-  # Column j of Helmert's basis: j equal entries, then -j times as much.
+  # Column j of Helmert's basis: j equal entries, then -j times that entry.
   row = jnp.arange(num_classes, dtype=compute_dtype)[:, None]
   j = jnp.arange(1, num_classes, dtype=compute_dtype)[None, :]
   helmert = jnp.where(row < j, 1.0, jnp.where(row == j, -j, 0.0))
@@ -118,24 +117,24 @@ def simplex_etf_prototypes(
 def random_prototypes(
   key: jax.Array, num_classes: int, dim: int, *, dtype=jnp.float32
 ) -> jax.Array:
-  r"""Independent random directions: the ablation of orthogonality.
+  r"""Independent random directions, the ablation of orthogonality.
 
   .. math:: c_k = g_k / \|g_k\|, \qquad g_k \sim N(0, I_{dim})
 
-  Their cosines have mean 0 and deviation `1 / sqrt(dim)`; there may be more of
-  them than dimensions.
+  Their cosines have mean 0 and standard deviation `1 / sqrt(dim)`. There may be
+  more of them than dimensions.
 
   Args:
-    key: a PRNG key.
-    num_classes: number of prototypes.
-    dim: dimension of the embeddings.
-    dtype: floating; computed in float32 at least.
+    key: PRNG key.
+    num_classes: Number of prototypes.
+    dim: Dimension of the embeddings.
+    dtype: Floating dtype of the result; computed in float32 at least.
 
   Returns:
     `[num_classes, dim]` unit rows.
 
   Raises:
-    ValueError: if a size is below 1, or `dtype` is not floating.
+    ValueError: If a size is below 1, or `dtype` is not floating.
 
   Example:
     >>> import jax
@@ -147,11 +146,11 @@ def random_prototypes(
   num_classes = arguments.count('num_classes', num_classes)
   dim = arguments.count('dim', dim)
   rows = jax.random.normal(key, (num_classes, dim), _compute_dtype(dtype))
-  return (rows / jnp.linalg.norm(rows, axis=1, keepdims=True)).astype(dtype)
+  return linalg.normalize(rows).astype(dtype)
 
 
 def orthonormality_error(prototypes: jax.Array) -> jax.Array:
-  r"""The largest entry of `|C C^T - I|`: 0 for orthonormal rows.
+  r"""The largest entry of `|C C^T - I|`, which is 0 for orthonormal rows.
 
   Args:
     prototypes: `[num_classes, dim]`.
@@ -176,8 +175,8 @@ def orthonormalize(prototypes: jax.Array) -> jax.Array:
   .. math:: \arg\min_{C C^\top = I} \|C - P\|_F = U V^\top
     \quad\text{for}\quad P = U \Sigma V^\top
 
-  Unlike Gram-Schmidt it treats all classes alike. If the rows are linearly
-  dependent the nearest set is not unique; one of them is returned.
+  Unlike Gram-Schmidt it treats all classes equally. If the rows are linearly
+  dependent, the nearest set is not unique and one of them is returned.
 
   Args:
     prototypes: `[num_classes, dim]`, floating, `num_classes <= dim`.
@@ -186,7 +185,7 @@ def orthonormalize(prototypes: jax.Array) -> jax.Array:
     `[num_classes, dim]` orthonormal rows of the same dtype.
 
   Raises:
-    ValueError: if the shape or the dtype is not as above.
+    ValueError: If the shape or the dtype is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -220,19 +219,19 @@ def align_prototypes(class_means: jax.Array) -> jax.Array:
   .. math:: \arg\max_{C C^\top = I} \sum_k c_k \cdot m_k
     = \arg\min_{C C^\top = I} \sum_k \|c_k - m_k\|^2
 
-  A random set of prototypes is also a random assignment of classes to
-  directions; this one asks of the embeddings the least change. A class without
-  a mean is a row of zeros: it gets a direction that is left over.
+  Random prototypes assign classes to random directions; these need the smallest
+  change of the embeddings. A class without a mean (a row of zeros) gets one of
+  the remaining directions.
 
   Args:
     class_means: `[num_classes, dim]`, floating, see
-      `clop_jax.collapse.class_means`. Scale a row to give its class weight.
+      `clop_jax.collapse.class_means`. The length of a row is its weight.
 
   Returns:
     `[num_classes, dim]` orthonormal rows of the same dtype.
 
   Raises:
-    ValueError: if the shape or the dtype is not as above.
+    ValueError: If the shape or the dtype is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -252,25 +251,24 @@ def align_prototypes(class_means: jax.Array) -> jax.Array:
 def assign_prototypes(
   class_means: jax.Array, prototypes: jax.Array
 ) -> jax.Array:
-  r"""The same prototypes, given to the classes that they suit best.
+  r"""The given prototypes, assigned to the classes that they fit best.
 
   .. math:: c'_k = c_{\pi(k)}, \qquad
     \pi = \arg\max_{\pi} \sum_k c_{\pi(k)} \cdot m_k
 
   over all permutations, by the Hungarian algorithm. Unlike `align_prototypes`
-  it turns no prototype: of any set, also of a simplex, only the order changes.
+  it only reorders the prototypes, so it keeps any set, such as a simplex.
 
   Args:
-    class_means: `[num_classes, dim]`, floating, see
-      `clop_jax.collapse.class_means`.
+    class_means: `[num_classes, dim]`, see `clop_jax.collapse.class_means`.
     prototypes: `[num_classes, dim]`.
 
   Returns:
-    `[num_classes, dim]`, the rows of `prototypes` in another order; all NaN if
-    one of the arguments is not finite.
+    `[num_classes, dim]`, the rows of `prototypes` reordered; all NaN if an
+    argument is not finite.
 
   Raises:
-    ValueError: if the shapes are not as above.
+    ValueError: If the shapes are not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -281,10 +279,8 @@ def assign_prototypes(
      [1. 0.]]
 
   Reference:
-    Kuhn, "The Hungarian method for the assignment problem", Naval Research
-    Logistics Quarterly 2 (1955); in the form of Crouse, "On implementing 2D
-    rectangular assignment algorithms", IEEE Trans. Aerosp. Electron. Syst. 52
-    (2016), section III.
+    Crouse, "On implementing 2D rectangular assignment algorithms", IEEE Trans.
+    Aerosp. Electron. Syst. 52 (2016), section III.
   """
   class_means = arguments.real('class_means', class_means)
   prototypes = arguments.array('prototypes', prototypes)
@@ -293,12 +289,14 @@ def assign_prototypes(
       'class_means and prototypes must both have shape [num_classes, dim], got '
       f'{class_means.shape} and {prototypes.shape}'
     )
-  # Scaled, since products of large means would leave float32.
+  # Scaled, because products of large means overflow float32.
   means = lax.stop_gradient(class_means)
   directions = lax.stop_gradient(arguments.real('prototypes', prototypes))
-  gain = jnp.matmul(_scaled(means), _scaled(directions).T, precision=_PRECISION)
+  means = means / linalg.magnitude(means)
+  directions = directions / linalg.magnitude(directions)
+  gain = jnp.matmul(means, directions.T, precision=_PRECISION)
   is_finite = jnp.all(jnp.isfinite(gain))
-  # The search would not end with NaN.
+  # With NaN the search would not terminate.
   assigned = prototypes[_cheapest_columns(jnp.where(is_finite, -gain, 0.0))]
   return jnp.where(is_finite, assigned, jnp.full_like(assigned, jnp.nan))
 
@@ -311,27 +309,28 @@ def pseudo_labels(
   threshold: float,
   temperature: float = 0.1,
 ) -> jax.Array:
-  r"""Labels for unlabelled examples, from the prototypes they are sure of.
+  r"""Labels for unlabelled examples: the nearest prototype, where confident.
 
   .. math:: p_{ik} = \mathrm{softmax}_k\Big(\frac{1}{V \tau} \sum_v
     \cos(z_{v,i}, c_k)\Big), \qquad
     \hat y_i = \arg\max_k p_{ik} \;\text{if}\; \max_k p_{ik} \ge t
     \;\text{else}\; -1
 
-  An example that has a label keeps it. No gradient flows through.
+  Labelled examples keep their label. No gradient flows through.
 
   Args:
     embeddings: `[views, batch, dim]`, floating.
     labels: `[batch]` integers; -1 is unlabelled.
     prototypes: `[num_classes, dim]`.
-    threshold: `t`, the least confidence, in (0, 1].
-    temperature: `tau`, above 0; the smaller, the surer.
+    threshold: Smallest confidence `t` that gives a label, in (0, 1].
+    temperature: Softmax temperature, must be positive. Smaller values give
+      higher confidences.
 
   Returns:
     `[batch]` int32 labels.
 
   Raises:
-    ValueError: if a shape, the threshold or the temperature is not as above, or
+    ValueError: If a shape, the threshold or the temperature is not as above, or
       a known label is not below `num_classes`.
 
   Example:
@@ -349,40 +348,34 @@ def pseudo_labels(
   threshold = arguments.number('threshold', threshold, above=0, at_most=1)
   temperature = arguments.number('temperature', temperature, above=0)
   embeddings = arguments.floating('embeddings', embeddings)
-  prototypes = arguments.real('prototypes', prototypes)
-  if embeddings.ndim != 3 or prototypes.shape[1:] != embeddings.shape[2:]:
-    raise ValueError(
-      'embeddings must have shape [views, batch, dim] and prototypes '
-      f'[num_classes, dim], got {embeddings.shape} and {prototypes.shape}'
-    )
-  labels = arguments.labels(
-    'labels', labels, embeddings.shape[1:2], len(prototypes)
-  )
+  _, batch, dim = arguments.views('embeddings', embeddings).shape
+  prototypes = arguments.prototypes(prototypes, dim)
+  labels = arguments.labels('labels', labels, (batch,), len(prototypes))
   cosines = jnp.matmul(
-    jnp.mean(_unit(embeddings), axis=0),
-    _unit(prototypes).T,
+    jnp.mean(linalg.normalize(embeddings), axis=0),
+    linalg.normalize(prototypes).T,
     precision=_PRECISION,
   )
   confidence = jax.nn.softmax(cosines / temperature, axis=-1)
   nearest = jnp.argmax(confidence, axis=-1).astype(jnp.int32)
-  sure = jnp.max(confidence, axis=-1) >= threshold
-  guessed = jnp.where(sure, nearest, -1)
-  return lax.stop_gradient(jnp.where(labels >= 0, labels, guessed))
+  is_confident = jnp.max(confidence, axis=-1) >= threshold
+  pseudo = jnp.where(is_confident, nearest, -1)
+  return lax.stop_gradient(jnp.where(labels >= 0, labels, pseudo))
 
 
 def _cheapest_columns(cost):
-  """Column of each row in the assignment of least total cost: `[n]` int32.
+  """Column of each row in the assignment of lowest total cost: `[n]` int32.
 
-  `optax.assignment.hungarian_algorithm` solves the same problem, but its loops
-  refuse costs that vary over an axis of `shard_map`, and visit the entries of
-  the matrix one by one, which is slow on an accelerator.
+  `optax.assignment.hungarian_algorithm` fails for costs that vary over an axis
+  of `shard_map`, and visits the entries of the matrix one by one, which is slow
+  on an accelerator.
   """
   # Computed from the costs, so that they vary over the same mapped axes.
   zeros = 0.0 * cost[0]
   none = zeros.astype(jnp.int32) - 1
 
   def find_path(row, u, v, row_of):
-    """Shortest alternating path from a row to a column that is still free."""
+    """Shortest alternating path from a row to a column without a row."""
 
     def extend(carry):
       here, least, _, distance, path, done = carry
@@ -394,14 +387,8 @@ def _cheapest_columns(cost):
       owner = row_of[column]
       end = jnp.where(owner < 0, column, -1)
       here = jnp.where(owner < 0, here, owner)
-      return (
-        here,
-        distance[column],
-        end,
-        distance,
-        path,
-        done.at[column].set(True),
-      )
+      done = done.at[column].set(True)
+      return here, distance[column], end, distance, path, done
 
     start = (row, zeros[0], none[0], zeros + jnp.inf, none, zeros > 0)
     _, least, end, distance, path, done = lax.while_loop(
@@ -413,7 +400,7 @@ def _cheapest_columns(cost):
     u, v, row_of, column_of = carry
     row = row.astype(jnp.int32) + none[0] + 1
     least, end, path, slack = find_path(row, u, v, row_of)
-    # A column without a row (-1) is not done, or it is the end: its slack is 0.
+    # Columns without a row (-1) are not done, or are the end: their slack is 0.
     u = u.at[row].add(least).at[row_of].add(slack)
 
     def flip(carry):
@@ -431,17 +418,6 @@ def _cheapest_columns(cost):
   return lax.fori_loop(0, len(cost), add_row, start)[-1]
 
 
-def _scaled(x):
-  """The array divided by its largest entry."""
-  largest = jnp.max(jnp.abs(x))
-  return x / jnp.where(largest == 0.0, 1.0, largest)
-
-
-def _unit(x):
-  norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-  return x / jnp.where(norm == 0.0, 1.0, norm)
-
-
 def _compute_dtype(dtype):
   if not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f'dtype must be floating, got {jnp.dtype(dtype)}')
@@ -449,15 +425,15 @@ def _compute_dtype(dtype):
 
 
 def _refine(rows):
-  """One Newton-Schulz step: from orthonormal to some eps to about one eps."""
+  """One Newton-Schulz step, which reduces the error to about one eps."""
   excess = _gram(rows) - jnp.eye(len(rows), dtype=rows.dtype)
   return rows - 0.5 * jnp.matmul(excess, rows, precision=_PRECISION)
 
 
 def _gram(rows):
   """Inner products of the rows, accurate to about one eps for unit rows."""
-  # A GPU adds the terms of a product one after the other. Over 1,024 of them
-  # that rounds to 1e-6, more than the error that `_refine` removes.
+  # A GPU adds the terms of a product one by one. Over 1,024 terms the rounding
+  # is 1e-6, more than the error that `_refine` removes.
   parts = [rows[:, i : i + 64] for i in range(0, rows.shape[1], 64)]
   return sum(jnp.matmul(x, x.T, precision=_PRECISION) for x in parts)
 

@@ -45,7 +45,8 @@ def flatten(config: ml_collections.ConfigDict, prefix: str = '') -> dict:
     if isinstance(value, ml_collections.ConfigDict) and len(value):
       values |= flatten(value, f'{prefix}{name}.')
     else:
-      values[f'{prefix}{name}'] = value
+      is_group = isinstance(value, ml_collections.ConfigDict)
+      values[f'{prefix}{name}'] = {} if is_group else value
   return values
 
 
@@ -92,8 +93,6 @@ def reference() -> str:
 
 
 def _value(value):
-  if isinstance(value, ml_collections.ConfigDict):
-    value = value.to_dict()
   if isinstance(value, tuple):
     value = tuple(
       float(f'{x:.4g}') if isinstance(x, float) else x for x in value

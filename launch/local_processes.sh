@@ -33,7 +33,7 @@ for name in PROCESSES DEVICES_PER_PROCESS GRACE; do
     fail "$name must be a positive integer, got '${!name}'; for example $name=2"
 done
 check_command
-ensure_venv
+ensure_venv report,track
 
 port="$("$PYTHON" -c '
 import socket

@@ -15,7 +15,7 @@ case "${1:-}" in
   ;;
 esac
 
-ensure_venv
+ensure_venv report,track
 RUNS="${RUNS:-$ROOT/runs/quickstart}"
 # At this learning rate, and without batch normalization in the projection head,
 # SimCLR's loss alone lets the embeddings fall into fewer directions than there

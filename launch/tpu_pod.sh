@@ -52,7 +52,7 @@ cd clop_jax_checkout
 rm -rf clop_jax configs launch
 tar -xzf ../clop_jax.tar.gz
 source launch/venv.sh
-ensure_venv tpu
+ensure_venv tpu,track
 module="$1"
 shift
 exec "$PYTHON" -m "$module" "$@"

@@ -1,7 +1,7 @@
 # Sourced by the other scripts: makes `.venv` in the checkout and installs what
 # changed. Sets ROOT (the checkout) and PYTHON (the environment's interpreter).
 #
-#   source launch/venv.sh   then   ensure_venv [extra]
+#   source launch/venv.sh   then   ensure_venv [extra,extra]
 #
 # PYTHON3 names another python3 to make the environment with.
 
@@ -16,7 +16,8 @@ fail() {
 # COMMAND names a module of clop_jax, which `python -m` can run.
 check_command() {
   COMMAND="${COMMAND:-train}"
-  [[ "$COMMAND" =~ ^[a-z_.]+$ && -f "$ROOT/clop_jax/${COMMAND//.//}.py" ]] ||
+  local path="$ROOT/clop_jax/${COMMAND//.//}"
+  [[ "$COMMAND" =~ ^[a-z_.]+$ && (-f "$path.py" || -f "$path/__main__.py") ]] ||
     fail "COMMAND must name a module of clop_jax, got '$COMMAND'; for example" \
       "COMMAND=evaluate"
 }
@@ -39,14 +40,18 @@ ensure_venv() {
   fi
   # Installed again only when what is asked for, or where, has changed.
   wanted="$ROOT $(cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" | cksum)"
-  # Without an extra any installation will do.
   stamp="$ROOT/.venv/installed-${extra:-base}"
   local stamps=("$stamp")
-  [ -n "$extra" ] || stamps=("$ROOT"/.venv/installed-*)
+  case "$extra" in
+  *cuda* | *tpu*) ;;
+  '') stamps=("$ROOT"/.venv/installed-*) ;; # any installation will do
+  *) stamps+=("$ROOT/.venv/installed-test") ;; # it has all other extras
+  esac
   if ! cat "${stamps[@]}" 2>/dev/null | grep -qxF -- "$wanted"; then
     [ -z "$extra" ] || target="${ROOT}[$extra]"
     echo "installing clop_jax${extra:+ with the extra $extra}"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+    # Python compiles a module when it is first imported; most never are.
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile \
       --editable "$target" || fail "pip could not install $target"
     echo "$wanted" >"$stamp"
   fi

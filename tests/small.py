@@ -1,19 +1,24 @@
 """Small things to train: seconds, not minutes."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
+import io
 import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 from absl import flags
+from absl import logging
 import jax
 import numpy as np
 import optax
 import pytest
 
+from clop_jax import cli
 from clop_jax.data import sources
 from clop_jax.training import train_state
 from clop_jax.training import train_step
@@ -94,7 +99,7 @@ def training(
 ):
   """`(create, step)` for images of 8 px: a state by its prototypes, the step.
 
-  The arguments are those of `train_step.train_step`.
+  The arguments are those of `train_step.Parts` and `train_step.train_step`.
   """
   schedule = optax.constant_schedule(learning_rate)
   networks = {
@@ -105,26 +110,29 @@ def training(
   create = functools.partial(
     train_state.create, jax.random.key(0), image_shape=(8, 8, 1), **networks
   )
-  step = functools.partial(
-    train_step.train_step,
-    schedule=schedule,
-    **networks,
-    **{'clop_weight': 1.0} | arguments,
+  names = {field.name for field in dataclasses.fields(train_step.Parts)}
+  own = {name: arguments.pop(name) for name in names & arguments.keys()}
+  parts = train_step.Parts(
+    schedule=schedule, **networks, **{'clop_weight': 1.0} | own
   )
+  step = functools.partial(train_step.train_step, parts=parts, **arguments)
   return create, step
 
 
 @contextlib.contextmanager
-def flags_of(module, *arguments):
+def flags_of(module, *arguments, parse=flags.FLAGS):
   """The flags of a command of ours, parsed while it is entered."""
   before = {*flags.FLAGS}
+  sys.modules.pop('config_config', None)  # a config file, which would be reused
   # ml_collections looks for overrides there.
   argv, sys.argv = sys.argv, ['command', *arguments]
   try:
     module.define_flags()
     # Not those of a library that the command is the first to import.
     ours = {*flags.FLAGS} - before
-    flags.FLAGS(sys.argv)
+    with warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'the load_module')  # of ml_collections
+      parse(sys.argv)
     yield
   finally:
     sys.argv = argv
@@ -137,6 +145,28 @@ def command(module, *arguments):
   """Calls a command of ours in this process, with the flags that it defines."""
   with flags_of(module, *arguments):
     module.main()
+
+
+def refused(module, *arguments, code=1):
+  """The one line of a command of ours, called here, that it fails with."""
+  errors = io.StringIO()
+  hook, verbosity = sys.unraisablehook, logging.get_verbosity()
+  flags.DEFINE_bool('traceback', False, '')
+  try:
+    with (
+      contextlib.redirect_stderr(errors),
+      pytest.raises(SystemExit) as end,
+      flags_of(module, *arguments, parse=cli._parse),
+    ):
+      cli._guarded(module.main, joins=False)
+  finally:
+    delattr(flags.FLAGS, 'traceback')
+    sys.unraisablehook = hook
+    logging.set_verbosity(verbosity)
+  assert end.value.code == code
+  (line,) = errors.getvalue().splitlines()
+  assert line.startswith('error: ')
+  return line
 
 
 def digits_arrays(digits_dir, split):

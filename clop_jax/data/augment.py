@@ -10,6 +10,7 @@ operations.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 import itertools
 import math
@@ -44,22 +45,103 @@ def example_keys(
   return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
 
 
-@_in_32_bits
-def two_views(keys: jax.Array, images: jax.Array, **recipe) -> jax.Array:
-  """Two independent views of each image.
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """Random operations that make a view of an image, in their order.
 
-  Args:
-    keys: `[batch]` PRNG keys, see `example_keys`.
-    images: `[batch, height, width, channels]`, uint8; or, where each view has
-      an image of its own (crops made on the host), `[2, batch, height, width,
-      channels]`. Then pass `crop_probability=0.0`, or they are cropped again.
-    **recipe: the keyword arguments of `view`.
+  The order is crop and resize, flip, RandAugment, jitter, grey, blur, solarize,
+  normalize. An operation whose probability is 0 is left out of the program.
+  Saturation, hue and grey are left out for images of one channel.
 
-  Returns:
-    `[2, batch, size, size, channels]` float32, normalized.
+  Attributes:
+    size: Height and width of the view, pixels.
+    mean: Mean of each channel, of images in [0, 1].
+    std: Standard deviation of each channel, of images in [0, 1].
+    crop_probability: Probability of a random crop; otherwise the whole image is
+      resized.
+    crop_area: Range of the crop's share of the area.
+    crop_aspect: Range of the crop's width over height, drawn log-uniformly.
+    interpolation: 'bilinear' or 'bicubic' (Keys, a = -1/2, as Pillow),
+      antialiased. Only pixels that the crop touches are read.
+    flip_probability: Probability of a horizontal flip.
+    jitter_probability: Probability of the colour jitter as a whole.
+    brightness: Factor is drawn from `[1 - brightness, 1 + brightness]`.
+    contrast: Factor is drawn from `[1 - contrast, 1 + contrast]`.
+    saturation: Factor is drawn from `[1 - saturation, 1 + saturation]`.
+    hue: Turn is drawn from `[-hue, hue]`, in turns of the colour circle.
+    grey_probability: Probability of dropping the colour.
+    blur_probability: Probability of a Gaussian blur.
+    blur_sigma: Range of its standard deviation, pixels.
+    solarize_probability: Probability of inverting the bright pixels.
+    solarize_threshold: Least value, in [0, 1], that is inverted.
+    randaugment_layers: Number of `randaugment` operations.
+    randaugment_magnitude: Strength of these, in [0, 30].
 
   Raises:
-    ValueError: if images have neither shape, and as `view` does.
+    ValueError: If a number is out of its range, even of an operation that is
+      left out. The error names the field of the config.
+
+  Reference:
+    Chen et al., arXiv 2002.05709, appendix A; solarize: Grill et al., arXiv
+    2006.07733, appendix B; RandAugment: Cubuk et al., arXiv 1909.13719.
+  """
+
+  size: int
+  mean: Sequence[float]
+  std: Sequence[float]
+  crop_probability: float = 1.0
+  crop_area: tuple[float, float] = (0.08, 1.0)
+  crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+  interpolation: str = 'bilinear'
+  flip_probability: float = 0.5
+  jitter_probability: float = 0.8
+  brightness: float = 0.4
+  contrast: float = 0.4
+  saturation: float = 0.4
+  hue: float = 0.1
+  grey_probability: float = 0.2
+  blur_probability: float = 0.0
+  blur_sigma: tuple[float, float] = (0.1, 2.0)
+  solarize_probability: float = 0.0
+  solarize_threshold: float = 0.5
+  randaugment_layers: int = 0
+  randaugment_magnitude: float = 0.0
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      name, value = field.name, getattr(self, field.name)
+      if name.endswith('_probability') or name == 'solarize_threshold':
+        _check_number(name, value, highest=1)
+      elif name in ('brightness', 'contrast', 'saturation'):
+        _check_number(name, value)
+    # Half a turn either way is the whole circle.
+    _check_number('hue', self.hue, highest=0.5)
+    images_lib.check_crops(
+      size=self.size,
+      crop_area=self.crop_area,
+      crop_aspect=self.crop_aspect,
+      interpolation=self.interpolation,
+    )
+    images_lib.check_range('config.augment.blur_sigma', self.blur_sigma)
+    randaugment.check(self.randaugment_layers, self.randaugment_magnitude)
+
+
+@_in_32_bits
+def two_views(keys: jax.Array, images: jax.Array, recipe: Recipe) -> jax.Array:
+  """Returns two independent views of each image.
+
+  Args:
+    keys: PRNG keys `[batch]`, see `example_keys`.
+    images: uint8 images `[batch, height, width, channels]` or, if each view has
+      an image of its own (crops made on the host), `[2, batch, height, width,
+      channels]`. Then use `crop_probability=0.0`, or they are cropped again.
+    recipe: Random operations.
+
+  Returns:
+    Views `[2, batch, size, size, channels]` float32, normalized.
+
+  Raises:
+    ValueError: If images have neither shape or are not uint8.
   """
   shape = images.shape
   if len(shape) not in (4, 5) or (len(shape) == 5 and shape[0] != 2):
@@ -68,147 +150,69 @@ def two_views(keys: jax.Array, images: jax.Array, **recipe) -> jax.Array:
       f'height, width, channels], got {shape}'
     )
   both = jax.vmap(lambda key: jax.random.split(key, 2))(keys)
-  make: Callable = functools.partial(view, **recipe)
+  make: Callable = functools.partial(view, recipe=recipe)
   of_view = 0 if images.ndim == 5 else None
   return jax.vmap(jax.vmap(make), in_axes=(1, of_view))(both, images)
 
 
 @_in_32_bits
-def view(
-  key: jax.Array,
-  image: jax.Array,
-  *,
-  size: int,
-  mean: Sequence[float],
-  std: Sequence[float],
-  crop_probability: float = 1.0,
-  crop_area: tuple[float, float] = (0.08, 1.0),
-  crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
-  interpolation: str = 'bilinear',
-  flip_probability: float = 0.5,
-  jitter_probability: float = 0.8,
-  brightness: float = 0.4,
-  contrast: float = 0.4,
-  saturation: float = 0.4,
-  hue: float = 0.1,
-  grey_probability: float = 0.2,
-  blur_probability: float = 0.0,
-  blur_sigma: tuple[float, float] = (0.1, 2.0),
-  solarize_probability: float = 0.0,
-  solarize_threshold: float = 0.5,
-  randaugment_layers: int = 0,
-  randaugment_magnitude: float = 0.0,
-) -> jax.Array:
-  """One random view of an image, normalized.
-
-  In this order: crop and resize, flip, RandAugment, jitter, grey, blur,
-  solarize, normalize.
-
-  An operation whose probability is 0 is left out of the program. Saturation,
-  hue and grey mean nothing for an image of one channel and are left out too.
+def view(key: jax.Array, image: jax.Array, recipe: Recipe) -> jax.Array:
+  """Returns one random view of an image, normalized.
 
   Args:
-    key: a PRNG key.
-    image: `[height, width, channels]` uint8, 1 or 3 channels.
-    size: height and width of the view, pixels.
-    mean: per channel, of images in [0, 1].
-    std: per channel, of images in [0, 1].
-    crop_probability: of a random crop; otherwise the whole image is resized.
-    crop_area: range of the crop's share of the area.
-    crop_aspect: range of the crop's width over height, drawn log-uniformly.
-    interpolation: 'bilinear' or 'bicubic' (Keys, a = -1/2, as Pillow),
-      antialiased. Nothing outside of the pixels that the crop touches is read.
-    flip_probability: of a horizontal flip.
-    jitter_probability: of the colour jitter as a whole.
-    brightness: factor from `[1 - brightness, 1 + brightness]`; 0 is off.
-    contrast: likewise.
-    saturation: likewise.
-    hue: turn from `[-hue, hue]`, in turns of the colour circle; 0 is off.
-    grey_probability: of dropping the colour.
-    blur_probability: of a Gaussian blur.
-    blur_sigma: range of its standard deviation, pixels.
-    solarize_probability: of inverting the bright pixels.
-    solarize_threshold: the least value, in [0, 1], that is inverted.
-    randaugment_layers: number of `randaugment` operations; 0 is off.
-    randaugment_magnitude: their strength, in [0, 30].
+    key: PRNG key.
+    image: uint8 image `[height, width, channels]` with 1 or 3 channels.
+    recipe: Random operations.
 
   Returns:
-    `[size, size, channels]` float32.
+    View `[size, size, channels]` float32.
 
   Raises:
-    ValueError: while tracing, if the image's shape or dtype or a number is out
-      of its range, also of an operation that is off; the error calls a number
-      by its field of the config.
-
-  Reference:
-    Chen et al., arXiv 2002.05709, appendix A; solarize: Grill et al., arXiv
-    2006.07733, appendix B; RandAugment: Cubuk et al., arXiv 1909.13719.
+    ValueError: If the image has another shape or dtype.
   """
   if image.ndim != 3 or image.shape[-1] not in (1, 3):
     raise ValueError(
       f'image must have shape [height, width, 1 or 3], got {image.shape}'
     )
-  probabilities = {
-    'crop_probability': crop_probability,
-    'flip_probability': flip_probability,
-    'jitter_probability': jitter_probability,
-    'grey_probability': grey_probability,
-    'blur_probability': blur_probability,
-    'solarize_probability': solarize_probability,
-  }
-  for name, probability in probabilities.items():
-    _check_number(name, probability, highest=1)
-  _check_number('solarize_threshold', solarize_threshold, highest=1)
-  _check_number('brightness', brightness)
-  _check_number('contrast', contrast)
-  _check_number('saturation', saturation)
-  # Half a turn either way is the whole circle.
-  _check_number('hue', hue, highest=0.5)
-  images_lib.check_crops(
-    size=size,
-    crop_area=crop_area,
-    crop_aspect=crop_aspect,
-    interpolation=interpolation,
-  )
-  images_lib.check_range('config.augment.blur_sigma', blur_sigma)
-  randaugment.check(randaugment_layers, randaugment_magnitude)
   coloured = image.shape[-1] == 3
-  draws = _draw(key, randaugment_layers)
+  draws = _draw(key, recipe.randaugment_layers)
   x = _crop_and_flip(
     draws,
     unit_range(image),
-    size=size,
-    crop_probability=crop_probability,
-    area_range=crop_area,
-    aspect_range=crop_aspect,
-    interpolation=interpolation,
-    flip_probability=flip_probability,
+    size=recipe.size,
+    crop_probability=recipe.crop_probability,
+    area_range=recipe.crop_area,
+    aspect_range=recipe.crop_aspect,
+    interpolation=recipe.interpolation,
+    flip_probability=recipe.flip_probability,
   )
-  if randaugment_layers:
+  if recipe.randaugment_layers:
     x = randaugment.apply(
-      draws['randaugment'], x, magnitude=randaugment_magnitude
+      draws['randaugment'], x, magnitude=recipe.randaugment_magnitude
     )
-  if jitter_probability:
+  if recipe.jitter_probability:
     x = _colour_jitter(
       draws,
       x,
-      probability=jitter_probability,
-      brightness=brightness,
-      contrast=contrast,
-      saturation=saturation if coloured else 0.0,
-      hue=hue if coloured else 0.0,
+      probability=recipe.jitter_probability,
+      brightness=recipe.brightness,
+      contrast=recipe.contrast,
+      saturation=recipe.saturation if coloured else 0.0,
+      hue=recipe.hue if coloured else 0.0,
     )
-  if grey_probability and coloured:
-    x = jnp.where(draws['grey'] < grey_probability, randaugment.luma(x), x)
-  if blur_probability:
-    sigma = _between(draws['blur_sigma'], *blur_sigma)
-    x = jnp.where(draws['blur'] < blur_probability, _gaussian_blur(x, sigma), x)
-  if solarize_probability:
-    solarized = (draws['solarize'] < solarize_probability) & (
-      x >= solarize_threshold
+  if recipe.grey_probability and coloured:
+    grey = draws['grey'] < recipe.grey_probability
+    x = jnp.where(grey, randaugment.luma(x), x)
+  if recipe.blur_probability:
+    sigma = _between(draws['blur_sigma'], *recipe.blur_sigma)
+    blurred = draws['blur'] < recipe.blur_probability
+    x = jnp.where(blurred, _gaussian_blur(x, sigma), x)
+  if recipe.solarize_probability:
+    solarized = (draws['solarize'] < recipe.solarize_probability) & (
+      x >= recipe.solarize_threshold
     )
     x = jnp.where(solarized, 1 - x, x)
-  return normalize(jnp.moveaxis(x, 0, -1), mean=mean, std=std)
+  return normalize(jnp.moveaxis(x, 0, -1), mean=recipe.mean, std=recipe.std)
 
 
 def _check_number(name, value, highest=None):

@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 from PIL import Image
-import sklearn.datasets
 import tensorflow_datasets as tfds
+
+from clop_jax.runtime import extras
 
 _DESCRIPTION = """Handwritten digits of 43 people, 8x8 pixels of 17 grey levels.
 
@@ -41,7 +42,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager  # nothing to download
-    labels = sklearn.datasets.load_digits().target
+    labels = _load().target
     in_test = np.zeros(labels.size, bool)
     rng = np.random.default_rng(0)
     for label in range(10):
@@ -53,7 +54,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     }
 
   def _generate_examples(self, indices) -> Iterator[tuple[int, dict]]:
-    digits = sklearn.datasets.load_digits()
+    digits = _load()
     for index in indices.tolist():
       # Grey levels are 0 to 16; PNG bytes, because TFDS would need TensorFlow
       # to encode an array.
@@ -62,3 +63,11 @@ class Digits(tfds.core.GeneratorBasedBuilder):
       Image.fromarray(pixels).save(png, format='PNG')
       png.seek(0)
       yield index, {'image': png, 'label': int(digits.target[index])}
+
+
+def _load():
+  # Only to prepare the set; training reads it without scikit-learn.
+  extras.check('config.data.name=digits', 'report', 'sklearn')
+  import sklearn.datasets
+
+  return sklearn.datasets.load_digits()

@@ -1,11 +1,12 @@
-"""Which examples keep their label, and which labels are wrong on purpose.
+"""Policies that decide which training labels are kept, and which are wrong.
 
-Labels are int32, -1 is unlabelled. Every choice depends on its seed and class
-alone: what happens to one class does not change what happens to another.
+Labels are int32, and -1 is unlabelled. Every choice depends on its seed and
+class alone, so a change to one class does not affect another.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 import io
+import re
 
 import numpy as np
 
@@ -13,18 +14,18 @@ UNLABELLED = -1
 
 _NOISE_KINDS = ('symmetric', 'asymmetric')
 
-# Each policy draws from a stream of its own, [seed, class, purpose]: with a
-# shared one the second policy's choice would follow from the first one's.
+# Each policy draws from its own stream, [seed, class, purpose]. With a shared
+# one, the second policy's choice would follow from the first one's.
 # `keep_fraction` has [seed, class]. The purpose stands last and is never 0, as
-# numpy seeds [1, 2, 0] and [1, 2] alike.
+# NumPy seeds [1, 2, 0] and [1, 2] alike.
 _NOISE, _COUNT, _CLASS_FRACTIONS, _LONG_TAIL = [1], [2], [3], [4]
 
 
 def check_range(labels: np.ndarray, num_classes: int) -> None:
-  """Refuses labels that are no class and not -1.
+  """Checks that every label is a class or -1.
 
   Raises:
-    ValueError: naming the first wrong label and its index; or if there is no
+    ValueError: If a label is wrong (the first one is named), or there is no
       class.
   """
   if num_classes < 1:
@@ -34,7 +35,7 @@ def check_range(labels: np.ndarray, num_classes: int) -> None:
   wrong = np.flatnonzero((labels < UNLABELLED) | (labels >= num_classes))
   if wrong.size:
     first = labels[wrong[0]]
-    way_out = (
+    fix = (
       'set config.data.num_classes to the number of classes'
       if first >= num_classes
       else 'unlabelled is -1'
@@ -42,7 +43,7 @@ def check_range(labels: np.ndarray, num_classes: int) -> None:
     raise ValueError(
       f'labels must be in [-1, config.data.num_classes={num_classes}), got '
       f'{first} at index {wrong[0]} ({wrong.size} of {labels.size} labels are '
-      f'wrong); {way_out}'
+      f'wrong); {fix}'
     )
 
 
@@ -52,33 +53,34 @@ def apply(
   num_classes: int,
   unlabelled_classes: Sequence[int] = (),
   imbalance_factor: float = 1.0,
-  class_fractions: str = '',
+  class_fractions: Mapping[int | str, float] | None = None,
   label_fraction: float = 1.0,
   labels_per_class: int | None = None,
   label_noise: float = 0.0,
   label_noise_kind: str = 'symmetric',
   seed: int,
 ) -> np.ndarray:
-  """The labels that training sees: the policies, in the order of arguments.
+  """Returns the labels for training: the policies, in the order of arguments.
 
   Args:
-    labels: `[n]` integers, -1 is unlabelled already.
-    num_classes: number of classes.
-    unlabelled_classes: see `drop_classes`.
-    imbalance_factor: see `long_tail_fractions`.
-    class_fractions: see `parse_class_fractions`.
-    label_fraction: see `keep_fraction`.
-    labels_per_class: see `keep_count`; None keeps by the fraction.
-    label_noise: see `add_noise`.
-    label_noise_kind: likewise.
-    seed: of every choice.
+    labels: `[n]` integers, -1 for unlabelled.
+    num_classes: Number of classes.
+    unlabelled_classes: Classes that lose all labels.
+    imbalance_factor: See `long_tail_fractions`.
+    class_fractions: Fractions by class, see `keep_class_fractions`. A class may
+      be a text, as in a config: `{'3': 0.5}`.
+    label_fraction: See `keep_fraction`.
+    labels_per_class: See `keep_count`; None keeps the fraction.
+    label_noise: See `add_noise`.
+    label_noise_kind: See `add_noise`.
+    seed: Seed of every choice.
 
   Returns:
     `[n]` int32.
 
   Raises:
-    ValueError: for a label out of range, a class without any example, a policy
-      that makes no sense, or fewer labelled examples than classes.
+    ValueError: If a label or an argument is out of range, or a class has no
+      example.
   """
   check_range(labels, num_classes)
   if labels_per_class is not None and label_fraction != 1:
@@ -86,71 +88,57 @@ def apply(
       f'label_fraction={label_fraction} and labels_per_class='
       f'{labels_per_class} exclude each other; leave one of them out'
     )
-  for label in unlabelled_classes:
-    if not isinstance(label, (int, np.integer)):
-      raise ValueError(
-        f'unlabelled_classes must be integers, as (3, 7), got {label!r}'
-      )
-    _check_class('unlabelled_classes', label, num_classes)
-  kept = drop_classes(labels, unlabelled_classes)
-  before = counts(labels, num_classes)
+  dropped = _classes('unlabelled_classes', unlabelled_classes, num_classes)
+  fractions = dict(
+    zip(
+      _classes('class_fractions', class_fractions or {}, num_classes),
+      (class_fractions or {}).values(),
+      strict=True,
+    )
+  )
+  if both := {*dropped} & {*fractions}:
+    raise ValueError(
+      f'class_fractions and unlabelled_classes both name class {min(both)}; '
+      'leave it out of one of them'
+    )
   # An open set has classes that nobody has labelled yet.
-  empty = np.setdiff1d(np.flatnonzero(before == 0), unlabelled_classes)
-  if empty.size and before.any():
+  empty = np.setdiff1d(
+    np.flatnonzero(counts(labels, num_classes) == 0), dropped
+  )
+  if empty.size and (labels != UNLABELLED).any():
     raise ValueError(
       f'class {empty[0]} has no labelled example ({empty.size} of the '
-      f'{num_classes} classes have none); label some, name the classes that '
-      'are to have none in unlabelled_classes, or set data.num_classes to the '
-      'classes that there are'
+      f'{num_classes} classes have none); label some, add the classes without '
+      'labels to unlabelled_classes, or lower data.num_classes'
     )
+  kept = np.where(np.isin(labels, dropped), UNLABELLED, labels)
   tail = long_tail_fractions(num_classes, imbalance_factor)
   kept = _keep_shares(kept, tail, seed, _LONG_TAIL)
-  fractions = parse_class_fractions(class_fractions)
-  for label in fractions:
-    _check_class('class_fractions', label, num_classes)
-    if label in unlabelled_classes:
-      raise ValueError(
-        f'class_fractions={class_fractions!r} and unlabelled_classes='
-        f'{tuple(unlabelled_classes)} both name class {label}; leave it out of '
-        'one of them'
-      )
   kept = keep_class_fractions(kept, fractions, seed=seed)
   if labels_per_class is None:
     kept = keep_fraction(kept, label_fraction, seed=seed)
   else:
     kept = keep_count(kept, labels_per_class, seed=seed)
-  # Classes that were emptied on purpose need no example.
-  emptied = {*map(int, unlabelled_classes)}
-  emptied |= {label for label, fraction in fractions.items() if not fraction}
-  check_enough(kept, num_classes, emptied=emptied)
-  # Nobody takes an example for a class that nobody labels.
-  confused = [c for c in range(num_classes) if c not in emptied]
+  # No example is confused with a class that has no labels.
+  emptied = {
+    *dropped,
+    *(c for c, fraction in fractions.items() if not fraction),
+  }
+  classes = [c for c in range(num_classes) if c not in emptied]
   return add_noise(
-    kept, label_noise, kind=label_noise_kind, classes=confused, seed=seed
+    kept, label_noise, kind=label_noise_kind, classes=classes, seed=seed
   )
 
 
-def check_enough(
-  labels: np.ndarray, num_classes: int, *, emptied: Set[int] = frozenset()
-) -> None:
-  """Refuses some labelled examples that are fewer than the classes.
-
-  Args:
-    labels: `[n]` integers; nothing labelled at all passes.
-    num_classes: number of classes.
-    emptied: classes that are to have no label.
-
-  Raises:
-    ValueError: if there are too few.
-  """
-  labelled = int(np.sum(labels != UNLABELLED))
-  wanted = num_classes - len(emptied)
-  if 0 < labelled < wanted:
-    raise ValueError(
-      f'{labelled} labelled examples are fewer than the {wanted} classes that '
-      'should have some; raise label_fraction or labels_per_class, or name '
-      'the classes that are to have none in unlabelled_classes'
-    )
+def _classes(name, classes, num_classes):
+  """Returns classes as integers; a config has texts as keys."""
+  for label in classes:
+    known = re.fullmatch(r'0|[1-9]\d*', str(label)) and int(label) < num_classes
+    if not known:
+      raise ValueError(
+        f'{name} must name classes in [0, {num_classes}), got {label!r}'
+      )
+  return [int(label) for label in classes]
 
 
 def keep_fraction(
@@ -159,16 +147,16 @@ def keep_fraction(
   """Keeps the labels of a random fraction of each class.
 
   Args:
-    labels: `[n]` integers, -1 is unlabelled already.
-    fraction: in [0, 1], of each class's labelled examples, rounded; at least
-      one example of each class unless it is 0.
-    seed: of the choice; the choice depends on nothing else.
+    labels: `[n]` integers, -1 for unlabelled.
+    fraction: Fraction in [0, 1] of each class's labelled examples, rounded. At
+      least one example of each class is kept unless it is 0.
+    seed: Seed of the choice, which depends on nothing else.
 
   Returns:
     `[n]` int32, -1 where the label is not kept.
 
   Raises:
-    ValueError: if the fraction is not in [0, 1].
+    ValueError: If the fraction is not in [0, 1].
   """
   if not 0 <= fraction <= 1:
     raise ValueError(f'label_fraction must be in [0, 1], got {fraction}')
@@ -176,18 +164,10 @@ def keep_fraction(
 
 
 def keep_count(labels: np.ndarray, count: int, *, seed: int) -> np.ndarray:
-  """Keeps `count` labels of each class, all of a class that has fewer.
-
-  Args:
-    labels: `[n]` integers, -1 is unlabelled already.
-    count: of examples in each class.
-    seed: of the choice.
-
-  Returns:
-    `[n]` int32, -1 where the label is not kept.
+  """Keeps `count` random labels of each class, or all if it has fewer.
 
   Raises:
-    ValueError: if the count is negative.
+    ValueError: If the count is negative.
   """
   if count < 0:
     raise ValueError(f'labels_per_class must be at least 0, got {count}')
@@ -197,39 +177,26 @@ def keep_count(labels: np.ndarray, count: int, *, seed: int) -> np.ndarray:
 def keep_class_fractions(
   labels: np.ndarray, fractions: Mapping[int, float], *, seed: int
 ) -> np.ndarray:
-  """Keeps the labels of a fraction of each class of its own.
+  """Keeps a random fraction of the labels of some classes.
 
   Args:
-    labels: `[n]` integers, -1 is unlabelled already.
-    fractions: class to fraction in [0, 1], as in `keep_fraction`; classes that
-      are not in it keep all their labels.
-    seed: of the choice.
+    labels: `[n]` integers, -1 for unlabelled.
+    fractions: Fractions in [0, 1] by class, as in `keep_fraction`. Other
+      classes keep all labels.
+    seed: Seed of the choice.
 
   Returns:
     `[n]` int32, -1 where the label is not kept.
 
   Raises:
-    ValueError: if a fraction is not in [0, 1], or no example has its class
-      (unless nothing is labelled at all).
+    ValueError: If a fraction is not in [0, 1].
   """
   for label, fraction in fractions.items():
     if not 0 <= fraction <= 1:
       raise ValueError(
         f'class_fractions must be in [0, 1], got {fraction} for class {label}'
       )
-  _check_present(fractions, labels)
   return _keep_shares(labels, fractions, seed, _CLASS_FRACTIONS)
-
-
-def _check_present(classes, labels):
-  present = {*np.unique(labels[labels != UNLABELLED]).tolist()}
-  for label in classes:
-    # -1 is in the labels and is no class.
-    if label < 0 or (present and label not in present):
-      raise ValueError(
-        f'class_fractions must name classes that have labels, got {label}, '
-        'which no example has; leave it out'
-      )
 
 
 def _keep_shares(labels, fractions, seed, purpose):
@@ -253,57 +220,22 @@ def _keep(labels, count_of, seed, purpose):
   return kept
 
 
-def parse_class_fractions(text: str) -> dict[int, float]:
-  """Fractions of classes as people write them.
-
-  >>> parse_class_fractions('0:0.6, 1:0.23')
-  {0: 0.6, 1: 0.23}
-
-  Args:
-    text: `class:fraction` with commas between; may be empty.
-
-  Returns:
-    Class to fraction; whether they make sense is for `keep_class_fractions`.
-
-  Raises:
-    ValueError: naming the part that is not `class:fraction`, or that comes
-      twice.
-  """
-  fractions = {}
-  for part in filter(None, map(str.strip, text.split(','))):
-    label, _, fraction = part.partition(':')
-    try:
-      key, value = int(label), float(fraction)
-    except ValueError as error:
-      raise ValueError(
-        f"class_fractions must be as in '0:0.6,1:0.23', got {part!r} in "
-        f'{text!r}'
-      ) from error
-    if key in fractions:
-      raise ValueError(
-        f'class_fractions={text!r} has class {key} twice, the second time in '
-        f"{part!r}; name each class once, as in '0:0.6,1:0.23'"
-      )
-    fractions[key] = value
-  return fractions
-
-
 def long_tail_fractions(
   num_classes: int, imbalance_factor: float
 ) -> dict[int, float]:
-  r"""Fractions that fall exponentially from the first class to the last.
+  r"""Returns fractions that fall exponentially from class to class.
 
   .. math:: f_c = \mathrm{factor}^{-c / (k - 1)}
 
   Args:
-    num_classes: k.
-    imbalance_factor: first class's fraction over the last one's, at least 1.
+    num_classes: Number of classes k.
+    imbalance_factor: Ratio of the first fraction to the last, at least 1.
 
   Returns:
-    Class to fraction, from 1 to `1 / imbalance_factor`.
+    Fractions by class, from 1 to `1 / imbalance_factor`.
 
   Raises:
-    ValueError: if the factor is below 1 or infinite.
+    ValueError: If the factor is below 1 or infinite.
 
   Reference:
     Cui et al., arXiv 1901.05555, section 5.1.
@@ -314,27 +246,6 @@ def long_tail_fractions(
     )
   last = max(num_classes - 1, 1)
   return {c: float(imbalance_factor ** (-c / last)) for c in range(num_classes)}
-
-
-def drop_classes(labels: np.ndarray, classes: Sequence[int]) -> np.ndarray:
-  """Takes all labels from some classes.
-
-  Args:
-    labels: `[n]` integers, -1 is unlabelled already.
-    classes: those that lose their labels, if they have any.
-
-  Returns:
-    `[n]` int32.
-  """
-  dropped = np.isin(labels, list(classes))
-  return np.where(dropped, UNLABELLED, labels).astype(np.int32)
-
-
-def _check_class(name, label, num_classes):
-  if not 0 <= label < num_classes:
-    raise ValueError(
-      f'{name} must name classes in [0, {num_classes}), got {label}'
-    )
 
 
 def add_noise(
@@ -348,19 +259,19 @@ def add_noise(
   """Makes a share of each class's labels wrong.
 
   Args:
-    labels: `[n]` integers, -1 stays -1.
-    rate: in [0, 1], of each class's labelled examples, rounded.
-    kind: 'symmetric' gives a uniformly drawn other class, 'asymmetric' the next
+    labels: `[n]` integers; -1 stays -1.
+    rate: Share in [0, 1] of each class's labelled examples, rounded.
+    kind: 'symmetric' draws another class uniformly, 'asymmetric' takes the next
       one (the first after the last).
-    classes: those that are confused with one another, ascending; all that have
-      labels are among them.
-    seed: of the choice.
+    classes: Classes that are confused with one another, ascending, among them
+      all that have labels.
+    seed: Seed of the choice.
 
   Returns:
     `[n]` int32.
 
   Raises:
-    ValueError: for an unknown kind, a rate out of range, or noise without a
+    ValueError: If the kind is unknown, the rate is out of range, or there is no
       second class.
   """
   if kind not in _NOISE_KINDS:
@@ -384,22 +295,22 @@ def add_noise(
 
 
 def counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
-  """Labelled examples of each class, `[num_classes]`."""
+  """Returns the number of labelled examples of each class, `[num_classes]`."""
   return np.bincount(labels[labels != UNLABELLED], minlength=num_classes)
 
 
 def summary(before: np.ndarray, after: np.ndarray, num_classes: int) -> str:
-  """What the policies did, in a few lines for a person.
+  """Describes the effect of the policies in a few lines.
 
   Args:
-    before: `[n]` labels as the data set has them.
-    after: `[n]` labels that training sees.
-    num_classes: number of classes.
+    before: `[n]` labels of the data set.
+    after: `[n]` labels for training.
+    num_classes: Number of classes.
 
   Returns:
-    How many examples and labels there are, the labels of each class (of up to
-    20 classes), their range and median over the classes that have some, the
-    first ten classes that have none, and how many labels are wrong.
+    The numbers of examples and labels, the labels of each class (of up to 20
+    classes), their range and median, the first ten classes without labels, and
+    the number of wrong labels.
   """
   per_class = counts(after, num_classes)
   labelled, size = int(per_class.sum()), after.size
@@ -427,14 +338,10 @@ def summary(before: np.ndarray, after: np.ndarray, num_classes: int) -> str:
 
 
 def pack(labels: np.ndarray, true_labels: np.ndarray) -> bytes:
-  """An npz file of the labels that training sees.
+  """Returns an npz file with the labels for training, in the data set's order.
 
-  It has `labels` (`[n]` int32, -1 is unlabelled), `labelled` (`[n]` bool) and
-  `true_labels`, in the order of the data set.
-
-  Args:
-    labels: `[n]` int32.
-    true_labels: `[n]` labels as the data set has them.
+  It holds `labels` (`[n]` int32, -1 for unlabelled), `labelled` (`[n]` bool)
+  and `true_labels`, the labels of the data set.
   """
   file = io.BytesIO()
   np.savez_compressed(

@@ -42,21 +42,20 @@ _MOMENTUM = 0.9
 _KEPT = ('size', 'mean', 'std', 'crop_area', 'crop_aspect', 'interpolation')
 
 
-def recipe(
-  augment: Mapping[str, Any], *, random: bool = True
-) -> dict[str, Any]:
-  """Returns the keyword arguments of `augment.view` for fine-tuning.
+def recipe(fields: Mapping[str, Any], *, random: bool = True) -> augment.Recipe:
+  """Returns the augmentation for fine-tuning: crop and flip.
 
   Args:
-    augment: Fields of `config.augment`.
+    fields: Fields of `config.augment`.
     random: False takes the whole image, as evaluation does.
   """
-  return {name: augment[name] for name in _KEPT} | {
-    'crop_probability': 1.0 if random else 0.0,
-    'flip_probability': augment['flip_probability'] if random else 0.0,
-    'jitter_probability': 0.0,
-    'grey_probability': 0.0,
-  }
+  return augment.Recipe(
+    **{name: fields[name] for name in _KEPT},
+    crop_probability=1.0 if random else 0.0,
+    flip_probability=fields['flip_probability'] if random else 0.0,
+    jitter_probability=0.0,
+    grey_probability=0.0,
+  )
 
 
 def create_state(variables, *, num_classes: int, feature_dim: int) -> dict:
@@ -103,7 +102,7 @@ def train_step(
   numbers: dict[str, jax.Array],
   *,
   backbone: nn.Module,
-  recipe: dict,
+  recipe: augment.Recipe,
   bn_scope: str = 'global',
   axis_name: str | None = None,
 ) -> tuple[dict, jax.Array]:
@@ -116,7 +115,7 @@ def train_step(
     key: Key of the augmentation, the same at every step.
     numbers: Scalars `learning_rate` (its peak) and `total_steps`.
     backbone: Module from images to features, with the same `axis_name`.
-    recipe: Keyword arguments of `augment.view`.
+    recipe: Random operations.
     bn_scope: Scope of batch normalization, as in the backbone.
     axis_name: Name of the mapped axis, or None.
 
@@ -124,7 +123,7 @@ def train_step(
     The next state, and the float32 loss: the mean over the global batch.
   """
   keys = augment.example_keys(key, state['step'], batch['index'])
-  make: Callable = functools.partial(augment.view, **recipe)
+  make: Callable = functools.partial(augment.view, recipe=recipe)
   images = jax.vmap(make)(keys, batch['image'])
 
   def loss_of(params):
@@ -173,7 +172,7 @@ class Trainer:
     variables: Any,
     *,
     num_classes: int,
-    recipe: dict,
+    recipe: augment.Recipe,
     channels: int,
     bn_scope: str,
     mesh: Mesh,
@@ -185,13 +184,13 @@ class Trainer:
       backbone: Module from images to features, on axis `parallel.DATA_AXIS`.
       variables: Variables of the backbone from which each fit starts.
       num_classes: Number of classes.
-      recipe: Keyword arguments of `augment.view`.
+      recipe: Random operations.
       channels: Number of channels of the images.
       bn_scope: Scope of batch normalization, as in the backbone.
       mesh: Mesh of the devices, see `parallel.make_mesh`.
       seed: Seed of the augmentation.
     """
-    shape = (1, recipe['size'], recipe['size'], channels)
+    shape = (1, recipe.size, recipe.size, channels)
     features = jax.eval_shape(
       functools.partial(backbone.apply, train=False),
       variables,
@@ -221,10 +220,10 @@ class Trainer:
     def apply(state, images):
       x = augment.whole(
         images,
-        size=recipe['size'],
-        mean=recipe['mean'],
-        std=recipe['std'],
-        interpolation=recipe['interpolation'],
+        size=recipe.size,
+        mean=recipe.mean,
+        std=recipe.std,
+        interpolation=recipe.interpolation,
       )
       variables = {
         'params': state['params']['backbone'],

@@ -7,24 +7,32 @@ import os
 
 from clop_jax.runtime import files
 
-_COLUMNS = (
+NONE = '–'  # noqa: RUF001 (the dash of an empty field)
+_SUMMARY = (
   ('linear top-1', 'linear_top1', '{:.3f}'),
   ('kNN top-1', 'knn_top1', '{:.3f}'),
   ('effective rank', 'effective_rank', '{:.1f}'),
   ('prototype cosine', 'prototype_cosine', '{:.3f}'),
 )
-NONE = '–'  # noqa: RUF001 (as tables have it)
+# Of `evaluation_table`: title, key and format.
+_COLUMNS = (
+  ('run', 'run', '{}'),
+  ('step', 'step', '{:,}'),
+  ('data', 'data', '{}'),
+  ('labels', 'num_labels', '{:,}'),
+  ('of all', 'label_fraction', '{:.4g}'),
+  *_SUMMARY[:2],
+  ('fine-tuned top-1', 'finetune_top1', '{:.3f}'),
+  *_SUMMARY[2:],
+)
 
 
 def table(names: Sequence[str], evaluations: Sequence[dict]) -> str:
-  """A Markdown table of evaluation results, one row a run.
+  """Returns a Markdown table with the main results of each run.
 
   Args:
-    names: of the runs.
-    evaluations: each run's `eval.json`.
-
-  Returns:
-    The lines, aligned for a terminal.
+    names: Names of the runs.
+    evaluations: Content of `eval.json` of each run.
 
   Example:
     >>> from clop_jax.evaluation import tables
@@ -35,38 +43,20 @@ def table(names: Sequence[str], evaluations: Sequence[dict]) -> str:
     |--------|--------------|-----------|----------------|------------------|
     | a      | 0.500        | 0.250     | 3.0            | 0.125            |
   """
-  header = ['method', *(title for title, _, _ in _COLUMNS)]
   rows = [
-    [name, *(f.format(evaluation[key]) for _, key, f in _COLUMNS)]
+    evaluation | {'method': name}
     for name, evaluation in zip(names, evaluations, strict=True)
   ]
-  return markdown(header, rows)
-
-
-# Of `evaluation_table`: title, key, format. A column that no row has is left
-# out.
-_EVALUATION_COLUMNS = (
-  ('run', 'run', '{}'),
-  ('step', 'step', '{:,}'),
-  ('data', 'data', '{}'),
-  ('labels', 'num_labels', '{:,}'),
-  ('of all', 'label_fraction', '{:.4g}'),
-  ('linear top-1', 'linear_top1', '{:.3f}'),
-  ('kNN top-1', 'knn_top1', '{:.3f}'),
-  ('fine-tuned top-1', 'finetune_top1', '{:.3f}'),
-  ('effective rank', 'effective_rank', '{:.1f}'),
-  ('prototype cosine', 'prototype_cosine', '{:.3f}'),
-)
+  return _table((('method', 'method', '{}'), *_SUMMARY), rows)
 
 
 def evaluation_table(rows: Sequence[dict]) -> str:
-  """A Markdown table of what was measured in several modes.
+  """Returns a Markdown table of evaluations in several modes.
+
+  Columns without any value are left out.
 
   Args:
-    rows: one for each run, step and fraction of the labels.
-
-  Returns:
-    The lines, aligned for a terminal.
+    rows: Results for each run, step and fraction of the labels.
 
   Example:
     >>> from clop_jax.evaluation import tables
@@ -77,20 +67,23 @@ def evaluation_table(rows: Sequence[dict]) -> str:
     |-----|------|--------|--------|--------|------------------|
     | a   | 50   | digits | 143    | 0.1    | 0.875            |
   """
-  columns = _columns_of(rows)
+  return _table(_columns_of(rows), rows)
+
+
+def _table(columns, rows):
   cells = [
-    [f.format(row[key]) if key in row else NONE for _, key, f in columns]
+    [form.format(row[key]) if key in row else NONE for _, key, form in columns]
     for row in rows
   ]
   return markdown([title for title, _, _ in columns], cells)
 
 
 def _columns_of(rows):
-  return [c for c in _EVALUATION_COLUMNS if any(c[1] in row for row in rows)]
+  return [c for c in _COLUMNS if any(c[1] in row for row in rows)]
 
 
 def check_table(path: str) -> None:
-  """Raises ValueError if `write_table` could not write there."""
+  """Raises ValueError if `write_table` could not write to the path."""
   folder = os.path.dirname(os.path.abspath(path))
   if not path.endswith(('.csv', '.md')):
     raise ValueError(f'--table must end in .csv or .md, got {path}')
@@ -99,12 +92,12 @@ def check_table(path: str) -> None:
 
 
 def write_table(path: str, text: str, rows: Sequence[dict]) -> None:
-  """Writes a table: the text as it is, or the rows with all their digits.
+  """Writes a table as Markdown, or its rows with all digits as CSV.
 
   Args:
-    path: ends in .md or .csv.
-    text: in Markdown.
-    rows: see `evaluation_table`; the columns of a .csv file have their keys.
+    path: Path that ends in .md or .csv.
+    text: Table in Markdown.
+    rows: Rows as for `evaluation_table`; their keys name the CSV columns.
   """
   if path.endswith('.csv'):
     file = io.StringIO()
@@ -121,15 +114,14 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   rows = [[c.replace('|', r'\|') for c in row] for row in [header, *rows]]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [
-    '| '
-    + ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))
-    + ' |'
+    ' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))
     for row in rows
   ]
-  lines.insert(1, '|' + '|'.join('-' * (width + 2) for width in widths) + '|')
-  return '\n'.join(lines)
+  rule = '|'.join('-' * (width + 2) for width in widths)
+  head, *body = [f'| {line} |' for line in lines]
+  return '\n'.join([head, f'|{rule}|', *body])
 
 
 def write(path: str, text: str) -> None:
-  """Writes a text file whole, since somebody may be reading the old one."""
+  """Writes a text file such that it never exists in part."""
   files.write_whole(path, text.encode('utf-8', 'backslashreplace'))

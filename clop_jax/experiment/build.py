@@ -19,6 +19,7 @@ import optax
 
 from clop_jax import loss
 from clop_jax import prototypes
+from clop_jax.data import augment
 from clop_jax.data import images
 from clop_jax.models import heads
 from clop_jax.models import resnet
@@ -219,12 +220,12 @@ def build(
   steps_per_epoch: int,
   platform: str | None = None,
 ) -> Experiment:
-  """Builds what the config names.
+  """Builds the networks, the optimizer and the train step of a config.
 
   Args:
-    config: see `defaults`.
-    total_steps: of the whole run.
-    steps_per_epoch: updates in an epoch.
+    config: Config, see `defaults`.
+    total_steps: Number of steps of the whole run.
+    steps_per_epoch: Number of steps in an epoch.
     platform: Platform for which `model.dtype='auto'` and automatic block sizes
       are chosen: 'cpu', 'gpu' or 'tpu'. None is JAX's default.
 
@@ -232,31 +233,93 @@ def build(
     The experiment.
 
   Raises:
-    ValueError: if a field's value is wrong, naming the valid ones.
+    ValueError: If the value of a field is wrong; the valid ones are named.
   """
-  model, augment = config.model, config.augment
   built = networks(config, platform=platform)
-  backbone, projection_head = built.backbone, built.projection_head
-  own_numbers = numbers_of(config)
+  numbers = numbers_of(config)
+  optimizer_at = functools.partial(
+    _optimizer_at,
+    config,
+    total_steps=total_steps,
+    warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
+  )
+  parts = train_step.Parts(
+    backbone=built.backbone,
+    projection_head=built.projection_head,
+    recipe=recipe(config),
+    contrastive=_contrastive_loss(config, platform),
+    clop_weight=numbers['clop_weight'],
+    clop=functools.partial(
+      loss.clop_loss,
+      distance=config.loss.clop_distance,
+      temperature=config.loss.clop_temperature,
+      repulsion=config.loss.clop_repulsion,
+    ),
+    prototype_rule=_prototype_rule(config, steps_per_epoch),
+    pseudo_labels=_pseudo_labels(config, steps_per_epoch),
+    log_every=config.train.log_every_steps,
+    bn_scope=config.model.bn_scope,
+    num_micro_batches=config.train.num_micro_batches,
+    **optimizer_at(numbers['learning_rate']),
+  )
+  return Experiment(
+    backbone=parts.backbone,
+    projection_head=parts.projection_head,
+    tx=parts.tx,
+    create_state=functools.partial(
+      _create_state, config, parts, _prototype_maker(config)
+    ),
+    step=functools.partial(
+      _step,
+      parts,
+      optimizer_at,
+      numbers,
+      _first_clop_step(config, steps_per_epoch),
+    ),
+  )
 
-  def optimizer_at(learning_rate):
-    schedule = optimizer.warmup_cosine(
-      learning_rate,
-      total_steps=total_steps,
-      warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
-    )
-    tx = optimizer.create(
-      config.optimizer.name,
-      schedule,
-      momentum=config.optimizer.momentum,
-      weight_decay=config.optimizer.weight_decay,
-      trust_coefficient=config.optimizer.trust_coefficient,
-      clip_norm=config.optimizer.clip_norm,
-      rate_in_momentum=config.optimizer.rate_in_momentum,
-    )
-    return {'tx': tx, 'schedule': schedule}
 
-  tx = optimizer_at(own_numbers['learning_rate'])['tx']
+def _step(
+  parts,
+  optimizer_at,
+  own_numbers,
+  first_clop_step,
+  state,
+  batch,
+  key,
+  numbers=None,
+):
+  """Takes a train step; see `Experiment`."""
+  numbers = own_numbers if numbers is None else numbers
+  clop_weight = numbers['clop_weight']
+  if first_clop_step:
+    clop_weight *= state.step >= first_clop_step
+  parts = dataclasses.replace(
+    parts, clop_weight=clop_weight, **optimizer_at(numbers['learning_rate'])
+  )
+  return train_step.train_step(
+    state, batch, key, parts, axis_name=parallel.DATA_AXIS
+  )
+
+
+def _optimizer_at(config, learning_rate, *, total_steps, warmup_steps):
+  """Returns the Optax chain and the schedule for a base learning rate."""
+  schedule = optimizer.warmup_cosine(
+    learning_rate, total_steps=total_steps, warmup_steps=warmup_steps
+  )
+  tx = optimizer.create(
+    config.optimizer.name,
+    schedule,
+    momentum=config.optimizer.momentum,
+    weight_decay=config.optimizer.weight_decay,
+    trust_coefficient=config.optimizer.trust_coefficient,
+    clip_norm=config.optimizer.clip_norm,
+    rate_in_momentum=config.optimizer.rate_in_momentum,
+  )
+  return {'tx': tx, 'schedule': schedule}
+
+
+def _contrastive_loss(config, platform):
   contrastive = _choose(
     _CONTRASTIVE, 'loss.contrastive', config.loss.contrastive
   )
@@ -265,75 +328,42 @@ def build(
       "config.loss.contrastive is 'none' and config.loss.clop_weight is 0: "
       'nothing is left to train on'
     )
-  make_prototypes = _choose(
-    _PROTOTYPES, 'prototypes.kind', config.prototypes.kind
-  )
-  rule = _prototype_rule(config, steps_per_epoch)
-  first_clop_step = _first_clop_step(config, steps_per_epoch)
-  images.check_size('config.augment.size', augment.size)
-  image_shape = (augment.size, augment.size, config.data.channels)
+  return functools.partial(contrastive, _LossFields(config.loss, platform))
 
-  def create_state(key=None, backbone_variables=None):
-    key = jax.random.key(config.seed) if key is None else key
-    init_key, prototype_key = jax.random.split(key)
-    views = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    dim = model.embedding_dim
-    if model.head_layers == 0:
-      # No head: the features are the embeddings.
-      features, _ = jax.eval_shape(
-        functools.partial(backbone.init_with_output, train=False),
-        init_key,
-        views,
-      )
-      dim = features.shape[-1]
-    made = make_prototypes(prototype_key, config.data.num_classes, dim)
-    return train_state.create(
+
+def _prototype_maker(config):
+  images.check_size('config.augment.size', config.augment.size)
+  return _choose(_PROTOTYPES, 'prototypes.kind', config.prototypes.kind)
+
+
+def _create_state(
+  config, parts, make_prototypes, key=None, backbone_variables=None
+):
+  """Returns the state before the first step; see `Experiment`."""
+  size = config.augment.size
+  image_shape = (size, size, config.data.channels)
+  key = jax.random.key(config.seed) if key is None else key
+  init_key, prototype_key = jax.random.split(key)
+  dim = config.model.embedding_dim
+  if config.model.head_layers == 0:
+    # No head: the features are the embeddings.
+    features, _ = jax.eval_shape(
+      functools.partial(parts.backbone.init_with_output, train=False),
       init_key,
-      backbone=backbone,
-      projection_head=projection_head,
-      tx=tx,
-      image_shape=image_shape,
-      prototypes=made,
-      prototype_statistics=rule.statistics(made),
-      backbone_variables=backbone_variables,
+      jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
     )
-
-  bound = functools.partial(
-    train_step.train_step,
-    backbone=backbone,
-    projection_head=projection_head,
-    recipe=recipe(config),
-    contrastive=functools.partial(
-      contrastive, _LossFields(config.loss, platform)
-    ),
-    clop=functools.partial(
-      loss.clop_loss,
-      distance=config.loss.clop_distance,
-      temperature=config.loss.clop_temperature,
-      repulsion=config.loss.clop_repulsion,
-    ),
-    prototype_rule=rule,
-    pseudo_labels=_pseudo_labels(config, steps_per_epoch),
-    log_every=config.train.log_every_steps,
-    bn_scope=model.bn_scope,
-    num_micro_batches=config.train.num_micro_batches,
-    axis_name=parallel.DATA_AXIS,
+    dim = features.shape[-1]
+  prototypes_ = make_prototypes(prototype_key, config.data.num_classes, dim)
+  return train_state.create(
+    init_key,
+    backbone=parts.backbone,
+    projection_head=parts.projection_head,
+    tx=parts.tx,
+    image_shape=image_shape,
+    prototypes=prototypes_,
+    prototype_statistics=parts.prototype_rule.statistics(prototypes_),
+    backbone_variables=backbone_variables,
   )
-
-  def step(state, batch, key, numbers=None):
-    numbers = own_numbers if numbers is None else numbers
-    clop_weight = numbers['clop_weight']
-    if first_clop_step:
-      clop_weight *= state.step >= first_clop_step
-    return bound(
-      state,
-      batch,
-      key,
-      clop_weight=clop_weight,
-      **optimizer_at(numbers['learning_rate']),
-    )
-
-  return Experiment(backbone, projection_head, tx, create_state, step)
 
 
 def numbers_of(config: ml_collections.ConfigDict) -> dict[str, float]:
@@ -424,12 +454,12 @@ def _pseudo_labels(config, steps_per_epoch):
   return label
 
 
-def recipe(config: ml_collections.ConfigDict) -> dict:
-  """The keyword arguments of `augment.view`."""
-  arguments = config.augment.to_dict()
+def recipe(config: ml_collections.ConfigDict) -> augment.Recipe:
+  """Returns the random operations that make the views."""
+  fields = config.augment.to_dict()
   if config.data.host_crops:
-    arguments['crop_probability'] = 0.0  # the workers have cropped already
-  return arguments
+    fields['crop_probability'] = 0.0  # the workers have cropped already
+  return augment.Recipe(**fields)
 
 
 def training_key(config: ml_collections.ConfigDict) -> jax.Array:

@@ -1,9 +1,8 @@
-"""Saving and restoring the full training state with Orbax.
+"""Saving and restoring the training state with Orbax.
 
-Each checkpoint carries a checksum of its state, made on the devices with
-integer arithmetic. Orbax itself notices a missing or shortened file but not a
-changed byte in an array; and exact integers are the same on any number of
-devices.
+Every checkpoint holds a checksum of its state. Orbax notices a missing or
+shortened file, but not a changed byte in an array. The checksum uses integers,
+so it is the same on any number of devices.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ import dataclasses
 import errno
 import functools
 import gc
+import itertools
 import math
 import os
 import re
@@ -33,25 +33,20 @@ FOLDER = 'checkpoints'  # of a workdir
 
 MODES = ('max', 'min')
 
-# Orbax finds files of a checkpoint by a pattern that the folder's path is in.
+# Orbax uses the path as a glob pattern and takes ':/' for the start of a remote
+# path. TensorStore takes a backslash for a slash, and accepts only UTF-8.
 _PATTERN = re.compile(r'[\[\]*?]')
-# TensorStore takes a backslash for a slash and only UTF-8, and Orbax takes ':/'
-# for the start of a remote path.
 _UNUSABLE = re.compile(r'[\[\]*?\\\ud800-\udfff]|:/')
 
-# What the system says of a file that is missing or another kind of file.
-# Anything else (a permission, a disk, a network) tells nothing of its content.
+# Errors that mean damage: a file is missing or of another kind. Any other error
+# (a permission, a disk, a network) says nothing about the content.
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-# The same among the statuses of TensorStore, with what they mean.
-_STATUSES = {
-  'PERMISSION_DENIED': errno.EACCES,
-  'UNAUTHENTICATED': errno.EACCES,
-  'RESOURCE_EXHAUSTED': errno.ENOMEM,
-  'UNAVAILABLE': errno.EIO,
-  'DEADLINE_EXCEEDED': errno.ETIMEDOUT,
-  'ABORTED': errno.EIO,
-  'CANCELLED': errno.EIO,
-}
+_CODE = re.compile(r"os_error_code='(\d+)'")
+_STATUS = re.compile(
+  r'\b(PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|'
+  r'DEADLINE_EXCEEDED|ABORTED|CANCELLED):'
+)
+_WRONG_CHECKSUM = 'its arrays do not have the checksum they were saved with'
 
 
 class DamagedCheckpointError(Exception):
@@ -59,26 +54,19 @@ class DamagedCheckpointError(Exception):
 
 
 class SaveError(OSError):
-  """A checkpoint could not be saved; those before it are intact.
+  """A checkpoint could not be saved; earlier ones are intact.
 
-  Threads of Orbax may wait for minutes for one that failed, and the process for
-  them where it does not end by `os._exit`.
+  Orbax's threads may wait for minutes after a failed save. A process that does
+  not want to wait for them must end by `os._exit`.
   """
 
 
 class UnreadableCheckpointError(OSError):
-  """A checkpoint may be intact, but the system cannot read it now."""
+  """The system cannot read a checkpoint, which may be intact."""
 
 
 def check_directory(directory: str) -> None:
-  """Raises ValueError if Orbax could not read checkpoints in a folder."""
-  temporary = tempfile.gettempdir()
-  if _needs_link(directory) and _UNUSABLE.search(temporary):
-    raise ValueError(
-      f'--workdir={files.as_text(directory)} needs a link in the folder for '
-      r'temporary files, whose own path must have none of [ ] * ? \, got '
-      f'{temporary!r}; set TMPDIR to another folder'
-    )
+  """Raises ValueError if Orbax cannot read checkpoints in a folder."""
   wrong = _PATTERN.search(directory) if files.is_remote(directory) else None
   if wrong:
     raise ValueError(
@@ -87,13 +75,8 @@ def check_directory(directory: str) -> None:
     )
 
 
-def _needs_link(directory):
-  path = os.path.abspath(directory)
-  return not files.is_remote(directory) and bool(_UNUSABLE.search(path))
-
-
 def system_error(error: BaseException) -> OSError | None:
-  """Returns what the system refused, if an error comes from that.
+  """Returns the system's error behind an error of a read.
 
   Orbax and TensorStore wrap such errors in others, some of them only as text.
 
@@ -101,61 +84,26 @@ def system_error(error: BaseException) -> OSError | None:
     error: Error of a read.
 
   Returns:
-    The system's error, or None if the error says that data are damaged or
-    missing.
+    The system's error, or None if data are damaged or missing.
   """
-  for one in _chain(error):
+  waiting: list[BaseException | None] = [error]
+  seen: list[BaseException] = []
+  while waiting:
+    one = waiting.pop()
+    if one is None or one in seen:
+      continue
+    seen.append(one)
+    waiting += [one.__context__, one.__cause__, *getattr(one, 'exceptions', ())]
     if isinstance(one, MemoryError):
       return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     if isinstance(one, OSError) and one.errno not in _DAMAGE:
       return one
-    found = _in_text(str(one))
-    if found is not None:
-      return found
+    code, status = _CODE.search(str(one)), _STATUS.search(str(one))
+    if code and int(code[1]) not in _DAMAGE:
+      return OSError(int(code[1]), os.strerror(int(code[1])))
+    if status and not code:
+      return OSError(errno.EIO, status[1])
   return None
-
-
-def _chain(error):
-  """The error, and those that it comes from."""
-  waiting = [error]
-  seen = set()
-  while waiting:
-    one = waiting.pop()
-    if one is None or id(one) in seen:
-      continue
-    seen.add(id(one))
-    yield one
-    waiting += [one.__context__, one.__cause__, *getattr(one, 'exceptions', ())]
-
-
-def _in_text(text):
-  """The system's error in a message of TensorStore."""
-  code = re.search(r"os_error_code='(\d+)'", text)
-  status = re.search(rf'\b({"|".join(_STATUSES)}):', text)
-  if code:
-    number = int(code[1])
-    if number in _DAMAGE:
-      return None
-    reason = os.strerror(number)
-  elif status:
-    number, reason = _STATUSES[status[1]], status[1]
-  else:
-    return None
-  names = re.findall(
-    r'(?:local file|opening file:?|GCS object) "([^"]+)"', text
-  )
-  return OSError(number, reason, names[-1] if names else None)
-
-
-@contextlib.contextmanager
-def _without_warnings():
-  """Without what Orbax warns of a folder that is to be read only."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)
 
 
 class Checkpoints:
@@ -170,20 +118,19 @@ class Checkpoints:
     best_mode: str = 'max',
     read_only: bool = False,
   ):
-    """Opens the folder; creates it unless `read_only`.
+    """Opens the folder and creates it unless `read_only`.
 
     Args:
-      directory: absolute or relative path, or a remote one (`gs://`, `s3://`),
-        which goes to Orbax as it is.
-      keep: how many of the newest checkpoints stay.
-      best_metric: of the metrics that `save` is given; the checkpoint that is
-        the best by it stays as well. None: none does.
-      best_mode: 'max' or 'min', which is better.
-      read_only: for evaluation: nothing in the folder is changed.
+      directory: Path of the folder, local or remote (`gs://`, `s3://`).
+      keep: Number of newest checkpoints to keep.
+      best_metric: Name of a metric passed to `save`. The checkpoint with its
+        best value is kept as well.
+      best_mode: 'max' if a high value is better, else 'min'.
+      read_only: True leaves the folder unchanged, for evaluation.
 
     Raises:
-      ValueError: if `keep` is below 1, `best_mode` is unknown, or Orbax could
-        not read checkpoints in such a folder.
+      ValueError: If `keep` is below 1, `best_mode` is unknown, or Orbax cannot
+        read checkpoints in such a folder.
     """
     check_directory(directory)
     if keep < 1:
@@ -192,11 +139,13 @@ class Checkpoints:
       raise ValueError(
         f'best_mode must be one of {list(MODES)}, got {best_mode!r}'
       )
-    is_remote = files.is_remote(directory)
-    self._directory = directory if is_remote else os.path.abspath(directory)
-    self._read_only = read_only
-    self._save_failed = self._opened = False
+    self._is_remote = files.is_remote(directory)
+    self._directory = (
+      directory if self._is_remote else os.path.abspath(directory)
+    )
+    self._read_only, self._save_failed = read_only, False
     self._link = None
+    self._place = self._usable()
     policies = ocp.checkpoint_managers
     preserved = [policies.LatestN(keep)]
     score = None
@@ -204,48 +153,23 @@ class Checkpoints:
       score = functools.partial(_score, best_metric, best_mode)
       preserved.append(policies.BestN(get_metric_fn=score, n=1))
     self._has_best = best_metric is not None
-    with _without_warnings() if read_only else contextlib.nullcontext():
-      self._options = ocp.CheckpointManagerOptions(
-        preservation_policy=(
-          None if read_only else policies.AnyPreservationPolicy(preserved)
-        ),
-        best_fn=score,
-        create=not read_only,
-        read_only=read_only,
-        # Otherwise threads that are to write into a folder wait minutes for one
-        # that could not be made.
-        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-      )
-      self._place = self._usable()
-      self._manager = self._open()
-    self._folder = None
-    if not read_only and not is_remote and files.is_folder(self._directory):
-      # As long as it is open, no other folder can get its number.
-      self._folder = os.open(self._directory, os.O_RDONLY)
-
-  def _open(self):
-    """A manager of the folder.
-
-    Raises:
-      OSError: If the system refuses it.
-    """
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=(
+        None if read_only else policies.AnyPreservationPolicy(preserved)
+      ),
+      best_fn=score,
+      create=not read_only,
+      read_only=read_only,
+      # Otherwise threads wait for minutes to write into a folder that could
+      # not be created.
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+    )
     with _quiet():
-      try:
-        return ocp.CheckpointManager(self._place, options=self._options)
-      except Exception as error:
-        refusal = system_error(error)
-        if refusal is None:
-          raise
-        failure = OSError(
-          f'{files.as_text(self._directory)} cannot be opened '
-          f'({self._brief(refusal)})'
-        )
-        failure.errno = refusal.errno
-        raise failure from error
+      self._manager = ocp.CheckpointManager(self._place, options=options)
 
   def _usable(self):
-    """The folder's path, or a link to it if Orbax cannot use the path."""
-    if not _needs_link(self._directory):
+    """Returns the path of the folder, or of a link if Orbax needs one."""
+    if self._is_remote or not _UNUSABLE.search(self._directory):
       return self._directory
     if not self._read_only:
       os.makedirs(self._directory, exist_ok=True)
@@ -254,67 +178,25 @@ class Checkpoints:
     os.symlink(self._directory, link)
     return link
 
-  def _check_present(self):
-    """Raises SaveError if the folder was removed since it was opened.
-
-    Orbax would make it again, in a workdir without anything else in it.
-    """
-    if self._folder is None:
-      return
-    is_there = files.exists(self._directory)
-    if not is_there or not os.path.samestat(
-      os.stat(self._directory), os.fstat(self._folder)
-    ):
-      raise SaveError(
-        errno.ENOENT,
-        'the folder was removed or replaced while the run was using it; put it '
-        'back, or train again in a new workdir',
-        files.as_text(self._directory),
-      )
-
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, kind, error, trace) -> None:
-    # Closing waits for the other processes, or for Orbax's threads, which may
-    # be what went wrong.
+    # Closing waits for the other processes and for Orbax's threads, which may
+    # be what failed.
     if error is None or (jax.process_count() == 1 and not self._save_failed):
       self.close()
 
   def steps(self) -> list[int]:
-    """Steps with a checkpoint, oldest first.
-
-    Raises:
-      OSError: if the system does not say whether a step has one.
-    """
-    hidden = self._hidden()
-    if hidden is not None:
-      raise self._unreadable(*hidden)
-    return sorted(self._manager.all_steps())
-
-  def _hidden(self):
-    """`(step, error)` of a checkpoint that cannot be looked at, or None.
-
-    Orbax leaves it out of its list, as if an older one were the newest.
-    """
-    if files.is_remote(self._directory) or not files.exists(self._directory):
-      return None
-    for name in sorted(filter(str.isdigit, os.listdir(self._directory))):
-      try:
-        files.is_folder(os.path.join(self._directory, name))
-      except OSError as error:
-        return int(name), error
-    return None
-
-  def _agreed_steps(self):
-    """As `steps`. All processes raise if one of them does."""
-    hidden = self._hidden()
-    if not parallel.all_agree(hidden is None):
-      raise self._unreadable(*(hidden or (None, None)))
-    return self.steps()
+    """Returns the steps with a checkpoint, oldest first."""
+    if self._is_remote or not files.is_folder(self._directory):
+      return sorted(self._manager.all_steps())
+    # Orbax leaves out a folder that it cannot look at, as if an older one were
+    # the newest.
+    return sorted(map(int, filter(str.isdigit, os.listdir(self._directory))))
 
   def best_step(self) -> int | None:
-    """The step of the best checkpoint by `best_metric`, if there is one."""
+    """Returns the step of the best checkpoint by `best_metric`, if any."""
     return self._manager.best_step() if self._has_best else None
 
   def save(
@@ -326,14 +208,13 @@ class Checkpoints:
     """Starts to save; the state may be donated as soon as this returns.
 
     Args:
-      state: the same on every process.
-      step: its name.
-      metrics: by name; `best_metric` is taken from them.
+      state: Training state, the same on every process.
+      step: Name of the checkpoint.
+      metrics: Metrics by name, among them `best_metric`.
 
     Raises:
-      SaveError: if it, or an earlier save, failed, on a full disk for example,
-        or because the folder was removed.
-      OSError: if the first checkpoint, once written, cannot be opened.
+      SaveError: If this or an earlier save failed, on a full disk for example,
+        or the folder was removed.
     """
     parallel.by_main(self._check_present)
     checkpoint = {'state': _fields(state), 'checksum': _checksum(state)}
@@ -344,74 +225,53 @@ class Checkpoints:
         metrics=dict(metrics) if metrics else None,
         force=True,
       )
-    if not self._opened:
-      self.wait()
-      self._check_opens(step)
-      self._opened = True
 
-  def _check_opens(self, step):
-    """Raises OSError, on all processes, if a new checkpoint cannot be opened.
-
-    Only metadata are read. What no later run could read would be noticed much
-    too late otherwise.
-    """
-    fault = None
-    with _quiet():
-      try:
-        self._manager.item_metadata(step)
-      except Exception as error:
-        fault = self._brief(error)
-    if not parallel.all_agree(fault is None):
-      raise OSError(
-        f'the checkpoint of step {step} was written to '
-        f'{files.as_text(self._directory)} but cannot be opened there '
-        f'({fault or "another process cannot open it"}); try a new --workdir '
-        'on another file system'
+  def _check_present(self):
+    """Raises SaveError if the folder is gone; Orbax would create it again."""
+    if not self._is_remote and not files.is_folder(self._directory):
+      raise SaveError(
+        errno.ENOENT,
+        'the folder was removed while the run was using it; put it back, or '
+        'train again in a new workdir',
+        files.as_text(self._directory),
       )
 
   def wait(self) -> None:
-    """Returns when everything that `save` was given is on disk.
+    """Waits until everything passed to `save` is on disk.
 
     Raises:
-      SaveError: if it cannot be written, or the folder was removed.
+      SaveError: If it cannot be written, or the folder was removed.
     """
     with self._save_errors():
       self._manager.wait_until_finished()
     parallel.by_main(self._check_present)
 
   def raise_failure(self) -> None:
-    """Raises the error of a save that has failed, and waits for none.
-
-    Raises:
-      SaveError: if one could not be written.
-    """
+    """Raises the SaveError of a failed save without waiting for any."""
     if not self._manager.is_saving_in_progress():
-      # Not `wait`: the processes come here at different times.
+      # Not `wait`, because the processes come here at different times.
       with self._save_errors():
         self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, and lets go of the folder."""
+    """Waits for the last save and releases the folder."""
     try:
       with self._save_errors():
         self._manager.close()
     finally:
       if self._link is not None:
         self._link.cleanup()
-      if self._folder is not None:
-        os.close(self._folder)
-        self._folder = None
 
   @contextlib.contextmanager
   def _save_errors(self):
-    """Raises what the system refused, which Orbax may hide, as a SaveError."""
+    """Raises the system's error, which Orbax may hide, as a SaveError."""
     try:
       yield
     except (OSError, ValueError) as error:
       number, place = getattr(error, 'errno', None), self._directory
       if isinstance(error, OSError):
         place = error.filename or place
-      elif code := re.search(r"os_error_code='(\d+)'", str(error)):
+      elif code := _CODE.search(str(error)):
         number = int(code[1])
       else:
         raise
@@ -424,14 +284,14 @@ class Checkpoints:
   def restore(
     self, step: int, target: train_state.TrainState
   ) -> train_state.TrainState:
-    """The state of one step.
+    """Returns the state of one step.
 
     Raises:
-      ValueError: if there is no such checkpoint (those that exist are listed).
-      DamagedCheckpointError: if it is damaged, or another model's.
-      UnreadableCheckpointError: if the system cannot read it.
+      ValueError: If there is no such checkpoint. The error lists the others.
+      DamagedCheckpointError: If it is damaged, or of another model.
+      UnreadableCheckpointError: If the system cannot read it.
     """
-    steps = self._agreed_steps()
+    steps = self.steps()
     if step not in steps:
       raise ValueError(
         f'there is no checkpoint of step {step} in {self._directory}; there '
@@ -451,31 +311,29 @@ class Checkpoints:
     *,
     warn: Callable[[str], None] = logging.warning,
   ) -> train_state.TrainState | None:
-    """The newest state that is whole.
+    """Returns the newest intact state.
 
-    A damaged checkpoint is named through `warn` and the one before it is tried.
-    Unless `read_only`, damaged ones are moved to `<directory>_damaged/` so that
-    training can save that step again.
+    A damaged checkpoint is reported through `warn` and the one before it is
+    tried. Unless `read_only`, damaged ones are moved to `<directory>_damaged/`
+    so that training can save that step again.
 
     Args:
-      target: shapes, dtypes and shardings of the state: `jax.ShapeDtypeStruct`
-        leaves with `sharding`. They need not be those that it was saved with:
-        any number of devices and processes will do. If its `opt_state` is None,
-        so is that of the result, and further fields may be None, too.
-      warn: told of each damaged checkpoint.
+      target: Shapes, dtypes and shardings of the state, as
+        `jax.ShapeDtypeStruct` leaves with `sharding`. The devices and processes
+        need not be those that saved it. If its `opt_state` is None, so is that
+        of the result; further fields may be None, too.
+      warn: Function that reports a damaged checkpoint.
 
     Returns:
-      The state, or None if there is no checkpoint at all.
+      The state, or None if there is no checkpoint.
 
     Raises:
-      DamagedCheckpointError: if there are checkpoints and none fits: all are
-        damaged, or `target` is another model's state.
-      UnreadableCheckpointError: if the system cannot read one. It may be
+      DamagedCheckpointError: If no checkpoint fits: all are damaged, or
+        `target` is the state of another model.
+      UnreadableCheckpointError: If the system cannot read one. It may be
         intact, so it stays where it is and no older one takes its place.
     """
-    steps = self._agreed_steps()
-    if not steps:
-      return None
+    steps = self.steps()
     damaged = []
     for step in reversed(steps):
       state, fault = self._restore(step, target)
@@ -487,6 +345,8 @@ class Checkpoints:
         f'the checkpoint of step {step} in {self._directory} is damaged '
         f'({fault}); falling back to the one before it'
       )
+    if not steps:
+      return None
     raise DamagedCheckpointError(
       f'all checkpoints in {self._directory} are damaged, or of another '
       f'version of the model (steps {steps}); nothing was changed. Train again '
@@ -494,7 +354,7 @@ class Checkpoints:
     )
 
   def _restore(self, step, target):
-    """`(state, None)` or `(None, what is wrong)`, alike on all processes."""
+    """Returns `(state, None)` or `(None, fault)`, the same on all processes."""
     scalar = jax.tree.leaves(target)[0].sharding
     fields = _fields(target)
     wanted = {
@@ -529,13 +389,13 @@ class Checkpoints:
     )
 
   def _read(self, step, arguments):
-    """See `_guarded`."""
+    """Returns the contents of a checkpoint; see `_guarded`."""
     return self._guarded(
       step, lambda: self._manager.restore(step, args=arguments)
     )
 
   def _guarded(self, step, work):
-    """`(what work gives, None)`, or `(None, what is wrong)`.
+    """Returns `(work(), None)` or `(None, fault)`.
 
     Raises:
       UnreadableCheckpointError: On all processes, if the system of one of them
@@ -546,24 +406,31 @@ class Checkpoints:
       try:
         restored = work()
       except Exception as error:
-        # Damage surfaces as whatever the broken layer raises, a bare Exception
-        # from Orbax's array reader included.
-        fault = self._brief(error)
-        refusal = system_error(error) or self._refusal(step)
-      gc.collect()  # so that what it left behind complains here, unheard
+        # Damage surfaces as whatever the broken layer raises, even a bare
+        # Exception from Orbax's array reader.
+        lines = str(error).replace(self._place, self._directory).splitlines()
+        fault = files.as_text(next(filter(None, lines), type(error).__name__))
+        fault = fault[:200]
+        refusal = self._refusal(step) or system_error(error)
+      gc.collect()  # collects unfinished coroutines while they are silenced
     if not parallel.all_agree(refusal is None):
       raise self._unreadable(step, refusal)
     return restored, fault
 
   def _refusal(self, step):
-    """The system's error at a file of a checkpoint, if there is one.
+    """Returns the error of the first file that the system refuses, if any.
 
     Orbax takes a file that it cannot look at for one that does not exist.
     """
-    if files.is_remote(self._directory):
+    if self._is_remote:
       return None
     try:
-      _open_all(os.path.join(self._directory, str(step)))
+      for folder, _, names in os.walk(
+        os.path.join(self._directory, str(step)), onerror=_raise
+      ):
+        for name in names:
+          with open(os.path.join(folder, name), 'rb') as file:
+            file.read(1)
     except OSError as error:
       return system_error(error)
     return None
@@ -572,78 +439,59 @@ class Checkpoints:
     reason, place = 'another process cannot read it', self._directory
     if refusal is not None:
       reason = refusal.strerror or str(refusal) or type(refusal).__name__
-      place = self._named(refusal.filename or os.path.join(place, str(step)))
-    which = 'a checkpoint' if step is None else f'the checkpoint of step {step}'
+      place = str(refusal.filename or os.path.join(place, str(step)))
     error = UnreadableCheckpointError(
-      f'{which} cannot be read ({reason}: '
-      f'{files.as_text(place)}); nothing was changed. Make it readable and run '
-      'the same command again'
+      f'the checkpoint of step {step} cannot be read ({reason}: '
+      f'{files.as_text(place.replace(self._place, self._directory))}); nothing '
+      'was changed. Make it readable and run the same command again'
     )
     error.errno = None if refusal is None else refusal.errno
     return error
 
-  def _brief(self, error):
-    """The first line of an error."""
-    lines = self._named(str(error)).strip().splitlines()
-    return files.as_text((lines[0] if lines else type(error).__name__)[:200])
-
-  def _named(self, text):
-    """A text with the folder's own path instead of that of the link."""
-    return str(text).replace(self._place, self._directory)
-
   def check(self, step: int) -> str | None:
-    """What is wrong with a checkpoint, or None; needs no model to compare."""
-    # On this host: what was saved on many devices must not need them.
+    """Returns the fault of a checkpoint, or None; needs no model."""
+    # On this host, so that one device can check what many have saved.
     restored, fault = self._read(
       step, ocp.args.StandardRestore(fallback_sharding=_here())
     )
     return _fault(restored) if fault is None else fault
 
   def metrics(self, step: int) -> dict[str, float]:
-    """The metrics that a checkpoint was saved with."""
+    """Returns the metrics that a checkpoint was saved with."""
     return self._manager.metrics(step) or {}
 
   def _set_aside(self, steps):
+    """Moves damaged checkpoints to a folder beside this one."""
     if self._read_only or not steps:
       return
-    self._manager.close()
     if parallel.is_main():
       aside = epath.Path(f'{self._directory}_damaged')
       aside.mkdir(parents=True, exist_ok=True)
       for step in steps:
-        place = aside / str(step)
-        attempt = 1
-        while place.exists():
-          attempt += 1
-          place = aside / f'{step}.{attempt}'
+        names = itertools.chain(
+          [f'{step}'], (f'{step}.{n}' for n in itertools.count(2))
+        )
+        place = next(x for x in map(aside.joinpath, names) if not x.exists())
         (epath.Path(self._directory) / str(step)).rename(place)
-    parallel.all_agree(True)  # the others must not look before it is done
-    self._manager = self._open()
+    parallel.all_agree(True)  # the other processes must look only afterwards
+    self._manager.reload()
+
+
+def _raise(error):
+  raise error
 
 
 def _fault(restored):
-  """Returns what is wrong with the content of a checkpoint, or None."""
+  """Returns what is wrong with the contents of a checkpoint, or None."""
   if not isinstance(restored, dict) or {*restored} != {'state', 'checksum'}:
-    return 'it is not a checkpoint of a training'
+    return 'it is not a checkpoint of a training run'
   if int(_checksum(restored['state'])) != int(restored['checksum']):
-    return 'its arrays do not have the checksum they were saved with'
+    return _WRONG_CHECKSUM
   return None
 
 
-def _open_all(folder):
-  """Opens every file below a folder, and raises what the system refuses."""
-
-  def fail(error):
-    raise error
-
-  for place, _, names in os.walk(folder, onerror=fail):
-    for name in names:
-      with open(os.path.join(place, name), 'rb') as file:
-        file.read(1)
-
-
 def _score(name, mode, metrics):
-  """The metric so that more is better; one that is missing is the worst."""
+  """Returns a metric such that more is better; a missing one is the worst."""
   value = metrics.get(name, math.nan)
   if math.isnan(value):
     return -math.inf
@@ -656,12 +504,12 @@ def _here():
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A checkpoint of a workdir; see `verify`.
+  """A checkpoint of a workdir.
 
   Attributes:
-    step: its name.
-    fault: what is wrong with it; None if it is whole.
-    metrics: that it was saved with, by name.
+    step: Step of the checkpoint.
+    fault: Description of the damage, None if it is intact.
+    metrics: Metrics by name that it was saved with.
   """
 
   step: int
@@ -670,14 +518,14 @@ class Found:
 
 
 def verify(workdir: str) -> list[Found]:
-  """What checkpoints a workdir has, oldest first, and whether they are whole.
+  """Returns the checkpoints of a workdir, oldest first, and their faults.
 
-  Every array is read and compared with the checksum of its checkpoint; nothing
-  is changed. One process and one device will do, whatever saved them.
+  Every array is read and compared with the checksum of its checkpoint. Nothing
+  is changed. One process and one device suffice.
 
   Raises:
-    ValueError: if the workdir has no folder of checkpoints.
-    UnreadableCheckpointError: if the system cannot read a checkpoint.
+    ValueError: If the workdir has no folder of checkpoints.
+    UnreadableCheckpointError: If the system cannot read a checkpoint.
   """
   directory = os.path.join(workdir, FOLDER)
   if not files.is_folder(directory):
@@ -693,10 +541,9 @@ def verify(workdir: str) -> list[Found]:
 
 @contextlib.contextmanager
 def _quiet():
-  """Hushes what a failed read leaves behind in threads and coroutines.
+  """Silences the unfinished coroutines and threads of a failed read.
 
-  The failure itself is raised and reported; its hundred lines of unfinished
-  coroutines would bury that report.
+  The failure itself is raised, and their hundred lines would bury it.
   """
   hook = sys.unraisablehook
   sys.unraisablehook = lambda _: None
@@ -707,10 +554,10 @@ def _quiet():
 
 
 def _fields(state):
-  """The state's fields but those that are None.
+  """Returns the fields of a state that are not None.
 
-  Orbax would tell a state that lacks such a field from one that has it as None:
-  checkpoints from before there was the field could not be read.
+  Orbax distinguishes a missing field from one that is None, so checkpoints from
+  before a field existed could not be read.
   """
   fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
   return {name: value for name, value in fields.items() if value is not None}
@@ -729,9 +576,9 @@ def _selected(state, fields):
 
 @jax.jit
 def _checksum(tree) -> jax.Array:
-  """A uint32 that changes with any single changed entry of the tree."""
+  """Returns a uint32 that changes with any single changed entry of a tree."""
   total = jnp.zeros((), jnp.uint32)
-  # By name: what is read without a model to fit it to is nested otherwise.
+  # By name, because a tree that is read without a model is nested differently.
   named = {
     jax.tree_util.keystr(path, simple=True, separator='/'): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

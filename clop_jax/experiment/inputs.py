@@ -295,7 +295,7 @@ def abstract_loader(
   mesh: Mesh,
   *,
   num_examples: int,
-  image_shape: tuple[int, int, int],
+  image_shape: tuple[int, ...],
 ) -> loader.AbstractLoader:
   """Shapes of the data that `training_loader` would serve.
 

@@ -11,6 +11,7 @@ import jax
 import tqdm
 
 from clop_jax.runtime import files
+from clop_jax.training import callback
 
 FILE = 'metrics.jsonl'
 
@@ -64,45 +65,41 @@ class JsonLines:
       self._file.close()
 
 
-class MetricsLog:
-  """Writes one line for each logged step; a context manager."""
+class MetricsLog(callback.Callback):
+  """Writes one line for each logged step, and prints progress."""
 
-  def __init__(
-    self, path: str, *, start: int, total_steps: int, batch_size: int
-  ):
-    """Cuts the log back to `start`: what was logged later is trained again.
+  def __init__(self, path: str, *, steps: range, batch_size: int):
+    """Cuts the log back to `steps.start`: later steps are trained again.
 
     Args:
-      path: of the file; local, or remote as `epath` has it.
-      start: the step to go on from.
-      total_steps: of the whole run.
-      batch_size: images in a step.
+      path: Path of the file, local or remote as `epath` has it.
+      steps: Steps that are left.
+      batch_size: Number of images in a step.
     """
-    self._start, self._total_steps = start, total_steps
+    self._start, self._total_steps = steps.start, steps.stop
     self._batch_size = batch_size
-    self._lines = JsonLines(path, start=start)
+    self._lines = JsonLines(path, start=steps.start)
     self._is_terminal = sys.stderr.isatty()
     self._bar = tqdm.tqdm(
-      total=total_steps,
-      initial=start,
+      total=steps.stop,
+      initial=steps.start,
       unit='step',
       disable=not self._is_terminal,
     )
     self._began = time.monotonic()
 
-  def __enter__(self) -> 'MetricsLog':
-    return self
-
-  def __exit__(self, *exception) -> None:
+  def close(self, failed: bool = False) -> None:
+    """Closes the file and the progress bar."""
     self._bar.close()
     self._lines.close()
 
-  def write(self, step: int, metrics: dict[str, float]) -> None:
-    """Writes the metrics of a step, and shows some of them.
+  def logged(self, step: int, metrics: dict[str, float]) -> None:
+    """Writes the metrics of a step, and prints some of them.
 
     Args:
-      step: after which they were taken.
-      metrics: by name, among them `loss`, `clop_loss` and `effective_rank`.
+      step: Step after which they were taken.
+      metrics: Metrics by name, among them `loss`, `clop_loss` and
+        `effective_rank`.
     """
     self._lines.write(step, metrics)
     self._show(step, metrics)
@@ -126,19 +123,6 @@ class MetricsLog:
     print(
       f'step {step}/{self._total_steps}: {parts}, {left:.0f} s left', flush=True
     )
-
-
-class Silent:
-  """The log of a process that is not the one that writes."""
-
-  def __enter__(self) -> 'Silent':
-    return self
-
-  def __exit__(self, *exception) -> None:
-    pass
-
-  def write(self, step: int, metrics: dict[str, float]) -> None:
-    """Writes nothing."""
 
 
 def say(message: str, *, error: bool = False) -> None:

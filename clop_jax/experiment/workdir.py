@@ -332,6 +332,12 @@ def completed(saved: Any, path: str) -> dict:
   """
   if not isinstance(saved, dict):
     raise ValueError(f'{path}: config must be an object, got {saved!r:.40}')
+  data = saved.get('data')
+  if isinstance(data, dict) and isinstance(data.get('class_fractions'), str):
+    # Older workdirs have '0:0.6,1:0.23'.
+    parts = [x.partition(':') for x in data['class_fractions'].split(',') if x]
+    fractions = {label.strip(): float(value) for label, _, value in parts}
+    saved = saved | {'data': data | {'class_fractions': fractions}}
   config = _completed(saved, to_json(defaults.get_config()))
   # A later version of the code may have fields that this one does not.
   known = _known(config, defaults.FIELDS, '')

@@ -1,17 +1,18 @@
-"""Processes of one run: how they meet, and how they notice a lost one.
+"""Connections between the processes of one run.
 
-JAX waits for the processes in silence and ends those that are left with a stack
-trace. Here they meet before JAX starts, on the port that JAX takes over
-afterwards, and stay connected until they end.
+JAX waits silently for missing processes, and ends the others with a stack trace
+when one is lost. Here the processes meet before JAX starts, on the port that
+JAX takes over afterwards, and stay connected until they end.
 """
 
 from collections.abc import Callable
 import contextlib
 import ipaddress
+from multiprocessing import connection as mp_connection
 import os
 import re
-import selectors
 import socket
+import struct
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ _RESOLVE_SECONDS = 5
 # A process that has lost one of the others may be about to end by itself: it
 # may have got the same signal, or the error of a collective operation.
 _GRACE_SECONDS = 5
-_MAX_LINE = 4096
+_MAX_LENGTH = 4096
 _EVERYWHERE = '::'
 
 
@@ -89,67 +90,29 @@ def _is_local(ip):
   return True
 
 
-class _Connection:
-  """Lines of text to and from another process."""
+def _connection(connected):
+  """Returns a connection of messages over a socket."""
+  connected.settimeout(None)
+  # A foreign program may send only half of a message.
+  limit = struct.pack('ll', _RESOLVE_SECONDS, 0)
+  connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+  return mp_connection.Connection(connected.detach())
 
-  def __init__(self, connected: socket.socket):
-    self._socket = connected
-    self._buffer = b''
 
-  def fileno(self) -> int:
-    return self._socket.fileno()
+def _send(connection, message):
+  """Sends a message, which is lost if the other process has gone."""
+  with contextlib.suppress(OSError):
+    connection.send_bytes(message.encode())
 
-  def close(self) -> None:
-    self._socket.close()
 
-  def send(self, line: str) -> None:
-    """Sends a line, which is lost if the other process has gone."""
-    with contextlib.suppress(OSError):
-      self._socket.sendall(f'{line}\n'.encode())
-
-  def receive(self, timeout: float) -> str | None:
-    """Waits for a line; None if there is none in time, or never will be."""
-    deadline = time.monotonic() + timeout
-    lines: list[str] = []
-    is_open = True
-    while not lines and is_open and time.monotonic() < deadline:
-      self._socket.settimeout(max(0.01, deadline - time.monotonic()))
-      lines, is_open = self.read(at_most_one=True)
-    return lines[0] if lines else None
-
-  def read(self, *, at_most_one: bool = False) -> tuple[list[str], bool]:
-    """Returns the lines that have come, and False if no more can come."""
-    is_open = True
-    if b'\n' not in self._buffer:
-      try:
-        received = self._socket.recv(_MAX_LINE)
-        self._buffer += received
-        is_open = bool(received) and len(self._buffer) <= 4 * _MAX_LINE
-      except (BlockingIOError, TimeoutError):
-        pass
-      except OSError:
-        is_open = False
-    *lines, rest = self._buffer.split(b'\n')
-    if at_most_one and lines:
-      rest = b'\n'.join([*lines[1:], rest])
-      lines = lines[:1]
-    self._buffer = rest
-    return [line.decode(errors='replace') for line in lines], is_open
-
-  def set_blocking(self, blocking: bool) -> None:
-    self._socket.setblocking(blocking)
-
-  def is_open(self) -> bool:
-    """False if the other process has closed the connection."""
-    self.set_blocking(False)
-    try:
-      return bool(self._socket.recv(1, socket.MSG_PEEK))
-    except BlockingIOError:
-      return True
-    except OSError:
-      return False
-    finally:
-      self.set_blocking(True)
+def _receive(connection, timeout=0):
+  """Returns a message, None if none comes in time, '' if none will ever."""
+  try:
+    if not connection.poll(timeout):
+      return None
+    return connection.recv_bytes(_MAX_LENGTH).decode(errors='replace')
+  except (OSError, EOFError):
+    return ''
 
 
 def meet(
@@ -160,7 +123,7 @@ def meet(
   timeout: float,
   bind: Address | None = None,
 ) -> 'Peers':
-  """Waits until all processes of a run have come.
+  """Waits until all processes of a run have arrived.
 
   Args:
     address: Address of process 0, the same for all.
@@ -239,17 +202,20 @@ def _listen(bind):
 
 
 def _gather(listener, address, count, timeout, deadline):
-  """Connections of process 0 to all others, by number."""
+  """Returns the connections of process 0 to all others, by number."""
   connections = {}
 
   def refuse(message, kind: type[Exception] = ValueError) -> NoReturn:
     for connection in connections.values():
-      connection.send(f'refused {message}')
+      _send(connection, f'refused {message}')
       connection.close()
     raise kind(message)
 
   while True:
-    for number in [n for n, c in connections.items() if not c.is_open()]:
+    # They send nothing before they are released, so this is their end.
+    for number in [
+      n for n, c in connections.items() if _receive(c) is not None
+    ]:
       connections.pop(number).close()
     missing = [n for n in range(1, count) if n not in connections]
     if not missing:
@@ -264,15 +230,14 @@ def _gather(listener, address, count, timeout, deadline):
         '--join_timeout_seconds',
         TimeoutError,
       )
-    # Wakes up in between to forget those that have gone.
     listener.settimeout(min(left, 1))
     try:
-      connection = _Connection(listener.accept()[0])
+      connection = _connection(listener.accept()[0])
     except TimeoutError:
       continue
-    hello = connection.receive(min(left, _RESOLVE_SECONDS)) or ''
+    hello = _receive(connection, min(left, _RESOLVE_SECONDS)) or ''
     match = re.fullmatch(r'clop_jax (\d+) of (\d+)', hello)
-    if match is None:  # somebody else's
+    if match is None:  # another program
       connection.close()
       continue
     number, theirs = int(match[1]), int(match[2])
@@ -282,14 +247,14 @@ def _gather(listener, address, count, timeout, deadline):
         f'process 0 has --num_processes={count}, process {number} has '
         f'--num_processes={theirs}'
       )
-    if before is not None and before.is_open():
-      before.send(f'refused two processes have --process_id={number}')
+    if before is not None and _receive(before) is None:
+      _send(before, f'refused two processes have --process_id={number}')
       before.close()
       refuse(f'two processes have --process_id={number}')
 
 
 def _attend(address, number, count, timeout, deadline):
-  """The connection of another process to process 0."""
+  """Returns the connection of another process to process 0."""
   reason = 'nothing listens there'
   while (left := deadline - time.monotonic()) > 0:
     try:
@@ -297,19 +262,20 @@ def _attend(address, number, count, timeout, deadline):
     except OSError as error:
       reason = error.strerror or str(error)
     else:
-      connection = _Connection(connected)
-      connection.send(f'clop_jax {number} of {count}')
+      connection = _connection(connected)
+      _send(connection, f'clop_jax {number} of {count}')
       # Process 0 gives the reason if it is the first to give up.
-      answer = connection.receive(left + 1)
+      answer = _receive(connection, left + 1)
       if answer == 'go':
         return connection
       connection.close()
-      word, _, message = (answer or '').partition(' ')
-      if word == 'refused':
-        raise ValueError(message)
-      reason = 'what answers there is not process 0 of this run'
-      if answer is None and time.monotonic() >= deadline:
-        reason = f'not all of the {count} processes came'
+      if answer and answer.startswith('refused '):
+        raise ValueError(answer.removeprefix('refused '))
+      reason = (
+        f'not all of the {count} processes came'
+        if answer is None
+        else 'what answers there is not process 0 of this run'
+      )
     time.sleep(min(0.2, max(0, deadline - time.monotonic())))
   raise TimeoutError(
     f'process 0 at {address} did not start the run within {timeout:g} s '
@@ -321,22 +287,26 @@ def _attend(address, number, count, timeout, deadline):
 class Peers:
   """Connections between process 0 and the others, from start to end."""
 
-  def __init__(self, number: int, connections: dict[int, _Connection]):
-    """Takes over the connections to other processes, by their number."""
+  def __init__(
+    self, number: int, connections: dict[int, mp_connection.Connection]
+  ):
+    """Takes over the connections of process `number`, by the other's number."""
     self._number = number
     self._connections = connections
     self._left = False
 
+  def _tell(self, message):
+    for connection in self._connections.values():
+      _send(connection, message)
+
   def release(self) -> None:
     """Lets the others return from `meet`; only process 0 calls this."""
-    for connection in self._connections.values():
-      connection.send('go')
+    self._tell('go')
 
   def leave(self) -> None:
-    """Says goodbye, so that the others do not take this process for lost."""
+    """Tells the others that this process ends and is not lost."""
     self._left = True
-    for connection in self._connections.values():
-      connection.send('bye')
+    self._tell('bye')
 
   def close(self) -> None:
     """Closes all connections."""
@@ -347,8 +317,9 @@ class Peers:
     """Watches the other processes in a thread.
 
     Args:
-      timeout: Seconds after which a process that gives no sign is lost.
-      end: Called with a message when a process is lost; ends this process.
+      timeout: Seconds without a sign after which a process is lost.
+      end: Function that ends this process, called with a message when another
+        one is lost.
     """
     threading.Thread(
       target=self._watch, args=(timeout, end), daemon=True, name='peers'
@@ -356,48 +327,40 @@ class Peers:
 
   def _watch(self, timeout, end):
     def lose(message, grace=0):
-      for connection in self._connections.values():
-        connection.send(f'lost {message}')
+      self._tell(f'lost {message}')
       time.sleep(grace)
       if not self._left:
         end(message)
 
     interval = min(timeout / 5, 5)
-    selector = selectors.DefaultSelector()
-    for number, connection in self._connections.items():
-      connection.set_blocking(False)
-      selector.register(connection, selectors.EVENT_READ, number)
+    numbers = {c: n for n, c in self._connections.items()}
     now = time.monotonic()
-    seen = dict.fromkeys(self._connections, now)
+    seen = dict.fromkeys(numbers, now)
     while seen and not self._left:
-      for connection in self._connections.values():
-        connection.send('alive')
+      self._tell('alive')
       due = now + interval
       while seen and (left := due - time.monotonic()) > 0:
-        for key, _ in selector.select(left):
-          lines, is_open = key.fileobj.read()
-          seen[key.data] = time.monotonic()
-          if 'bye' in lines:
-            selector.unregister(key.fileobj)
-            del seen[key.data]
-            continue
-          for line in lines:
-            word, _, message = line.partition(' ')
-            if word == 'lost':
-              lose(message)
-          if not is_open:
+        for connection in mp_connection.wait([*seen], left):
+          message = _receive(connection)
+          seen[connection] = time.monotonic()
+          if message == 'bye':
+            del seen[connection]
+          elif message and message.startswith('lost '):
+            lose(message.removeprefix('lost '))
+          elif message == '':
             # JAX ends the others as soon as process 0 has gone.
             grace = 0 if self._number else _GRACE_SECONDS
-            lose(f'process {key.data} has ended; see its log', grace)
+            number = numbers[connection]
+            lose(f'process {number} has ended; see its log', grace)
             return
       now, before = time.monotonic(), now
       if now - before > timeout / 2:
         # It was this process that stood still.
         seen = dict.fromkeys(seen, now)
-      for number, last in seen.items():
+      for connection, last in seen.items():
         if now - last > timeout:
           lose(
-            f'process {number} has given no sign for {timeout:g} s '
-            '(--peer_timeout_seconds)'
+            f'process {numbers[connection]} has given no sign for {timeout:g} '
+            's (--peer_timeout_seconds)'
           )
           return

@@ -1,323 +1,247 @@
-"""A study's figures: which settings and cells go on which axis and panel.
+"""The figures of a study."""
 
-`results` gives the numbers, `figures` draws them; this says what of a study is
-drawn, and tells the reader.
-"""
-
-from collections.abc import Sequence
-import dataclasses
+import math
 import os
-import statistics
+import textwrap
+from typing import NamedTuple
 
+from matplotlib import ticker
 import numpy as np
+import pandas as pd
 
 from clop_jax.evaluation import figures
 from clop_jax.study import results
 
-# Of a sweep: metric, axis label, factor (percent).
-_SWEPT_MEASURES = (
-  ('linear_top1', 'linear top-1 accuracy, %', 100),
-  ('effective_rank', 'effective rank', 1),
-)
-_CURVES = {
-  'loss': 'loss',
-  'clop_loss': 'CLOP loss',
-  'effective_rank': 'effective rank',
+# Axis label and factor (percent) of each metric that is swept.
+_SWEPT = {
+  'linear_top1': ('linear top-1 accuracy, %', 100),
+  'effective_rank': ('effective rank', 1),
 }
-_MOST_PANELS = 8
-_TSNE_POINTS = 1000
-_TSNE_LEAST = 20  # different points; fewer show nothing that PCA does not
+_CURVES = ('loss', 'clop_loss', 'effective_rank')
+_WIDTH = 10.4  # inches
+_COLUMNS, _MOST_PANELS = 4, 8
+_MOST_POINTS = 1000
+_TSNE_LEAST = 20  # distinct points; fewer show nothing that PCA does not
 
 
-@dataclasses.dataclass(frozen=True)
-class StudyFigure:
-  """A drawn figure and what the page says of it.
-
-  Attributes:
-    title: its heading.
-    description: in place of the picture.
-    path: of the PNG, in the study's `figures`.
-    size: width and height in inches.
-    caption: what is to be seen.
-  """
+class StudyFigure(NamedTuple):
+  """A drawn figure, with a heading that also stands for the picture."""
 
   title: str
-  description: str
-  path: str
-  size: tuple[float, float]
   caption: str
+  path: str
 
 
 def sweep_figures(study: results.Study) -> list[StudyFigure]:
-  """Draws accuracy and effective rank over the fields that the grid varies."""
-  return [_sweep(study, field) for field in _swept(study)]
+  """Draws accuracy and effective rank against each number of the grid.
 
-
-def cell_figures(
-  study: results.Study, cells: Sequence[results.Cell]
-) -> list[StudyFigure]:
-  """Draws spectra, class means, embeddings and training curves of done cells.
-
-  What a cell has no file for is left out, with a note in the study.
+  A grid without numbers gets dots for its first field instead.
   """
-  names = cell_names(study, cells)
-  arrays = [study.arrays(cell) for cell in cells]
-  curves = [study.curves(cell, list(_CURVES)) for cell in cells]
-  drawn = []
-
-  def draw(function, title, file, caption, **keywords):
-    path = _path(study, file)
-    size = function(path, names, **keywords)
-    drawn.append(StudyFigure(title, title, path, size, caption))
-
-  def each(name):
-    return [None if a is None else a[name] for a in arrays]
-
-  if any(a is not None for a in arrays):
-    draw(
-      figures.spectra_figure,
-      'Singular values of the embeddings',
-      'spectra',
-      'Singular values of the normalized test embeddings, largest first, each '
-      'as a share of their sum. A steep fall is a collapse of dimensions.',
-      spectra=each('spectrum'),
-      num_classes=study.num_classes,
-    )
-    draw(
-      figures.cosine_figure,
-      'Cosines between the class means',
-      'class_mean_cosines',
-      'Cosines between the mean test embeddings of the classes, not centred. '
-      'CLOP asks for 0 off the diagonal; all 1 is a collapse. Grey: a class '
-      'without test examples.',
-      matrices=each('class_mean_cosines'),
-    )
-  rows, labels = _planes(study, cells, arrays)
-  if rows:
-    draw(
-      figures.planes_figure,
-      'Embeddings in two dimensions',
-      'embeddings_2d',
-      f'Normalized test embeddings, at most {_TSNE_POINTS:,} of each cell. '
-      'PCA: the first two principal components, on one scale for all cells. '
-      't-SNE keeps neighbours together; its distances and axes have no unit.',
-      rows=rows,
-      labels=labels,
-    )
-  if any(c is not None for c in curves):
-    draw(
-      figures.curves_figure,
-      'Training curves',
-      'curves',
-      'As logged while training, on training batches.',
-      curves=curves,
-      measures=_CURVES,
-      references=_rank_reference(study),
-    )
-  return drawn
-
-
-def cell_names(
-  study: results.Study, cells: Sequence[results.Cell]
-) -> list[str]:
-  """What the cells differ in, CLOP first."""
-  fields = [
-    f
-    for f in sorted(study.fields, key=lambda f: f != results.WEIGHT)
-    if f == results.WEIGHT
-    or len({results.show(c.settings[f]) for c in cells}) > 1
-  ]
-  return [
-    results.settings_name({f: c.settings[f] for f in fields}) or c.name
-    for c in cells
-  ]
-
-
-def unknown_chance(study: results.Study) -> str:
-  """What a caption adds about diverged cells whose chance is not known."""
-  number = study.without_chance
-  return (
-    f' ({number} at accuracy 0, as the number of classes is not known)'
-    if number
-    else ''
+  # Two CLOP weights are a comparison and not a sweep.
+  pair = (
+    [results.WEIGHT] if len(study.grid.get(results.WEIGHT, [])) == 2 else []
   )
+  others = [f for f in study.fields if f not in pair]
+  swept = [f for f in others if study.is_numeric(f)]
+  swept = swept or others[:1] or study.fields
+  return [_sweep(study, x, metric) for x in swept for metric in _SWEPT]
+
+
+def cell_figures(study: results.Study) -> list[StudyFigure]:
+  """Draws curves, spectra and embeddings of a few done cells.
+
+  Files that cannot be read are left out, with a note in the study.
+  """
+  names = study.examples()
+  if not names:
+    return []
+  arrays = {name: study.arrays(cell) for cell, name in names.items()}
+  drawn = [_draw_curves(study, names, arrays)]
+  planes = {
+    name: _planes(a['embeddings'], a['labels'])
+    for name, a in arrays.items()
+    if a and np.isfinite(a['embeddings']).all(axis=1).any()
+  }
+  return [*drawn, _draw_planes(study, planes)] if planes else drawn
 
 
 def _path(study, name):
   return os.path.join(study.workdir, 'figures', f'{name}.png')
 
 
-def _rank_reference(study):
-  number = study.num_classes
-  return (
-    {'effective_rank': (f'number of classes ({number})', number)}
-    if number
-    else {}
-  )
-
-
-# Sweeps.
-
-
-def _swept(study):
-  """The fields that get a figure: the numbers, else one field as dots."""
-  numeric = [
-    f
-    for f in study.fields
-    if study.is_numeric(f)
-    # Two weights are a comparison, not a sweep.
-    and not (f == results.WEIGHT and len(study.grid[f]) == 2)
-  ]
-  numeric.sort(key=lambda f: (f != results.RATE, f != results.BATCH))
-  others = [f for f in study.fields if f != results.WEIGHT]
-  return numeric or others[:1] or study.fields
-
-
-def _sweep(study, x):
+def _sweep(study, x, metric):
   rest = [f for f in study.fields if f != x]
-  # CLOP's weights make the lines, else names: they have no place on an axis.
-  of_lines = sorted(
-    rest, key=lambda f: (f != results.WEIGHT, study.is_numeric(f))
-  )[:1]
-  lines = study.combinations(of_lines)
-  panels, fixed = _panels(study, [f for f in rest if f not in of_lines])
-  numeric = study.is_numeric(x)
-  values = sorted(study.grid[x]) if numeric else study.grid[x]
-  references = {}
-  if study.num_classes:
-    chance = 100 / study.num_classes
-    references = {'linear_top1': (f'chance ({chance:.3g} %)', chance)}
-    references |= _rank_reference(study)
-  title = results.title(x)
-  path = _path(study, f'sweep_{x.replace(".", "_")}')
-  size = figures.sweep_figure(
-    path,
-    [
-      figures.Panel(
-        results.settings_name(panel),
-        {
-          metric: [
-            _band(study, metric, factor, x, values, panel | fixed | line)
-            for line in lines
-          ]
-          for metric, _, factor in _SWEPT_MEASURES
-        },
-      )
-      for panel in panels
-    ],
-    names=[results.settings_name(line) or 'all runs' for line in lines],
-    measures={metric: label for metric, label, _ in _SWEPT_MEASURES},
-    references=references,
-    x=values if numeric else list(map(results.show, values)),
-    xlabel=title,
-  )
-  mean, range_ = ('Lines', 'bands') if numeric else ('Dots', 'bars')
+  # The CLOP weights make the lines, or else names, which have no axis.
+  rest.sort(key=lambda f: (f != results.WEIGHT, study.is_numeric(f)))
+  settings = results.groups(study.counted, rest[1:])
+  panels = settings[:_MOST_PANELS]
+  rows = math.ceil(len(panels) / _COLUMNS)
+  columns = math.ceil(len(panels) / rows)
+  width = min(_WIDTH, 4.8 * columns)
+  label = _SWEPT[metric][0]
+  path = _path(study, f'sweep_{x.replace(".", "_")}_{metric}')
+  shape, size = (rows, columns), (width, 2.7 * rows + 0.7)
+  with figures.drawn(path, shape, size, sharey=True) as (figure, axes):
+    used = axes.flat[: len(panels)]
+    for axis, (setting, panel) in zip(used, panels, strict=True):
+      _draw_panel(study, axis, panel, x, rest[:1], metric)
+      _label_x(study, axis, x, width / columns - 0.6)
+      axis.set_title(textwrap.fill(results.settings_name(setting), 30))
+      if axis.get_subplotspec().is_first_col():
+        axis.set_ylabel(label)
+    low, high = used[0].get_ylim()
+    name, value = 'number of classes', study.num_classes or math.nan
+    if metric == 'linear_top1':
+      name, value = 'chance', 100 / value
+    # Further off it would press the data against an edge.
+    if low - 3 * (high - low) <= value <= high + 3 * (high - low):
+      for axis in used:
+        axis.axhline(value, label=name, **figures.REFERENCE)
+    for axis in axes.flat[len(panels) :]:
+      axis.remove()
+    figures.legend(figure, handlelength=3.2)
+  title = f'{label.split(",")[0].capitalize()} against {results.title(x)}'
   caption = (
-    f'Linear top-1 accuracy and effective rank against {title}. {mean}: means '
-    f'over the seeds; {range_}: from the smallest to the largest seed.'
+    'Means over the seeds, and the range from the smallest to the largest.'
   )
-  if fixed:
-    held = results.settings_name(fixed)
-    caption += f' Drawn at {held}; the tables have the rest.'
-  if study.count('diverged'):
-    caption += (
-      ' A cross is a diverged run: it counts at chance accuracy and effective '
-      'rank 0 in the means and bands'
-    )
-    caption += f'{unknown_chance(study)}.'
-  if study.count('failed'):
-    caption += ' Failed runs are left out.'
-  return StudyFigure(
-    f'Over {title}',
-    f'Accuracy and effective rank over {title}',
-    path,
-    size,
-    caption,
-  )
+  if len(panels) < len(settings):
+    caption += f' The first {len(panels)} of {len(settings)} settings.'
+  if 'diverged' in set(study.cells['status']):
+    caption += ' A cross is a diverged run.'
+  return StudyFigure(title, caption, path)
 
 
-def _panels(study, fields):
-  """Combinations that get a panel, and fields held fixed if these are many."""
-  if len(study.combinations(fields)) <= _MOST_PANELS:
-    return study.combinations(fields), {}
-  fixed = {}
-  for field in filter(study.is_numeric, fields):
-    values = sorted(study.grid[field])
-    base = study.config.get(field)
-    fixed[field] = base if base in values else values[len(values) // 2]
-  # Names have no sweep of their own: only as many as need be, from the last.
-  shown = [f for f in fields if f not in fixed]
-  while len(study.combinations(shown)) > _MOST_PANELS:
-    field = shown.pop()
-    values, base = study.grid[field], study.config.get(field)
-    fixed[field] = base if base in values else values[0]
-  return study.combinations(shown), fixed
-
-
-def _band(study, metric, factor, x, order, settings):
-  """Of one line over the values of x; None without runs."""
-  groups = [study.where(settings | {x: value}) for value in order]
-  if not any(groups):
-    return None
-
-  def measured(cells):
-    return [factor * value for value in study.values(cells, metric)]
-
-  values = [measured(cells) for cells in groups]
-  crosses = [
-    (position, value)
-    for position, cells in enumerate(groups)
-    for value in measured([c for c in cells if c.status == 'diverged'])
-  ]
-  mean, low, high = (
-    np.array([take(v) if v else np.nan for v in values])
-    for take in (statistics.fmean, min, max)
-  )
-  return figures.Band(mean, low, high, crosses)
-
-
-# Embeddings in two dimensions.
-
-
-def _planes(study, cells, arrays):
-  """Rows for `figures.planes_figure`, and the labels of their points."""
-  pca, tsne, labels = ([None] * len(cells) for _ in range(3))
-  for i, (cell, a) in enumerate(zip(cells, arrays, strict=True)):
-    if a is None:
-      continue
-    finite = np.flatnonzero(np.isfinite(a['embeddings']).all(axis=1))
-    if not finite.size:
-      study.notes.append(
-        f'embeddings of cell {cell.name}: none of them is finite'
-      )
-      continue
-    chosen = np.random.default_rng(0).permutation(finite)[:_TSNE_POINTS]
-    embeddings = a['embeddings'][chosen]
-    labels[i] = a['labels'][chosen]
-    pca[i] = figures.principal_plane(embeddings)
-    different = len(np.unique(embeddings, axis=0))
-    if different < _TSNE_LEAST:
-      study.notes.append(
-        f't-SNE of cell {cell.name}: needs at least {_TSNE_LEAST} different '
-        f'embeddings, got {different}'
-      )
+def _draw_panel(study, axis, panel, x, line, metric):
+  """Draws a line with its range over the seeds for each value of a field."""
+  numeric = study.is_numeric(x)
+  levels = study.grid[line[0]] if line else ['']
+  for setting, cells in results.groups(panel, line):
+    index = levels.index(setting.get(line[0])) if line else 0
+    style = figures.line_style(index)
+    style['label'] = results.settings_name(setting)
+    values = _SWEPT[metric][1] * cells[metric]
+    # Names have places beside each other, and so have their lines there.
+    side = 0.5 * (index - (len(levels) - 1) / 2) / max(2, len(levels))
+    places = cells[x].cat.codes + side
+    if numeric:
+      places = cells[x].astype(str).astype(float)
+    stats = values.groupby(places).agg(['mean', 'min', 'max']).dropna()
+    at, (mean, low, high) = stats.index, stats.to_numpy().T
+    if numeric:
+      band = {'color': style['color'], 'alpha': 0.18, 'linewidth': 0}
+      axis.fill_between(at, low, high, **band)
+      axis.plot(at, mean, zorder=3, **style)
     else:
-      tsne[i] = _tsne(embeddings, pca[i])
-  rows = [('PCA', pca), ('t-SNE', tsne)]
-  return [r for r in rows if any(p is not None for p in r[1])], labels
+      style['linestyle'] = 'none'
+      ends = np.stack([mean - low, high - mean])
+      axis.errorbar(at, mean, ends, capsize=4, zorder=3, **style)
+    diverged = cells['status'] == 'diverged'
+    if diverged.any():
+      style |= {'marker': 'x', 'linestyle': 'none', 'markersize': 9}
+      style |= {'label': 'a diverged run', 'zorder': 4}
+      # Not clipped, since the rank of a diverged run lies on the axis.
+      axis.plot(places[diverged], values[diverged], clip_on=False, **style)
 
 
-def _tsne(embeddings, plane):
-  # Only here: evaluating a single run need not wait for these imports.
-  from sklearn import manifold
-  import threadpoolctl
+def _label_x(study, axis, x, width):
+  """Labels each value, on a logarithmic axis if they span a factor of ten."""
+  texts = study.grid[x]
+  places = list(map(float, texts if study.is_numeric(x) else range(len(texts))))
+  sizes = [abs(p) for p in places if p]
+  if not study.is_numeric(x):
+    axis.set_xlim(-0.5, len(texts) - 0.5)
+  elif sizes and max(sizes) > 10 * min(sizes):
+    if min(places) > 0:
+      axis.set_xscale('log')
+    else:
+      axis.set_xscale('symlog', linthresh=min(sizes), linscale=0.7)
+  crowded = 0.09 * sum(len(text) + 1 for text in texts) > width
+  turn = {'rotation': 40, 'ha': 'right'} if crowded else {}
+  axis.set_xticks(places, texts, rotation_mode='anchor', **turn)
+  axis.xaxis.set_minor_locator(ticker.NullLocator())
+  axis.set_xlabel(results.title(x))
 
-  fit = manifold.TSNE(
-    perplexity=min(30.0, (len(embeddings) - 1) / 3),
-    # As scikit-learn would begin, from the plane that is there already.
-    init=(1e-4 * plane / plane[:, 0].std()).astype(np.float32),
-    random_state=0,
+
+def _draw_curves(study, names, arrays):
+  path = _path(study, 'curves')
+  curves = [study.curves(cell) for cell in names]
+  line = {'label': 'number of classes', **figures.REFERENCE}
+  with figures.drawn(path, (2, 2), (_WIDTH, 6.2)) as (figure, axes):
+    for axis, metric in zip(axes.flat, _CURVES, strict=False):
+      seen = pd.Series(dtype=float)
+      for index, (name, curve) in enumerate(zip(arrays, curves, strict=True)):
+        curve = curve.reindex(columns=['step', metric])
+        curve = curve.replace([np.inf, -np.inf], np.nan)
+        style = figures.line_style(index) | {'label': name}
+        every = max(1, len(curve) // 8)
+        axis.plot(curve['step'], curve[metric], markevery=every, **style)
+        seen = pd.concat([seen, curve[metric].dropna()])
+      # Losses of different kinds differ in scale.
+      if 0 < seen.min() < seen.max() / 30:
+        axis.set_yscale('log')
+      label = metric.replace('_', ' ').replace('clop', 'CLOP')
+      axis.set(xlabel='training step', ylabel=label)
+      axis.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+    spectra = [a.get('spectrum') for a in arrays.values()]
+    figures.draw_spectra(axes[1, 1], list(arrays), spectra)
+    if study.num_classes:
+      axes[1, 0].axhline(study.num_classes, **line)
+      axes[1, 1].axvline(study.num_classes, **line)
+    figures.legend(figure, handlelength=3.2)
+  return StudyFigure(
+    'Training curves and singular values',
+    'Losses and effective rank as logged during training, on training batches. '
+    'Singular values of the normalized test embeddings, as shares of their '
+    'sum: a steep fall is a collapse of dimensions.',
+    path,
   )
-  # Its many short parallel loops come to a crawl where cores are shared.
-  with threadpoolctl.threadpool_limits(1, user_api='openmp'):
-    return fit.fit_transform(embeddings)
+
+
+def _planes(embeddings, labels):
+  """Returns labels and the embeddings in a plane, by method."""
+  finite = np.flatnonzero(np.isfinite(embeddings).all(axis=1))
+  chosen = np.random.default_rng(0).permutation(finite)[:_MOST_POINTS]
+  embeddings = embeddings[chosen].astype(np.float32)
+  planes = {'PCA': figures.principal_plane(embeddings)}
+  if len(np.unique(embeddings, axis=0)) >= _TSNE_LEAST:
+    # Slow to import, and a study without embeddings needs neither.
+    from sklearn import manifold
+    import threadpoolctl
+
+    perplexity = min(30.0, (len(embeddings) - 1) / 3)
+    # Its many short parallel loops are very slow where cores are shared.
+    with threadpoolctl.threadpool_limits(1, user_api='openmp'):
+      fit = manifold.TSNE(perplexity=perplexity, random_state=0)
+      planes['t-SNE'] = fit.fit_transform(embeddings)
+  return labels[chosen], planes
+
+
+def _draw_planes(study, planes):
+  path = _path(study, 'embeddings_2d')
+  classes = np.unique(np.concatenate([labels for labels, _ in planes.values()]))
+  shared = figures.extent_of([found['PCA'] for _, found in planes.values()])
+  shape, size = (2, len(planes)), (min(_WIDTH, 3.4 * len(planes)), 6.0)
+  with figures.drawn(path, shape, size, grid=False) as (figure, axes):
+    for row, method in enumerate(['PCA', 't-SNE']):
+      for axis, name in zip(axes[row], planes, strict=True):
+        labels, found = planes[name]
+        axis.set_title(textwrap.fill(name, 30))
+        if method not in found:
+          axis.axis('off')
+          axis.text(0.5, 0.5, 'too few points for t-SNE', ha='center')
+          continue
+        plane = found[method]
+        extent = shared if method == 'PCA' else figures.extent_of([plane])
+        figures.scatter(axis, plane, labels, classes, extent)
+        axis.set_xlabel(f'{method}, first axis')
+        if method == 't-SNE':
+          axis.set(xticks=[], yticks=[])  # its coordinates mean nothing
+      axes[row, 0].set_ylabel(f'{method}, second axis')
+    figures.class_legend(figure, list(axes.flat), classes)
+  return StudyFigure(
+    'Embeddings in a plane',
+    f'Normalized test embeddings, at most {_MOST_POINTS:,} of each cell. PCA: '
+    'the first two principal components, on one scale for all cells. t-SNE '
+    'keeps neighbours together; its distances and axes have no unit.',
+    path,
+  )

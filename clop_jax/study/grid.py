@@ -1,7 +1,8 @@
-"""The grid of a study: fields and their values as texts, checked, and cells."""
+"""The grid of a study: the values of its fields, and the cells they make."""
 
 from collections.abc import Sequence
 import copy
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -10,28 +11,29 @@ import urllib.parse
 import ml_collections
 
 from clop_jax import defaults
+from clop_jax import fields
 from clop_jax.runtime import files
 
 _BOOLEANS = {'true': True, 'false': False}
-# Of the common file systems, in bytes.
+# In bytes, on the common file systems.
 _LONGEST_NAME = 255
 
 
 def parse(
   texts: Sequence[str], config: ml_collections.ConfigDict
 ) -> dict[str, list]:
-  """Fields and values of `field=value,value` texts.
+  """Returns the fields and values of `field=value,value` texts.
 
   Args:
-    texts: such as `optimizer.learning_rate=0.1,1`.
-    config: that the fields are of.
+    texts: Texts such as `optimizer.learning_rate=0.1,1`.
+    config: Config that has the fields.
 
   Returns:
     The values of each field, by its full name.
 
   Raises:
-    ValueError: for an unknown field, a value of the wrong type, or a field or
-      a value that is there twice.
+    ValueError: If a field is unknown, a value is invalid, or a field or a value
+      is repeated.
 
   Example:
     >>> from clop_jax import defaults
@@ -39,7 +41,7 @@ def parse(
     >>> grid.parse(['seed=0,1', 'loss.clop_weight=0,1'], defaults.get_config())
     {'seed': [0, 1], 'loss.clop_weight': [0.0, 1.0]}
   """
-  fields = {}
+  grid = {}
   for given in texts:
     field, equals, values = given.partition('=')
     if not (field and equals):
@@ -47,79 +49,92 @@ def parse(
         '--grid must be field=value,value, as optimizer.learning_rate=0.1,1; '
         f'got {given!r}'
       )
-    kind, optional = _type(field, config)
-    if field in fields:
+    declared = _declaration(field, config)
+    if field in grid:
       raise ValueError(
-        f'--grid {field} is there twice; give all its values in one'
+        f'--grid {field} is repeated; give all its values at once'
       )
-    fields[field] = []
+    grid[field] = []
     for value in values.split(','):
-      parsed = _value(field, value, kind, optional)
-      if parsed in fields[field]:
-        raise ValueError(f'--grid {given}: the value {value} is there twice')
-      fields[field].append(parsed)
-  return fields
+      parsed = _value(field, value, declared)
+      if parsed in grid[field]:
+        raise ValueError(f'--grid {given}: the value {value} is repeated')
+      grid[field].append(parsed)
+  return grid
 
 
-def _type(field, config):
-  """`(type, whether None is allowed)` of a field's values."""
-  group, default = config, defaults.get_config()
-  *path, last = field.split('.')
-  for depth, name in enumerate([*path, last]):
-    if not isinstance(group, ml_collections.ConfigDict) or name not in group:
-      raise _unknown(field, path[:depth], name, group)
-    if depth < len(path):
-      group = group[name]
-      default = default.get(name, {}) if default else {}
+def _declaration(field, config):
+  """Returns the declaration of a field, which an option gets from its value."""
+  group, last = _group_of(field, config)
+  declared = defaults.FIELDS.get(field)
+  parent = _open_group(field)
+  if parent is not None:
+    return dataclasses.replace(parent, kind=float)
   if isinstance(group[last], ml_collections.ConfigDict):
     raise ValueError(
       f'--grid {field}: config.{field} is a group; name a field of it: '
       f'{", ".join(sorted(group[last])) or "it has none"}'
     )
-  # Of a source's options only the config file knows.
-  typed = default if last in default else group
-  kind, optional = typed.get_type(last), typed[last] is None
-  if kind in (tuple, list):
+  if declared is None:
+    kind, optional = group.get_type(last), group[last] is None
+    lengths = (0, 0) if kind in (tuple, list) else None
+    declared = fields.Field(None, '', kind, optional=optional, lengths=lengths)
+  if declared.lengths is not None:
     raise ValueError(
       f'--grid {field}: config.{field} is a list, and a comma separates the '
       'values of a grid; set it for the whole study with '
       f'--config.{field}=...'
     )
-  return kind, optional
+  return declared
 
 
-def _unknown(field, path, name, group):
-  has = sorted(group) if hasattr(group, 'keys') else ['no fields']
-  return ValueError(
-    f'--grid {field}: {".".join(["config", *path])} has no field {name!r}; it '
-    f'has: {", ".join(has) or "no fields"}'
-  )
+def _open_group(field):
+  """Returns the declaration of a field's group if it takes any name."""
+  declared = defaults.FIELDS.get(field.rpartition('.')[0])
+  is_open = declared is not None and declared.kind is dict and declared.range()
+  return declared if is_open else None
 
 
-def _value(field, given, kind, optional):
-  if optional and given == 'None':
+def _group_of(field, config):
+  """Returns the group of a config that has a field, and the field's own name.
+
+  Raises:
+    ValueError: If the config does not have the field.
+  """
+  group = config
+  *path, last = field.split('.')
+  for depth, name in enumerate([*path, last]):
+    if depth == len(path) and _open_group(field) is not None:
+      break
+    if not hasattr(group, 'keys') or name not in group:
+      has = sorted(group) if hasattr(group, 'keys') else []
+      raise ValueError(
+        f'--grid {field}: {".".join(["config", *path[:depth]])} has no field '
+        f'{name!r}; it has: {", ".join(has) or "no fields"}'
+      )
+    if depth < len(path):
+      group = group[name]
+  return group, last
+
+
+def _value(field, given, declared):
+  if declared.optional and given == 'None':
     return None
-  expected = {
-    bool: 'true or false',
-    int: 'a whole number like 1',
-    float: 'a number like 1.0',
-  }.get(kind)
-  if expected is None:
-    return files.expanded(given) if field in defaults.PATHS else given
   try:
-    value = _BOOLEANS[given.lower()] if kind is bool else kind(given)
-  except (KeyError, ValueError):
-    value = math.nan
-  if not math.isfinite(value):
-    raise ValueError(
-      f'--grid {field}={given}: must be {expected}'
-      f'{" or None" if optional else ""}'
+    value = (
+      _BOOLEANS[given.lower()]
+      if declared.kind is bool
+      else (declared.kind(given))
     )
-  return value
+  except (KeyError, ValueError):
+    value = math.nan  # which no field accepts
+  if not declared.accepts(value):
+    raise ValueError(f'--grid {field}={given}: must be {declared.expected()}')
+  return files.expanded(value) if declared.is_path else value
 
 
 def text(value: Any) -> str:
-  """A value as `--grid` takes it: 0.1, 1, true, None, cosine."""
+  """Returns a value as `--grid` takes it: 0.1, 1, true, None, cosine."""
   if isinstance(value, bool):
     return str(value).lower()
   if isinstance(value, float):
@@ -128,33 +143,33 @@ def text(value: Any) -> str:
 
 
 def cells(grid: dict[str, list]) -> dict[str, dict[str, Any]]:
-  """Every choice of one value for each field, by the cell's name.
+  """Returns every combination of the values, by the cell's name.
 
-  The name is a file's, and of the last parts of the fields' names where those
-  differ: `learning_rate=0.1,clop_weight=0`.
+  The name is a file name. It has the last part of each field's name, or all of
+  it where last parts are equal: `learning_rate=0.1,clop_weight=0`.
 
   Args:
-    grid: see `parse`.
+    grid: Values of each field; see `parse`.
 
   Returns:
-    The fields and values of each cell, the first field changing last.
+    The fields and values of each cell. The first field changes last.
 
   Raises:
-    ValueError: if two cells have one name, or one is too long for a file.
+    ValueError: If two cells have the same name, or a name is too long.
   """
   short = [field.split('.')[-1] for field in grid]
   labels = [
     field if short.count(last) > 1 else last
     for field, last in zip(grid, short, strict=True)
   ]
-  found = {}
+  named = {}
   for values in itertools.product(*grid.values()):
     parts = [
       f'{label}={urllib.parse.quote(text(value), safe="+")}'
       for label, value in zip(labels, values, strict=True)
     ]
     name = ','.join(parts)
-    if name in found:
+    if name in named:
       raise ValueError(f'--grid has two cells {name}; leave one of them out')
     if len(name.encode()) > _LONGEST_NAME:
       raise ValueError(
@@ -162,24 +177,18 @@ def cells(grid: dict[str, list]) -> dict[str, dict[str, Any]]:
         f'bytes, and {_LONGEST_NAME} are allowed: {name:.60}...; set long '
         'values for the whole study with --config.FIELD=, or vary fewer fields'
       )
-    found[name] = dict(zip(grid, values, strict=True))
-  return found
+    named[name] = dict(zip(grid, values, strict=True))
+  return named
 
 
 def applied(config: dict, values: dict[str, Any]) -> dict:
-  """A config (as JSON has it) with the values of a cell in it.
+  """Returns a config (as JSON has it) with the values of a cell.
 
   Raises:
-    ValueError: for a field that the config does not have.
+    ValueError: If the config does not have a field.
   """
   config = copy.deepcopy(config)
   for field, value in values.items():
-    group = config
-    *path, last = field.split('.')
-    for depth, name in enumerate([*path, last]):
-      if not isinstance(group, dict) or name not in group:
-        raise _unknown(field, path[:depth], name, group)
-      if depth < len(path):
-        group = group[name]
+    group, last = _group_of(field, config)
     group[last] = value
   return config

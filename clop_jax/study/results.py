@@ -1,43 +1,34 @@
-"""A study's files as objects, and what its cells say; no drawing, no page.
+"""The results of a study as data frames and rows of tables.
 
 `clop_jax.study` leaves `study.json` (base config and grid), `results.csv` (a
-row a cell) and a folder for each cell; `read_study` reads them. A diverged cell
-counts as chance accuracy (0 where the number of classes is not known) and
-effective rank 0, a failed one not at all.
+row for each cell) and a folder for each cell; `read_study` reads them.
 """
 
-from collections.abc import Iterator, Sequence
-import contextlib
-import csv
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import itertools
-import json
+import math
 import os
-import statistics
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from clop_jax.evaluation import tables
 from clop_jax.runtime import files
+from clop_jax.study import grid as grid_lib
 
-RATE, BATCH = 'optimizer.learning_rate', 'train.batch_size'
 WEIGHT = 'loss.clop_weight'
-# Advice for a damaged file of a cell.
-_AGAIN = 'evaluate that run again'
-STATUSES = ('done', 'diverged', 'failed')
-_CLASSES = 'data.num_classes'
-# What decides how many classes there are if the config does not.
-_SOURCE = (
-  'data.name',
-  'data.data_dir',
-  'data.train_split',
-  'data.unlabelled_split',
-  'data.options',
-)
+_STATUSES = ('failed', 'diverged', 'done')
+# Title, factor (percent) and digits of each metric in tables.
+_METRICS = {
+  'linear_top1': ('linear top-1, %', 100, 1),
+  'knn_top1': ('kNN top-1, %', 100, 1),
+  'effective_rank': ('effective rank', 1, 1),
+  'prototype_cosine': ('prototype cosine', 1, 3),
+}
 _TITLES = {
-  RATE: 'base learning rate',
-  BATCH: 'batch size, images',
+  'optimizer.learning_rate': 'base learning rate',
+  'train.batch_size': 'batch size, images',
   WEIGHT: 'CLOP weight',
   'loss.contrastive': 'contrastive loss',
   'loss.clop_distance': 'CLOP distance',
@@ -47,443 +38,262 @@ _TITLES = {
   'data.imbalance_factor': 'imbalance factor',
 }
 
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-  """One run of a study.
-
-  Attributes:
-    name: of its folder.
-    status: one of `STATUSES`.
-    settings: its value of every grid field but the seed.
-    seed: of the run.
-    row: its line of results.csv, as text.
-  """
-
-  name: str
-  status: str
-  settings: dict
-  seed: object
-  row: dict[str, str]
-
-  def number(self, column: str) -> float:
-    """The number in this column; NaN where there is none."""
-    try:
-      return float(self.row.get(column) or 'nan')
-    except ValueError:
-      return float('nan')
+_number = functools.partial(pd.to_numeric, errors='coerce')
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """What a study was to run and what came of it.
+  """A study and the results that it has so far.
 
   Attributes:
-    workdir: its folder.
-    config: the base config by dotted names.
-    grid: values of each field that was set; every combination is a cell.
-    cells: those with a result, in the order of the grid.
-    notes: one for each file that was asked for and could not be read.
-
-  Example:
-    >>> from clop_jax.study import results
-    >>> grid = {'loss.clop_weight': [0, 1], 'seed': [0, 1]}
-    >>> rows = ('done', {'knn_top1': '0.9'}), ('diverged', {})
-    >>> cells = [
-    ...   results.Cell(f'c{seed}', status, {'loss.clop_weight': 1}, seed, row)
-    ...   for seed, (status, row) in enumerate(rows)
-    ... ]
-    >>> config = {'data.num_classes': 10}
-    >>> study = results.Study('runs/a', config, grid, cells, [])
-    >>> study.mean('knn_top1', {'loss.clop_weight': 1})
-    0.5
+    workdir: Folder of the study.
+    config: Base config, by dotted names.
+    grid: Values of each field, as text. Every combination is a cell.
+    cells: Cells with a result, in the order of the grid. Each field of the grid
+      is a categorical column, each metric a column of numbers.
+    notes: Descriptions of files that could not be read.
   """
 
   workdir: str
   config: dict
-  grid: dict[str, list]
-  cells: list[Cell]
+  grid: dict[str, list[str]]
+  cells: pd.DataFrame
   notes: list[str]
 
   @property
   def fields(self) -> list[str]:
-    """Grid fields that vary, but for the seed."""
+    """Fields of the grid that vary, without the seed."""
     return [f for f, v in self.grid.items() if f != 'seed' and len(v) > 1]
 
   @property
-  def size(self) -> int:
-    """Cells of the whole grid."""
-    return int(np.prod([len(v) for v in self.grid.values()], dtype=int))
-
-  @property
-  def clop_weight(self) -> float | None:
-    """The weight that is held against 0: the paper's 1 if it is in the grid."""
-    weights = self.grid.get(WEIGHT, [])
-    if 0 not in weights or len(weights) < 2:
-      return None
-    return 1 if 1 in weights else max(weights)
-
-  @functools.cached_property
   def num_classes(self) -> int | None:
-    """None: not known, or not the same in all cells."""
-    known = {self._classes[cell.name] for cell in self.where({})}
-    return known.pop() if len(known) == 1 else None
+    """Number of classes, or None if it is unknown or differs between cells."""
+    numbers = self.cells['num_classes'].unique()
+    return int(numbers[0]) if len(numbers) == 1 and numbers[0] > 0 else None
 
   @functools.cached_property
-  def _classes(self) -> dict[str, int | None]:
-    """The number of classes of each cell, by its name; None: not known."""
-    configs = {cell.name: self._config_of(cell) for cell in self.cells}
-    numbers = {name: config.get(_CLASSES) for name, config in configs.items()}
-    # 0 in the config: as many as the data have, which an evaluation knows.
-    found = {}
-    for cell in self.cells:
-      if cell.status == 'done' and not numbers[cell.name]:
-        evaluation = self.evaluation(cell) or {}
-        number = evaluation.get(f'config.{_CLASSES}')
-        found.setdefault(_source(configs[cell.name]), number)
-    return {
-      name: number or found.get(_source(configs[name])) or None
-      for name, number in numbers.items()
-    }
+  def counted(self) -> pd.DataFrame:
+    """Cells as they count in means.
 
-  @property
-  def without_chance(self) -> int:
-    """Diverged cells that count at accuracy 0: their classes are unknown."""
-    return sum(
-      cell.status == 'diverged' and not self._classes[cell.name]
-      for cell in self.cells
-    )
-
-  def count(self, status: str) -> int:
-    """Cells of this status."""
-    return sum(cell.status == status for cell in self.cells)
+    Diverged cells have effective rank 0 and the accuracy of chance, or 0 if the
+    number of classes is unknown. Failed cells have no metrics.
+    """
+    cells = self.cells.copy()
+    diverged = cells['status'] == 'diverged'
+    cells.loc[cells['status'] != 'done', [*_METRICS]] = np.nan
+    for metric in ('linear_top1', 'knn_top1'):
+      cells.loc[diverged, metric] = (1 / cells['num_classes']).fillna(0)
+    cells.loc[diverged, 'effective_rank'] = 0
+    return cells
 
   def is_numeric(self, field: str) -> bool:
-    """Whether all values of a grid field are numbers."""
-    return all(map(_is_number, self.grid[field]))
+    """Returns True if all values of a field of the grid are numbers."""
+    return all(math.isfinite(_number(text)) for text in self.grid[field])
 
-  def combinations(self, fields: Sequence[str]) -> list[dict]:
-    """Every combination of the grid's values of these fields, in its order."""
-    return [
-      dict(zip(fields, values, strict=True))
-      for values in itertools.product(*(self.grid[f] for f in fields))
-    ]
+  def examples(self) -> dict[str, str]:
+    """Returns the names of at most four done cells of one seed.
 
-  def where(self, settings: dict) -> list[Cell]:
-    """Done and diverged cells of these settings."""
-    return [
-      cell
-      for cell in self.cells
-      if cell.status != 'failed' and settings.items() <= cell.settings.items()
-    ]
-
-  def values(self, cells: Sequence[Cell], metric: str) -> list[float]:
-    """The metric of each cell that has it; a diverged one has collapsed."""
-    values = [
-      self._collapsed(cell, metric)
-      if cell.status == 'diverged'
-      else cell.number(metric)
-      for cell in cells
-    ]
-    return [value for value in values if np.isfinite(value)]
-
-  def mean(self, metric: str, settings: dict) -> float:
-    """Of `values` over the cells of these settings; NaN if there are none."""
-    values = self.values(self.where(settings), metric)
-    return statistics.fmean(values) if values else np.nan
-
-  def path(self, cell: Cell, file: str) -> str:
-    """Of a cell's file."""
-    return os.path.join(self.workdir, 'cells', cell.name, file)
-
-  def evaluation(self, cell: Cell) -> dict | None:
-    """A cell's eval.json by dotted names, or None with a note."""
-    with self._noting(cell, 'eval.json') as path:
-      return _flat(files.read_json(path, fix=_AGAIN))
-    return None
-
-  def evaluations(self) -> list[dict]:
-    """`evaluation` of each done cell that has one."""
-    done = [cell for cell in self.cells if cell.status == 'done']
-    return [e for e in map(self.evaluation, done) if e is not None]
-
-  def arrays(self, cell: Cell) -> dict[str, np.ndarray] | None:
-    """The arrays of a cell's embeddings.npz, or None with a note."""
-    names = ('embeddings', 'labels', 'spectrum', 'class_mean_cosines')
-    with self._noting(cell, 'embeddings.npz') as path:
-      arrays = files.read_npz(path, names, fix=_AGAIN)
-      return {
-        name: array if name == 'labels' else array.astype(np.float32)
-        for name, array in arrays.items()
-      }
-    return None
-
-  def curves(
-    self, cell: Cell, measures: Sequence[str]
-  ) -> dict[str, np.ndarray] | None:
-    """'step' and these measures of metrics.jsonl, NaN where not logged.
-
-    From a damaged line on it is left out, with a note; None: nothing is left.
+    These are the first two and the last two of the grid, with only the first
+    and the last of the CLOP weights, which change fastest.
     """
-    entries = []
-    with self._noting(cell, 'metrics.jsonl') as path:
-      fix = 'the lines before it are used'
-      for entry in files.read_json_lines(path, fix=fix):
-        entries.append(entry)
-      if not entries:
-        raise ValueError('it has no whole line')
-    if not entries:
-      return None
-    return {
-      name: np.array([entry.get(name) for entry in entries], float)
-      for name in ('step', *measures)
-    }
+    done = self.cells[self.cells['status'] == 'done']
+    fields = sorted(self.fields, key=lambda field: field == WEIGHT)
+    done = done.sort_values(['seed', *fields], kind='stable')
+    done = done[done['seed'] == done['seed'].min()]
+    if WEIGHT in fields:
+      done = done[done[WEIGHT].isin([self.grid[WEIGHT][i] for i in (0, -1)])]
+    done = pd.concat([done[:2], done[2:][-2:]])
+    fields = [f for f in fields if f == WEIGHT or done[f].nunique() > 1]
+    settings = done[fields[::-1]].astype(str).to_dict('records')
+    names = map(settings_name, settings)
+    return {c: n or c for c, n in zip(done['cell'], names, strict=True)}
 
-  def _collapsed(self, cell, metric):
-    if metric == 'effective_rank':
-      return 0.0
-    if metric in ('linear_top1', 'knn_top1'):
-      number = self._classes[cell.name]
-      return 1 / number if number else 0.0  # below any chance
-    return np.nan
+  def arrays(self, cell: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of a cell's embeddings.npz, or none with a note."""
+    names = ('embeddings', 'labels', 'spectrum')
+    read = functools.partial(files.read_npz, names=names)
+    return self._read(cell, 'embeddings.npz', read)
 
-  def _config_of(self, cell):
-    """The config that a cell ran with, by dotted names."""
-    if cell.row.get('config'):
-      try:
-        return _flat(json.loads(cell.row['config']))
-      except (ValueError, AttributeError) as error:
-        self.notes.append(f'config of cell {cell.name}: {error}')
-    return self.config | cell.settings
+  def curves(self, cell: str) -> pd.DataFrame:
+    """Returns a cell's metrics.jsonl, up to a damaged line with a note."""
+    rows: list[dict] = []
+    self._read(
+      cell,
+      'metrics.jsonl',
+      lambda path, fix: rows.extend(files.read_json_lines(path, fix=fix)),
+    )
+    return pd.DataFrame(rows, dtype=float)
 
-  @contextlib.contextmanager
-  def _noting(self, cell, file) -> Iterator[str]:
-    """Gives the file's path; an error while reading it becomes a note."""
+  def evaluation(self, cell: str) -> dict:
+    """Returns a cell's eval.json by dotted names, or nothing with a note."""
+    return _flat(self._read(cell, 'eval.json', files.read_json))
+
+  def _read(self, cell: str, file: str, read: Callable) -> dict:
     try:
-      yield self.path(cell, file)
+      path = os.path.join(self.workdir, 'cells', cell, file)
+      return read(path, fix='evaluate or run that cell again')
     except FileNotFoundError:
-      self.notes.append(f'{file} of cell {cell.name}: there is none')
+      self.notes.append(f'{file} of cell {cell}: does not exist')
     except (ValueError, OSError) as error:
-      reason = f'cannot be read ({type(error).__name__}: {error})'[:300]
-      self.notes.append(f'{file} of cell {cell.name}: {reason}')
+      self.notes.append(f'{file} of cell {cell}: cannot be read ({error})')
+    return {}
 
 
 def read_study(workdir: str) -> Study:
-  """Reads a study, finished or not; the files of its cells when asked for.
+  """Reads a study, finished or not.
 
   Args:
-    workdir: of the study.
+    workdir: Folder of the study.
 
   Returns:
-    The study; it has no cells while there is no results.csv.
+    The study. Without results.csv it has no cells.
 
   Raises:
-    ValueError: if the folder is no study's, or its files cannot be read.
+    ValueError: If the folder holds no study, or its files are damaged.
   """
   path = os.path.join(workdir, 'study.json')
   if not files.exists(path):
     raise ValueError(
-      f'workdir={workdir} holds no study.json, so it is not the folder of a '
-      'study; make one: python -m clop_jax.study --config=... '
-      f'--workdir={workdir} --grid ...'
+      f'workdir={workdir} holds no study.json; make a study: python -m '
+      f'clop_jax.study --config=... --workdir={workdir} --grid ...'
     )
   try:
     content = files.read_json(path, fix='put an intact copy back')
-    config = _flat(content['config'])
-    grid = {field: list(values) for field, values in content['grid'].items()}
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    config, grid = _flat(dict(content['config'])), dict(content['grid'])
+    grid = {f: list(map(grid_lib.text, v)) for f, v in grid.items()}
+  except (ValueError, LookupError, TypeError) as error:
     raise ValueError(
       f'{path} must hold "config" and "grid", a list of values for each '
       f'field; got {error!r}'
     ) from error
-  path = os.path.join(workdir, 'results.csv')
-  cells = _read_cells(path, grid) if files.exists(path) else []
-  return Study(workdir, config, grid, cells, [])
+  study = Study(workdir, config, grid, _read_cells(workdir, grid), [])
+  _add_evaluations(study)
+  return study
 
 
-def telling_cells(study: Study) -> tuple[list[Cell], str]:
-  """At most four done cells of one seed that show what happened.
-
-  With weights of CLOP in the grid, two pairs of a cell without and one with it:
-  the mildest setting, and the one in which CLOP changes the effective rank
-  most. Without, the best and the worst cell.
-
-  Returns:
-    The cells, and the rule by which they were chosen, in a sentence.
-  """
-  done = [c for c in study.cells if c.status == 'done']
-  if not done:
-    return [], ''
-  seeds = study.grid.get('seed', [])
-  seed = min((c.seed for c in done), key=lambda s: _position(seeds, s))
-  done = [c for c in done if c.seed == seed]
-  clop = study.clop_weight
-  pairs: list[tuple[Any, float, float]] = []
-  if clop is not None:
-    for settings in study.combinations(
-      [f for f in study.fields if f != WEIGHT]
-    ):
-      pair = [
-        c
-        for weight in (0, clop)
-        for c in done
-        if (settings | {WEIGHT: weight}).items() <= c.settings.items()
-      ]
-      ranks = [c.number('effective_rank') for c in pair]
-      if len(pair) == 2 and np.isfinite(ranks).all():
-        pairs.append((pair, ranks[0], ranks[1]))
-  if pairs:
-    mildest = max(pairs, key=lambda pair: pair[1])[0]
-    widest = max(pairs, key=lambda pair: abs(pair[2] - pair[1]))[0]
-    return mildest + (widest if widest is not mildest else []), (
-      f'Of seed {seed}, the setting at which the contrastive loss alone has '
-      'the highest effective rank, and the one at which '
-      f'{settings_name({WEIGHT: clop})} changes the effective rank most '
-      '(which may be the same), each with both.'
-    )
-  done = [c for c in done if np.isfinite(c.number('linear_top1'))]
-  done.sort(key=lambda c: c.number('linear_top1'))
-  return [done[-1], done[0]] if len(done) > 1 else done, (
-    f'Of seed {seed}, the cells of the highest and the lowest linear top-1 '
-    'accuracy.'
-  )
+def groups(
+  cells: pd.DataFrame, fields: Sequence[str]
+) -> list[tuple[dict[str, str], pd.DataFrame]]:
+  """Returns each setting of these fields and the cells that have it."""
+  if not fields:
+    return [({}, cells)]
+  grouped = cells.groupby(list(fields), observed=True)
+  return [(dict(zip(fields, k, strict=True)), group) for k, group in grouped]
 
 
-def lone_divergences(study: Study) -> list[str]:
-  """Settings at which only the run without or only that with CLOP diverged.
+def means(study: Study) -> list[dict[str, str]]:
+  """Returns a row for each setting, by column title: mean ± deviation."""
+  rows, seeds = [], len(study.grid.get('seed', ['']))
+  for settings, cells in groups(study.counted, study.fields):
+    row = {title(field): text for field, text in settings.items()}
+    for metric, (name, factor, digits) in _METRICS.items():
+      mean, deviation = cells[metric].mean(), cells[metric].std()
+      row[name] = _shown(factor * mean, digits)
+      if row[name] != tables.NONE:
+        row[name] += f' ± {_shown(factor * deviation, digits)}'
+    count = cells['status'].value_counts().get
+    ran = len(cells) - count('failed', 0)
+    row['seeds'] = f'{ran}' if ran == seeds else f'{ran} of {seeds}'
+    row['diverged'] = f'{count("diverged", 0)}'
+    rows.append(row)
+  return rows
 
-  These have no embeddings of one side to draw, so no cell of `telling_cells`.
 
-  Returns:
-    At most two sentences, one for each side, with the seeds of each setting.
-  """
-  if study.clop_weight is None:
-    return []
-  alone, clop = {WEIGHT: 0}, {WEIGHT: study.clop_weight}
-  name = settings_name(clop)
-
-  def seeds(settings, status):
-    return [c.seed for c in study.where(settings) if c.status == status]
-
-  sentences = []
-  for told, lost, kept in (
-    (f'Diverged alone and not with {name}', alone, clop),
-    (f'Diverged with {name} and not alone', clop, alone),
-  ):
-    found = []
-    for settings in study.combinations(
-      [f for f in study.fields if f != WEIGHT]
-    ):
-      survived = seeds(settings | kept, 'done')
-      both = [s for s in seeds(settings | lost, 'diverged') if s in survived]
-      if both:
-        which = f'seed{"s"[: len(both) - 1]} {", ".join(map(show, both))}'
-        where = settings_name(settings)
-        found.append(f'{where} ({which})' if where else which)
-    if found:
-      sentences.append(f'{told}: {"; ".join(found)}.')
-  return sentences
+def listed(study: Study) -> list[dict[str, str]]:
+  """Returns a row for each cell, by column title; those not done are first."""
+  cells = study.cells.sort_values(
+    'status', key=lambda s: s.map(_STATUSES.index), kind='stable'
+  ).astype(dict.fromkeys(study.grid, str))
+  rows = {title(field): cells[field] for field in (*study.grid, 'status')}
+  for metric, (name, factor, digits) in _METRICS.items():
+    rows[name] = [_shown(factor * value, digits) for value in cells[metric]]
+  return pd.DataFrame(rows | dict(cells[['error', 'cell']])).to_dict('records')
 
 
 def title(field: str) -> str:
-  """What a config field is called, with its unit."""
+  """Returns the title of a config field, with its unit."""
   return _TITLES.get(field, field)
 
 
-def show(value: object) -> str:
-  """A value of a config field as text."""
-  if isinstance(value, float):
-    return f'{value:g}'
-  # None, as `--grid` takes it, and not JSON's null.
-  text = value is None or isinstance(value, str)
-  return str(value) if text else json.dumps(value)
-
-
-def settings_name(settings: dict) -> str:
-  """What cells of these settings are called.
+def settings_name(settings: dict[str, str]) -> str:
+  """Returns a name for the cells with these settings.
 
   Example:
     >>> from clop_jax.study import results
-    >>> results.settings_name({'loss.clop_weight': 0, 'train.batch_size': 64})
-    'alone, batch size 64'
+    >>> results.settings_name({'loss.clop_weight': '0', 'seed': '8'})
+    'without CLOP, seed 8'
   """
   names = []
-  for field, value in settings.items():
-    if field == WEIGHT:
-      names.append('alone' if value == 0 else f'CLOP (weight {show(value)})')
-    elif isinstance(value, str):
-      names.append(value)
-    else:
-      # A name says what, not in which unit.
-      names.append(f'{title(field).split(",")[0]} {show(value)}')
+  for field, text in settings.items():
+    # A text names itself, a number needs its field but no unit.
+    is_text = math.isnan(_number(text)) and text not in (
+      'true',
+      'false',
+      'None',
+    )
+    name = text if is_text else f'{title(field).split(",")[0]} {text}'
+    names.append('without CLOP' if (field, text) == (WEIGHT, '0') else name)
   return ', '.join(names)
 
 
-def _read_cells(path, grid):
+def _read_cells(workdir, grid):
+  path = os.path.join(workdir, 'results.csv')
+  columns = ['cell', 'status', *grid]
+  damaged = f'{path} is damaged; run the study again, which writes it anew: '
   try:
-    with open(path, newline='', encoding='utf-8') as file:
-      reader = csv.DictReader(file)
-      rows = list(reader)
-    if any(None in row or None in row.values() for row in rows):
-      raise ValueError('a line has more or fewer columns than the first one')
-  except (ValueError, csv.Error) as error:
-    raise ValueError(
-      f'{path} is damaged ({error}); run the study again, which writes it anew'
-    ) from error
-  missing = {'cell', 'status', *grid} - set(reader.fieldnames or ())
+    cells = pd.read_csv(path, dtype=str, keep_default_na=False)
+  except FileNotFoundError:
+    cells = pd.DataFrame(columns=columns, dtype=str)
+  except ValueError as error:
+    raise ValueError(f'{damaged}{error}') from error
+  missing = sorted(set(columns) - set(cells))
   if missing:
-    raise ValueError(
-      f'{path} must have a column of every grid field, cell and status; it '
-      f'lacks {", ".join(sorted(missing))}'
-    )
-  cells = []
-  for row in rows:
-    if row['status'] not in STATUSES:
-      raise ValueError(
-        f'{path}: status must be one of {", ".join(STATUSES)}, got '
-        f'{row["status"]!r} for cell {row["cell"]!r}'
-      )
-    settings = {f: _grid_value(row[f], values) for f, values in grid.items()}
-    seed = settings.pop('seed', row.get('seed'))
-    cells.append(Cell(row['cell'], row['status'], settings, seed, row))
-  # In the order of the grid, whatever order they were run in.
-  return sorted(
-    cells, key=lambda c: [_position(grid[f], v) for f, v in c.settings.items()]
+    raise ValueError(f'{damaged}it lacks {", ".join(missing)}')
+  for cell, status in zip(cells['cell'], cells['status'], strict=True):
+    if status not in _STATUSES:
+      raise ValueError(f'{damaged}status is {status!r:.40} for cell {cell:.40}')
+  for field, values in grid.items():
+    texts = [_spelled(text, values) for text in cells[field]]
+    levels = list(dict.fromkeys([*values, *texts]))
+    cells[field] = pd.Categorical(texts, levels, ordered=True)
+  numbers = [*_METRICS, 'train_seconds', 'evaluate_seconds']
+  columns = [*cells, 'error', 'commit', 'seed', *numbers]
+  cells = cells.reindex(columns=list(dict.fromkeys(columns)), fill_value='')
+  cells[numbers] = cells[numbers].apply(_number).astype(float)
+  return cells.sort_values(list(grid), ignore_index=True)
+
+
+def _spelled(text, values):
+  """Returns a value of a CSV file as the grid spells it."""
+  same = (v for v in values if v == text or _number(v) == _number(text))
+  return next(same, text)
+
+
+def _add_evaluations(study):
+  """Adds columns from eval.json, and the number of classes of every cell."""
+  cells, field = study.cells, 'data.num_classes'
+  evaluations = [
+    study.evaluation(cell) if status == 'done' else {}
+    for cell, status in zip(cells['cell'], cells['status'], strict=True)
+  ]
+  for column in ('versions.jax', 'device', 'time'):
+    cells[column] = [str(e.get(column) or '') for e in evaluations]
+  known = cells.get(field, pd.Series(study.config.get(field), cells.index))
+  known = _number(known.astype(object)).astype(float)
+  # Without a number in the config it is that of the data.
+  known = known.where(
+    known > 0, [_number(e.get(f'config.{field}')) for e in evaluations]
   )
+  # A diverged cell has as many classes as the done ones on the same data.
+  of_data = ('data.name', 'data.data_dir', 'data.options', 'data.train_split')
+  data = [cells[f] for f in study.fields if f.startswith(of_data)]
+  same = known.groupby(data or [known.index >= 0], observed=True)
+  cells['num_classes'] = known.fillna(same.transform('first'))
 
 
-def _grid_value(text, values):
-  """The value of the grid that a cell of the CSV shows."""
-  for value in values:
-    if text in (str(value), json.dumps(value)):
-      return value
-  try:
-    number = float(text)
-  except ValueError:
-    return text
-  return next((v for v in values if _is_number(v) and v == number), text)
+def _flat(config):
+  return pd.json_normalize(config).to_dict('records')[0]
 
 
-def _source(config):
-  """What tells a cell's data from other data, to look them up by."""
-  return json.dumps(
-    {f: v for f, v in config.items() if f.startswith(_SOURCE)}, sort_keys=True
-  )
-
-
-def _position(values, value):
-  return values.index(value) if value in values else len(values)
-
-
-def _flat(config, prefix=''):
-  fields = {}
-  for name, value in config.items():
-    if isinstance(value, dict) and value:
-      fields |= _flat(value, f'{prefix}{name}.')
-    else:
-      fields[f'{prefix}{name}'] = value
-  return fields
-
-
-def _is_number(value):
-  return isinstance(value, int | float) and not isinstance(value, bool)
+def _shown(value, digits):
+  return f'{value:.{digits}f}' if math.isfinite(value) else tables.NONE

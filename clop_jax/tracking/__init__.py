@@ -1,1 +1,1 @@
-"""What a training logs about itself."""
+"""Logs, pictures, probes and traces of a running training."""

@@ -1,15 +1,15 @@
-"""The warning that the embeddings are collapsing, from the effective rank."""
+"""Warning that the embeddings collapse, from their effective rank."""
 
 import math
 
-# From this weight on the CLOP term itself can be what collapses, beside losses
-# that are not many times as large.
-_OWN_COLLAPSE = 3
+# CLOP weights from here on can cause a collapse themselves, unless the
+# contrastive loss is one of the large ones.
+_LARGE_WEIGHT = 3
 _LARGE_LOSSES = ('vicreg', 'barlow_twins')
 
 
 class CollapseAlarm:
-  """Tells when the effective rank has stayed low, once for each collapse."""
+  """Warns once per collapse, when the effective rank has stayed low."""
 
   def __init__(
     self,
@@ -22,58 +22,67 @@ class CollapseAlarm:
     clop_weight: float,
     contrastive: str,
   ):
-    """Has heard nothing yet.
+    """Stores the bound and the advice.
 
     Args:
-      num_classes: number of classes.
-      dim: of the embeddings.
-      batch_size: images in a step, of two views each.
-      share: of `min(num_classes, dim, 2 * batch_size)` that counts as low.
-      patience: so many steps in a row that are heard of.
-      clop_weight: lambda of the training; the way out depends on it.
-      contrastive: its contrastive loss, as `config.loss` names it.
+      num_classes: Number of classes.
+      dim: Dimension of the embeddings.
+      batch_size: Number of images in a step, each with two views.
+      share: Share of `min(num_classes, dim, 2 * batch_size)` below which a rank
+        is low.
+      patience: Number of low ranks in a row that cause the warning.
+      clop_weight: Weight of the CLOP loss, for the advice.
+      contrastive: Contrastive loss as in `config.loss`, for the advice.
     """
-    self._way_out = _way_out(clop_weight, contrastive)
-    self._largest = min(num_classes, dim, 2 * batch_size)
-    self._of = (
-      f'min(num_classes={num_classes}, dim={dim}, 2 * batch={2 * batch_size})'
+    self._bound = share * min(num_classes, dim, 2 * batch_size)
+    self._bound_text = (
+      f'{self._bound:.2f}, that is {share:g} of min(num_classes={num_classes}, '
+      f'dim={dim}, 2 * batch={2 * batch_size})'
     )
-    self._share, self._patience = share, patience
-    self._low = []
+    self._patience = patience
+    self._advice = _advice(clop_weight, contrastive)
+    self._low_steps = []
 
-  def hear(self, step: int, effective_rank: float) -> str | None:
-    """Takes the rank of a step; gives the warning when it is time for it."""
-    if math.isnan(effective_rank):
+  def record(self, step: int, effective_rank: float | None) -> str | None:
+    """Records the rank of a step and returns a warning if one is due.
+
+    Args:
+      step: Step of the rank.
+      effective_rank: Effective rank. NaN and None are ignored.
+
+    Returns:
+      The warning, or None.
+    """
+    if effective_rank is None or math.isnan(effective_rank):
       return None
-    bound = self._share * self._largest
-    if effective_rank >= bound:
-      self._low.clear()
+    if effective_rank >= self._bound:
+      self._low_steps.clear()
       return None
-    self._low.append(step)
-    if len(self._low) != self._patience:
+    self._low_steps.append(step)
+    if len(self._low_steps) != self._patience:
       return None
     return (
       f'the embeddings are collapsing: their effective rank is '
       f'{effective_rank:.2f} at step {step}, and on all {self._patience} '
-      f'logged steps since {self._low[0]} it was below {bound:.2f}, that is '
-      f'{self._share:g} of {self._of}; {self._way_out}'
+      f'logged steps since {self._low_steps[0]} it was below '
+      f'{self._bound_text}; {self._advice}'
     )
 
 
-def _way_out(clop_weight, contrastive):
-  """What to change, see `docs/choosing.md` and `docs/collapse.md`."""
+def _advice(clop_weight, contrastive):
+  """Returns what to change; see `docs/choosing.md` and `docs/collapse.md`."""
   rate = 'lower config.optimizer.learning_rate'
   if contrastive == 'none':
-    return rate  # a weight is nothing but a rate where it has no other term
+    return rate  # without another term, the weight only scales the rate
   if contrastive in _LARGE_LOSSES:
     return f'{rate} or raise config.loss.clop_weight'
-  if clop_weight < _OWN_COLLAPSE:
+  if clop_weight < _LARGE_WEIGHT:
     return (
-      f'{rate} or raise config.loss.clop_weight, {clop_weight:g} now, but not '
-      f'to {_OWN_COLLAPSE} or more'
+      f'{rate} or raise config.loss.clop_weight, {clop_weight:g} now, but keep '
+      f'it below {_LARGE_WEIGHT}'
     )
   return (
-    f'lower config.loss.clop_weight, {clop_weight:g} now ({_OWN_COLLAPSE} and '
-    'more can collapse by themselves), or set config.loss.clop_after_epochs=1, '
+    f'lower config.loss.clop_weight, {clop_weight:g} now ({_LARGE_WEIGHT} and '
+    'more can cause a collapse), or set config.loss.clop_after_epochs=1, '
     f'or {rate}'
   )

@@ -1,17 +1,16 @@
-"""What the augmentation makes of training images, for a person to look at."""
+"""Contact sheets of training images and their augmented views."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from clop_jax.data import augment
-from clop_jax.data import images as images_lib
 from clop_jax.data import reader as reader_lib
 
-_TRIPLES = 4  # beside one another
-_PIXELS = 96  # smaller images are enlarged to about this
+_TRIPLES = 4  # in a row
+_PIXELS = 96  # approximate size to which smaller images are enlarged
+_GAP, _GROUP_GAP = 2, 10  # pixels between images, and further between groups
 
 
 class Sheets:
@@ -19,36 +18,36 @@ class Sheets:
 
   def __init__(
     self,
-    recipe: Mapping[str, Any],
+    recipe: augment.Recipe,
     key: jax.Array,
     reader: reader_lib.Reader,
     plain: reader_lib.Reader,
     *,
     host_crops: bool = False,
   ):
-    """Reads nothing yet.
+    """Stores the readers; reads nothing yet.
 
     Args:
-      recipe: the keyword arguments of `augment.view`.
-      key: of the run.
-      reader: what training reads, see `inputs.training_reader`.
-      plain: reads the same images whole, see `inputs.evaluation_reader`.
-      host_crops: whether `reader` gives two crops of each image.
+      recipe: Random operations of the views.
+      key: Key of the run's training steps.
+      reader: Reader of the training, see `inputs.training_reader`.
+      plain: Reader of the whole images, see `inputs.evaluation_reader`.
+      host_crops: True if `reader` returns two crops of each image.
     """
-    self._mean, self._std = np.array(recipe['mean']), np.array(recipe['std'])
+    self._mean, self._std = np.array(recipe.mean), np.array(recipe.std)
     self._key, self._reader, self._plain = key, reader, plain
     self._crops = host_crops
 
     @jax.jit
     def make(key, step, index, images):
       keys = augment.example_keys(key, step, index)
-      return augment.two_views(keys, images, **recipe)
+      return augment.two_views(keys, images, recipe)
 
     self._make: Callable = make
     self._lower = make.lower
 
   def compile(self, count: int) -> None:
-    """Compiles ahead what draws so many images, and no other number."""
+    """Compiles the augmentation ahead, for sheets of `count` images only."""
     shape = (count, *self._reader.shape)
     if self._crops:
       shape = (shape[1], count, *shape[2:])
@@ -60,32 +59,63 @@ class Sheets:
     ).compile()
 
   def draw(self, step: int, index: Sequence[int] | np.ndarray) -> np.ndarray:
-    """A contact sheet of triples.
+    """Draws a triple (image, view, view) for each example.
 
     Args:
-      step: the one that begins with `state.step == step`.
-      index: numbers of the examples.
+      step: Value of `state.step` before the step.
+      index: Numbers of the examples.
 
     Returns:
-      `[height, width, 3]` uint8.
+      Sheet `[height, width, 3]`, uint8.
     """
-    examples = [self._reader.example(step, int(i)) for i in index]
-    images = np.stack([example['image'] for example in examples])
+    index = np.asarray(index, np.int32)
+    images = np.stack(
+      [self._reader.example(step, int(i))['image'] for i in index]
+    )
     if self._crops:
       images = images.swapaxes(0, 1)
-    numbers = np.asarray(index, np.int32)
-    views = np.asarray(self._make(self._key, np.int32(step), numbers, images))
+    views = np.asarray(self._make(self._key, np.int32(step), index, images))
     views = np.clip(views * self._std + self._mean, 0, 1)
     views = np.round(255 * views).astype(np.uint8)
-    cells = []
-    for position, i in enumerate(index):
-      original = self._plain.example(0, int(i))['image']
-      cells.append([original, views[0, position], views[1, position]])
-    while len(cells) > _TRIPLES and len(cells) % _TRIPLES:
-      cells.pop()  # no gaps in the last row
-    rows = [
-      [image for triple in cells[i : i + _TRIPLES] for image in triple]
-      for i in range(0, len(cells), _TRIPLES)
+    triples = [
+      [self._plain.example(0, int(i))['image'], *views[:, position]]
+      for position, i in enumerate(index)
     ]
-    scale = max(1, round(_PIXELS / views.shape[2]))
-    return images_lib.contact_sheet(rows, scale=scale, group=3)
+    if len(triples) > _TRIPLES:  # no gaps in the last row
+      triples = triples[: len(triples) // _TRIPLES * _TRIPLES]
+    rows = [
+      [image for triple in triples[i : i + _TRIPLES] for image in triple]
+      for i in range(0, len(triples), _TRIPLES)
+    ]
+    return paste(rows, scale=max(1, round(_PIXELS / views.shape[2])), group=3)
+
+
+def paste(
+  rows: Sequence[Sequence[np.ndarray]], *, scale: int = 1, group: int = 1
+) -> np.ndarray:
+  """Pastes rows of images into one picture.
+
+  Args:
+    rows: Rows of equal length of images `[height, width, 1 or 3]`, uint8. Each
+      image is centred in a cell of the size of the largest one.
+    scale: Factor by which each pixel is repeated.
+    group: Number of images of a row that stand together, apart from the next
+      ones.
+
+  Returns:
+    Picture `[height, width, 3]`, uint8.
+  """
+  shapes = [image.shape[:2] for row in rows for image in row]
+  cell = np.max(shapes, axis=0) * scale + _GAP
+  columns = len(rows[0])
+  size = cell * (len(rows), columns) + _GAP
+  size[1] += _GROUP_GAP * ((columns - 1) // group)
+  sheet = np.full((*size, 3), 255, np.uint8)
+  for i, row in enumerate(rows):
+    for j, image in enumerate(row):
+      large = image.repeat(scale, axis=0).repeat(scale, axis=1)
+      height, width = large.shape[:2]
+      top, left = _GAP + cell * (i, j) + (cell - _GAP - (height, width)) // 2
+      left += _GROUP_GAP * (j // group)
+      sheet[top : top + height, left : left + width] = large
+  return sheet

@@ -1,177 +1,118 @@
-"""Records some steps of a run, and says where their time went.
+"""Trace of some training steps, recorded by `jax.profiler`."""
 
-The trace is JAX's own, for TensorBoard's profile plugin and Perfetto;
-`breakdown` reads it again.
-"""
-
-from collections.abc import Callable, Sequence
 import os
-import pathlib
-import time
+from typing import Any
 
 import jax
 
 from clop_jax.runtime import files
-from clop_jax.tracking import breakdown
+from clop_jax.runtime import parallel
+from clop_jax.training import callback
+
+FOLDER = 'profile'
 
 
-class Off:
-  """Records nothing."""
+class Profiler(callback.Callback):
+  """Records whole dispatches, from the second one on.
 
-  def __enter__(self) -> 'Off':
-    return self
-
-  def __exit__(self, *exception) -> None:
-    pass
-
-  def dispatched(self, steps: range, state) -> None:
-    """Does nothing."""
-
-  def finished(self, steps: range, state) -> None:
-    """Does nothing."""
-
-
-class Recorder:
-  """Records whole dispatches of a run, but for the first one.
-
-  In the first one devices and host warm up. All programs that follow are
-  compiled before the recording begins. What lies between two dispatches is
-  recorded with them: waiting for data, log lines, checkpoints.
+  Devices and host warm up during the first dispatch. Everything between two
+  dispatches is recorded as well: waiting for data, log lines, checkpoints.
   """
 
-  def __init__(
-    self,
-    workdir: str,
-    num_steps: int,
-    chunks: Sequence[range],
-    program: Callable[[int], jax.stages.Compiled],
-  ):
-    """Chooses what to record.
+  def __init__(self, workdir: str, num_steps: int):
+    """Stores what to record.
 
     Args:
-      workdir: the files go to its `profile/`.
-      num_steps: to record, or a few more: dispatches are whole.
-      chunks: the steps of each dispatch that is left of the run.
-      program: compiles a dispatch of so many steps.
+      workdir: Workdir of the run; the trace goes to its `profile/`.
+      num_steps: Number of steps. It is rounded up to whole dispatches.
+
+    Raises:
+      ValueError: If `num_steps` is below 1, or `workdir` is not a local folder
+        with a name in UTF-8.
+      OSError: If the folder cannot be written.
     """
-    self._folder = pathlib.Path(workdir) / 'profile'
-    self._program, self._asked = program, num_steps
-    self._chunks, self._tracing = [], False
-    for chunk in chunks[1:]:
-      if self._num_steps >= num_steps:
-        break
-      self._chunks.append(chunk)
-    if not self._chunks:
+    if num_steps < 1:
+      raise ValueError(f'--profile must be at least 1 step, got {num_steps}')
+    if files.is_remote(workdir):
+      raise ValueError(
+        f'--profile writes to local folders only, got --workdir={workdir}; '
+        'profile a short run in a local one'
+      )
+    if files.as_text(workdir) != workdir:
+      raise ValueError(
+        '--profile needs a workdir whose name is UTF-8, got '
+        f'--workdir={files.as_text(workdir)}'
+      )
+    self._folder = os.path.join(workdir, FOLDER)
+    files.check_writable(
+      os.path.join(self._folder, 'trace'), f'--profile={num_steps}'
+    )
+    self._num_steps = num_steps
+    # The other processes record nothing.
+    self._done = not parallel.is_main()
+    self._recorded, self._last = range(0), 0
+    self._annotation: Any = None
+
+  def started(self, steps: range, state: Any) -> None:
+    """Stores the last step."""
+    self._last = steps.stop
+
+  def reached(self, steps: range, state: Any) -> None:
+    """Starts the trace after the first dispatch, and stops it when it is full.
+
+    Args:
+      steps: Steps of the dispatch.
+      state: Training state after them.
+    """
+    if self._done:
+      return
+    if self._annotation is None:
+      if steps.stop == self._last:
+        return
+      jax.block_until_ready(state)
+      self._start(steps.stop)
+    else:
+      self._annotation.__exit__(None, None, None)
+      self._recorded = range(self._recorded.start, steps.stop)
+      if len(self._recorded) >= self._num_steps:
+        jax.block_until_ready(state)
+        self._stop()
+        return
+    # TensorBoard and XProf tell steps apart by it.
+    self._annotation = jax.profiler.StepTraceAnnotation(
+      'train', step_num=steps.stop
+    )
+    self._annotation.__enter__()
+
+  def close(self, failed: bool = False) -> None:
+    """Writes the trace of a run that ends early."""
+    if self._done:
+      return
+    if self._annotation is not None:
+      self._stop()
+    else:
       print(
-        '--profile: nothing is recorded; only one dispatch is left of the run, '
-        'and the first one is never recorded',
+        '--profile: nothing is recorded; no step is left after the first '
+        'dispatch',
         flush=True,
       )
 
-  def __enter__(self) -> 'Recorder':
-    return self
-
-  def __exit__(self, *exception) -> None:
-    if self._tracing:  # the run ends early
-      jax.profiler.stop_trace()
-
-  @property
-  def _num_steps(self):
-    return sum(map(len, self._chunks))
-
-  def dispatched(self, steps: range, state) -> None:
-    """To be called after each dispatch; ends the recording if it is time to.
-
-    Args:
-      steps: that were dispatched.
-      state: their result.
-    """
-    if not self._tracing:
-      return
-    last = steps.stop == self._chunks[-1].stop
-    if last:
-      jax.block_until_ready(state)
-    self._annotation.__exit__(None, None, None)
-    if last:
-      self._stop()
-
-  def finished(self, steps: range, state) -> None:
-    """To be called when all is done that follows a dispatch; may begin.
-
-    Args:
-      steps: that were dispatched.
-      state: their result.
-    """
-    if self._chunks and steps.stop == self._chunks[0].start:
-      self._start(state)
-    if self._tracing:
-      # TensorBoard tells the steps apart by it.
-      self._annotation = jax.profiler.StepTraceAnnotation(
-        'train', step_num=steps.stop
-      )
-      self._annotation.__enter__()
-
-  def _start(self, state):
-    for chunk in self._chunks:
-      self._program(len(chunk))
+  def _start(self, step):
     options = jax.profiler.ProfileOptions()
-    # An event for each call of a Python function would slow the host down.
+    # An event for each call of a Python function would slow down the host.
     options.python_tracer_level = 0
-    jax.block_until_ready(state)
     jax.profiler.start_trace(
       self._folder, create_perfetto_trace=True, profiler_options=options
     )
-    self._tracing, self._began = True, time.perf_counter_ns()
+    self._recorded = range(step, step)
 
   def _stop(self):
-    wall_ns = time.perf_counter_ns() - self._began
+    self._done = True
     jax.profiler.stop_trace()
-    self._tracing = False
-    traces = self._folder.glob('plugins/profile/*/*.xplane.pb')
-    trace = max(traces, key=os.path.getmtime)
-    # In the order in which they ran.
-    lengths = dict.fromkeys(map(len, self._chunks))
-    result = breakdown.break_down(
-      breakdown.read_events(jax.profiler.ProfileData.from_file(str(trace))),
-      [
-        breakdown.read_program(self._program(length).as_text())
-        for length in lengths
-      ],
-      wall_ns=wall_ns,
-      num_steps=self._num_steps,
+    first, last = self._recorded.start + 1, self._recorded.stop
+    print(
+      f'profile: steps {first} to {last} are in {self._folder}; open it with '
+      f'`xprof --logdir={self._folder}` or TensorBoard (pip install xprof), '
+      'or open its perfetto_trace.json.gz on https://ui.perfetto.dev',
+      flush=True,
     )
-    first, last = self._chunks[0].start + 1, self._chunks[-1].stop
-    fewer = ''
-    if self._num_steps < self._asked:
-      fewer = f' (--profile={self._asked}, but no more were left)'
-    text = (
-      f'profile: {self._num_steps} steps recorded, {first} to {last}, in '
-      f'{len(self._chunks)} dispatch(es){fewer}\n{breakdown.to_text(result)}'
-      f'trace: {trace.parent}\n'
-    )
-    (self._folder / 'breakdown.txt').write_text(text)
-    print(text, end='', flush=True)
-
-
-def check(num_steps: int, workdir: str) -> None:
-  """Refuses what cannot be recorded.
-
-  Raises:
-    ValueError: if `num_steps` is below 1, or `workdir` is not a local folder
-      with a name in UTF-8.
-    OSError: if its `profile/` cannot be written to.
-  """
-  if num_steps < 1:
-    raise ValueError(f'--profile must be at least 1 step, got {num_steps}')
-  if '://' in workdir:
-    raise ValueError(
-      f'--profile writes to local folders alone, got --workdir={workdir}; '
-      'profile a short run in a local one'
-    )
-  if files.as_text(workdir) != workdir:
-    raise ValueError(
-      '--profile writes to folders with names in UTF-8 alone, got '
-      f'--workdir={files.as_text(workdir)}; use another one'
-    )
-  path = os.path.join(workdir, 'profile', 'breakdown.txt')
-  files.check_writable(path, f'--profile={num_steps}')

@@ -1,155 +1,165 @@
-"""TensorBoard's event files, written without TensorFlow.
+"""Event files for TensorBoard, written by tensorboardX."""
 
-Every record is written by the thread that calls, so that a full disk is an
-error where it happens.
-"""
-
+from collections.abc import Callable
+import contextlib
+import io
 import os
 import re
 import socket
-import struct
-import tempfile
 import time
 
 from etils import epath
 import numpy as np
 
-# Between two flushes, which wait for the disk.
-_FLUSH_SECONDS = 10
-_REMOTE_FLUSH_SECONDS = 60  # the whole file is sent again
+from clop_jax.runtime import files
+
+FOLDER = 'tensorboard'
 BINS = 50  # of a histogram
+_FLUSH_SECONDS = 10
+_REMOTE_FLUSH_SECONDS = 60  # each flush sends the whole file
+_QUEUE = 10_000  # events that may wait for a slow disk
+_PREFIX = 'clop_jax'  # under which tensorboardX finds `_EventFile`
 
 
-def check(folder: str) -> None:
-  """Raises OSError if a local folder is there and cannot be written to."""
-  if '://' in folder or not os.path.lexists(folder):
-    return
-  # Also where a permission is not all that is in the way.
-  with tempfile.TemporaryFile(dir=folder):
-    pass
+def check(workdir: str) -> None:
+  """Raises OSError if the workdir's `tensorboard/` cannot be written to."""
+  folder = os.path.join(workdir, FOLDER)
+  if not files.is_remote(folder) and os.path.lexists(folder):
+    files.check_writable(
+      os.path.join(folder, 'events'), 'config.watch.tensorboard=True'
+    )
 
 
-class EventFile:
-  """One event file of a run; a run that goes on writes another one."""
+class TensorBoard:
+  """One event file. A run that resumes writes another one."""
 
-  def __init__(self, folder: str, *, start: int):
-    """Opens a file after all that there are.
+  def __init__(self, workdir: str, *, start: int):
+    """Opens a file that sorts after all existing ones.
 
     Args:
-      folder: made if it is missing; local, or remote as `epath` has it.
-      start: the step to go on from; what older files of the folder have of
-        later steps is hidden from TensorBoard, for it is trained again.
+      workdir: Workdir, local or remote; the file goes to its `tensorboard/`.
+      start: Step at which the run starts. TensorBoard hides what older files
+        hold of later steps.
 
     Raises:
-      OSError: if the folder cannot be written to.
+      OSError: If the file cannot be written.
     """
-    # Half a second, which only those who watch should pay.
-    import tensorboardX
-    from tensorboardX.proto import event_pb2
-    from tensorboardX.proto import summary_pb2
+    # These imports take half a second, which only those who watch should pay.
+    from tensorboardX import SummaryWriter
+    from tensorboardX import record_writer
 
-    self._event_type, self._summary = event_pb2.Event, summary_pb2.Summary
-    target = _next_path(epath.Path(folder))
-    self._remote, self._scratch, path = None, None, os.fspath(target)
-    if '://' in str(folder):
-      # A remote file cannot be added to: it is written here, and sent whole.
-      self._scratch = tempfile.TemporaryDirectory()
-      self._remote = target
-      path = os.path.join(self._scratch.name, target.name)
-    self._path, self._period = path, _FLUSH_SECONDS
-    if self._remote is not None:
-      self._period = _REMOTE_FLUSH_SECONDS
-    self._records = tensorboardX.RecordWriter(path)
-    self._write(file_version='brain.Event:2')
-    session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._write(step=start + 1 if start else 0, session_log=session)
-    self.flush()
+    self._file = _EventFile(os.path.join(workdir, FOLDER))
+    record_writer.register_writer_factory(_PREFIX, self._file)
+    remote = files.is_remote(workdir)
+    self._writer = SummaryWriter(
+      f'{_PREFIX}:',
+      purge_step=start + 1,
+      max_queue=_QUEUE,
+      flush_secs=_REMOTE_FLUSH_SECONDS if remote else _FLUSH_SECONDS,
+    )
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    """Adds numbers, by their tags.
-
-    Args:
-      step: that they are of.
-      values: by tag; 'group/name' puts them into a group.
-    """
-    value = self._summary.Value
-    self._add(step, [value(tag=k, simple_value=v) for k, v in values.items()])
+    """Adds numbers by tag; `'group/name'` groups them."""
+    self._file.raise_failure()
+    for tag, value in values.items():
+      self._writer.add_scalar(tag, value, step)
 
   def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
-    """Adds a histogram of some numbers, all finite.
+    """Adds a histogram of finite numbers `[n]`."""
+    # A fixed number of bins: a rule that goes by the spread of the values makes
+    # millions where nearly all are equal, as in a collapse.
+    values = np.asarray(values, np.float64)
+    self._writer.add_histogram(tag, values, step, bins=BINS)
 
-    Args:
-      step: that they are of.
-      tag: their name.
-      values: `[n]`, at least one.
-    """
-    from tensorboardX import summary
-
-    # Of a fixed number: what chooses bins by the spread of the values makes
-    # millions of them where nearly all are alike, as in a collapse.
-    made = summary.histogram(tag, np.asarray(values, np.float64), bins=BINS)
-    self._add(step, made.value)
-
-  def picture(self, step: int, tag: str, png: bytes) -> None:
-    """Adds a PNG.
-
-    Args:
-      step: that it is of.
-      tag: its name.
-      png: the file's bytes.
-    """
-    width, height = struct.unpack('>II', png[16:24])
-    image = self._summary.Image(
-      width=width, height=height, colorspace=3, encoded_image_string=png
-    )
-    self._add(step, [self._summary.Value(tag=tag, image=image)])
+  def picture(self, step: int, tag: str, image: np.ndarray) -> None:
+    """Adds an image `[height, width, 3]`, uint8."""
+    self._writer.add_image(tag, image, step, dataformats='HWC')
 
   def text(self, step: int, tag: str, text: str) -> None:
-    """Adds a text.
+    """Adds a text in Markdown; TensorBoard appends `/text_summary` to tags."""
+    self._writer.add_text(tag, text, step)
+
+  def close(self, failed: bool = False) -> None:
+    """Writes what is left and closes the file.
 
     Args:
-      step: that it is of.
-      tag: its name; TensorBoard adds `/text_summary` to it.
-      text: as Markdown has it.
+      failed: Ignored.
+
+    Raises:
+      OSError: If an event could not be written.
     """
-    from tensorboardX import summary
+    self._writer.close()
+    self._file.raise_failure()
 
-    self._add(step, summary.text(tag, text).value)
-    self.flush()
 
-  def flush(self) -> None:
-    """Brings all that was added to the disk, or to the remote folder."""
-    self._records.flush()
-    self._flushed = time.monotonic()
-    if self._remote is not None:
-      with open(self._path, 'rb') as file:
-        self._remote.write_bytes(file.read())
+class _EventFile:
+  """The file that tensorboardX writes to; it is its own factory.
 
-  def close(self) -> None:
-    """Flushes, and ends the file."""
-    try:
-      self.flush()
-    finally:
-      self._records.close()
-      if self._scratch is not None:
-        self._scratch.cleanup()
+  tensorboardX writes in a thread. An exception would end that thread, and the
+  training would wait for it forever. So the first one is kept for the training
+  to raise.
+  """
 
-  def _add(self, step, values):
-    self._write(step=step, summary=self._summary(value=values))
-    if time.monotonic() - self._flushed > self._period:
-      self.flush()
+  def __init__(self, folder):
+    self._folder, self._failure = folder, None
+    self._remote = files.is_remote(folder)
+    self._guard(self._create)
+    self.raise_failure()
 
-  def _write(self, **fields):
-    event = self._event_type(wall_time=time.time(), **fields)
-    self._records.write(event.SerializeToString())
+  def _create(self):
+    folder = epath.Path(self._folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    self._path = _next_path(folder)
+    # Remote files cannot be appended to: they are sent whole.
+    self._stream = io.BytesIO() if self._remote else self._path.open('wb')
+
+  def directory_check(self, path):
+    pass  # created above
+
+  def open(self, path):
+    return self  # with a name of our own
+
+  def write(self, data):
+    self._guard(self._stream.write, data)
+
+  def flush(self):
+    self._guard(self._stream.flush)
+    if self._remote:
+      self._guard(lambda: self._path.write_bytes(self._stream.getvalue()))
+
+  def close(self):
+    with contextlib.suppress(OSError):  # already kept by `flush`
+      self._stream.close()
+
+  def _guard(self, work: Callable, *arguments, **keywords):
+    if self._failure is None:
+      try:
+        work(*arguments, **keywords)
+      except Exception as error:  # remote file systems raise many kinds
+        self._failure = error
+
+  def raise_failure(self):
+    """Raises OSError if the file could not be written."""
+    if self._failure is None:
+      return
+    reason = getattr(self._failure, 'strerror', None) or self._failure
+    failure = OSError(
+      f'config.watch.tensorboard=True: {files.as_text(str(self._folder))} '
+      f'cannot be written ({reason}); make it writable, or pass '
+      '--config.watch.tensorboard=false'
+    )
+    failure.errno = getattr(self._failure, 'errno', None)
+    raise failure from self._failure
 
 
 def _next_path(folder):
-  """A file's path that sorts after those that there are, as readers sort."""
-  folder.mkdir(parents=True, exist_ok=True)
+  """Returns a path that sorts after the existing event files.
+
+  TensorBoard reads files in the order of their names. A run may resume on a
+  host whose clock is behind.
+  """
   names = [path.name for path in folder.iterdir()]
-  found = [re.match(r'events\.out\.tfevents\.(\d+)\.', name) for name in names]
-  # Of two hosts the one that goes on may have the slower clock.
-  after = max((int(match[1]) + 1 for match in found if match), default=0)
+  matches = [re.match(r'events\.out\.tfevents\.(\d+)\.', x) for x in names]
+  after = max((int(match[1]) + 1 for match in matches if match), default=0)
   when = max(int(time.time()), after)
   return folder / f'events.out.tfevents.{when:010d}.{socket.gethostname()}'

@@ -1,58 +1,44 @@
-"""Weights & Biases, for those who ask for it; takes what `tensorboard` does."""
+"""Log for Weights & Biases, with the methods of `tensorboard.TensorBoard`."""
 
-import importlib.util
-import io
 import os
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from clop_jax.runtime import extras
+from clop_jax.runtime import files
 from clop_jax.tracking import tensorboard
 
 MODES = ('offline', 'online')
 
 
 def check(mode: str) -> None:
-  """Refuses what cannot be, before anything is written.
-
-  Args:
-    mode: of `MODES`.
-
-  Raises:
-    ValueError: if the mode is another one, or the library is not installed.
-  """
+  """Raises ValueError if the mode is not valid or wandb is not installed."""
   if mode not in MODES:
     raise ValueError(f'--wandb must be one of {list(MODES)}, got {mode!r}')
-  spec = importlib.util.find_spec('wandb')
-  # A folder of that name, as the library leaves behind, is no module.
-  if spec is None or spec.origin is None:
-    raise ValueError(
-      f'--wandb={mode} needs the library of Weights & Biases: '
-      "pip install 'clop-jax[wandb]'"
-    )
+  extras.check(f'--wandb={mode}', 'wandb', 'wandb')
 
 
 class WandbLog:
-  """A run of Weights & Biases, one for each go of a training."""
+  """One run of Weights & Biases. A training that resumes starts another one."""
 
   def __init__(self, workdir: str, config: dict, *, mode: str, start: int):
-    """Begins it.
+    """Starts the run.
 
-    The project is the environment's `WANDB_PROJECT`, or `clop_jax`; the goes of
-    one workdir are a group, named as the folder is.
+    The project is the environment's `WANDB_PROJECT`, or `clop_jax`. The runs of
+    one workdir form a group.
 
     Args:
-      workdir: of the training; its `wandb/` gets the files (a remote one: that
-        of the current folder).
-      config: for the run's page.
-      mode: `offline` (files to send later) or `online`.
-      start: the step to go on from.
+      workdir: Workdir of the training. Files go to its `wandb/`, or to that of
+        the current folder if the workdir is remote.
+      config: Config for the page of the run.
+      mode: `'offline'` (files to send later) or `'online'`.
+      start: Step at which the training starts.
 
     Raises:
-      OSError: if the run cannot begin.
+      OSError: If the run cannot start.
     """
-    # A second or two, which only those who ask should pay.
+    # This import takes a second or two, which only those who ask should pay.
     import wandb
 
     init: Any = wandb.init
@@ -61,39 +47,38 @@ class WandbLog:
       self._run = init(
         mode=mode,
         project=os.environ.get('WANDB_PROJECT') or 'clop_jax',
-        dir=None if '://' in workdir else os.path.abspath(workdir),
+        dir=None if files.is_remote(workdir) else os.path.abspath(workdir),
         name=f'{name}, from step {start}' if start else name,
         group=name,
         config=config,
-        # The output is the command's own, with its progress bar.
+        # The command shows its output itself, with a progress bar.
         settings=wandb.Settings(console='off'),
       )
     except wandb.Error as error:
       raise OSError(
         f'--wandb={mode}: {str(error).rstrip(".")}; --wandb=offline writes '
-        'files to send later, by `wandb sync`'
+        'files to send later with `wandb sync`'
       ) from error
     self._wandb = wandb
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    """See `tensorboard.EventFile.scalars`."""
+    """Adds numbers by tag."""
     self._run.log(values, step=step)
 
   def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
-    """See `tensorboard.EventFile.histogram`."""
+    """Adds a histogram of finite numbers `[n]`."""
     counts = np.histogram(values, bins=tensorboard.BINS)
-    made = self._wandb.Histogram(np_histogram=counts)
-    self._run.log({tag: made}, step=step)
+    histogram = self._wandb.Histogram(np_histogram=counts)
+    self._run.log({tag: histogram}, step=step)
 
-  def picture(self, step: int, tag: str, png: bytes) -> None:
-    """See `tensorboard.EventFile.picture`."""
-    with Image.open(io.BytesIO(png)) as image:
-      self._run.log({tag: self._wandb.Image(image)}, step=step)
+  def picture(self, step: int, tag: str, image: np.ndarray) -> None:
+    """Adds an image `[height, width, 3]`, uint8."""
+    self._run.log({tag: self._wandb.Image(image)}, step=step)
 
   def text(self, step: int, tag: str, text: str) -> None:
-    """An alert, which can send a mail; see `tensorboard.EventFile.text`."""
+    """Sends an alert, which can send an e-mail."""
     self._run.alert(tag, f'step {step}: {text}', level='WARN')
 
   def close(self, failed: bool = False) -> None:
-    """Ends the run, and sends what is left to send."""
+    """Ends the run and sends what is left."""
     self._run.finish(exit_code=int(failed))

@@ -1,253 +1,174 @@
-"""Watching a training: TensorBoard, Weights & Biases, probes and a warning.
+"""Callback for all that `config.watch` asks for.
 
-Nothing here changes what is trained. In a run of several processes all of them
-call the same methods at the same steps, since embeddings and features are made
-on all devices; only the main process draws, writes and talks.
+Nothing here changes the training. In a run of several processes all of them
+compute embeddings and features; only the main process draws, writes and prints.
 """
 
-from collections.abc import Iterator
 import contextlib
-import functools
 import os
+from typing import Any
 
-import jax
-import ml_collections
-import numpy as np
-
-from clop_jax.data import loader
-from clop_jax.data import reader as reader_lib
-from clop_jax.data import sources
-from clop_jax.evaluation import protocol
-from clop_jax.experiment import build
 from clop_jax.experiment import metrics_log
 from clop_jax.experiment import restored
+from clop_jax.experiment import setup as setup_lib
 from clop_jax.experiment import workdir as workdir_lib
+from clop_jax.runtime import extras
 from clop_jax.runtime import parallel
 from clop_jax.tracking import collapse_alarm
+from clop_jax.tracking import online_probe
 from clop_jax.tracking import pictures
 from clop_jax.tracking import tensorboard
 from clop_jax.tracking import wandb as wandb_log
-from clop_jax.training import train_state
-
-FOLDER = 'tensorboard'
-PROBES_FILE = 'probe.jsonl'
-_PROBES = {
-  'knn': (protocol.knn,),
-  'linear': (protocol.linear,),
-  'both': (protocol.knn, protocol.linear),
-}
+from clop_jax.training import callback
 
 
-class Off:
-  """Watches nothing."""
+class Watch(callback.Callback):
+  """TensorBoard, Weights & Biases, pictures, probes and collapse warning.
 
-  def check(self, workdir: str) -> None:
-    """Has nothing to write."""
-
-  def prepare(self, steps: range) -> None:
-    """Does nothing."""
-
-  def writing(self, workdir: str, start: int, state) -> contextlib.nullcontext:
-    """Writes nothing."""
-    return contextlib.nullcontext()
-
-  def logged(self, step: int, metrics: dict[str, float]) -> None:
-    """Does nothing."""
-
-  def due(self, steps: range) -> bool:
-    """Nothing ever is."""
-    return False
-
-  def reached(self, steps: range, state) -> None:
-    """Does nothing."""
-
-
-class Watch:
-  """What of a run is watched; see `docs/watching.md`."""
+  `docs/watching.md` describes them.
+  """
 
   def __init__(
-    self,
-    config: ml_collections.ConfigDict,
-    *,
-    run: build.Experiment,
-    target: train_state.TrainState,
-    source: sources.Source,
-    true_labels: np.ndarray,
-    reader: reader_lib.Reader,
-    data: loader.Loader,
-    mesh: jax.sharding.Mesh,
-    named: bool = True,
-    wandb: str | None = None,
+    self, setup: setup_lib.Setup, workdir: str, *, wandb: str | None = None
   ):
-    """Checks what is asked for and reads a sample; writes nothing.
+    """Checks the fields and reads a sample; writes nothing.
 
     Args:
-      config: see `defaults`; `data.num_classes` is known.
-      run: what is trained.
-      target: its state, or the shapes of it.
-      source: training examples.
-      true_labels: `[n]` of the source, -1 where nobody knows.
-      reader: what training reads.
-      data: the loader of the run.
-      mesh: see `parallel.make_mesh`.
-      named: whether `config.data` names the source.
-      wandb: mode of Weights & Biases, see `wandb_log`; None: without.
+      setup: Run, see `setup.prepare`.
+      workdir: Workdir of the run. Gets `tensorboard/`, `wandb/` and
+        `probe.jsonl`, as the config says.
+      wandb: Mode of Weights & Biases, see `wandb.MODES`. None is off.
 
     Raises:
-      ValueError: for a wrong field of `config.watch`, or a probe that there
-        are no data for.
+      ValueError: If a field of `config.watch` is wrong, a module or the data of
+        a probe is missing, or `probe.jsonl` is damaged.
+      OSError: If the workdir cannot be written to.
     """
+    config, epoch = setup.config, setup.data.steps_per_epoch
+    self._config, self._workdir, self._wandb = config, workdir, wandb
     fields = config.watch
     if wandb is not None:
       wandb_log.check(wandb)
-    self._config, self._mesh, self._wandb = config, mesh, wandb
+    self._tensorboard = fields.tensorboard
+    if fields.tensorboard and not extras.is_installed('tensorboardX'):
+      self._tensorboard = False
+      parallel.warn(
+        'nothing is written for TensorBoard, since tensorboardX is missing: '
+        "pip install 'clop-jax[track]'"
+      )
+    draws = fields.images_every_epochs and (self._tensorboard or wandb)
+    if draws:
+      field = f'config.watch.images_every_epochs={fields.images_every_epochs}'
+      extras.check(field, 'track', 'matplotlib')
     self._alarm = collapse_alarm.CollapseAlarm(
       num_classes=config.data.num_classes,
-      dim=target.prototypes.shape[-1],
+      dim=setup.state.prototypes.shape[-1],
       batch_size=config.train.batch_size,
       share=fields.collapse_share,
       patience=fields.collapse_patience,
       clop_weight=config.loss.clop_weight,
       contrastive=config.loss.contrastive,
     )
-    epoch = data.steps_per_epoch
+    self._sinks, self._closing = [], contextlib.ExitStack()
     self._images_every = self._probe_every = 0
-    if fields.tensorboard or wandb is not None:
-      # The shortest runs have them at their end.
+    frozen = restored.frozen(setup.experiment, config, setup.mesh)
+    if draws:
+      # Runs that are shorter have pictures at their end.
       every = min(fields.images_every_epochs, config.train.num_epochs)
       self._images_every = every * epoch
-    self._frozen = restored.frozen(run, config, mesh)
-    if self._images_every:
-      self._pictures = pictures.Pictures(
-        config,
-        frozen=self._frozen,
-        variables=target.variables,
-        dim=target.prototypes.shape[-1],
-        source=source,
-        true_labels=true_labels,
-        reader=reader,
-        data=data,
-        mesh=mesh,
-      )
+      self._pictures = pictures.Pictures(setup, frozen)
     if fields.probe_every_epochs:
       self._probe_every = fields.probe_every_epochs * epoch
-      self._readers = _probe_readers(config, mesh, named)
-    self._sinks, self._probes, self._owes_probe = [], None, False
+      self._probe = online_probe.Probe(setup, workdir, frozen)
+    parallel.by_main(self._check_files)
 
-  def check(self, workdir: str) -> None:
-    """Refuses what could not be written to, before anything is written.
+  def _check_files(self):
+    if self._tensorboard:
+      tensorboard.check(self._workdir)
+    if self._probe_every:
+      self._probe.check()
+
+  def started(self, steps: range, state: Any) -> None:
+    """Opens the files, and makes up for a probe that preemption prevented.
+
+    Call it once the workdir is claimed, and before the training step is
+    compiled: what draws compiles meanwhile.
 
     Args:
-      workdir: of the run.
+      steps: Steps that are left.
+      state: Training state at `steps.start`.
 
     Raises:
-      OSError: if there is such a place.
-      ValueError: if `probe.jsonl` is damaged; on the other processes, if the
-        main process raises.
-    """
-    parallel.by_main(lambda: self._check(workdir))
-
-  def _check(self, workdir):
-    if self._config.watch.tensorboard:
-      folder = os.path.join(workdir, FOLDER)
-      _naming_events(tensorboard.check, folder)
-    if self._probe_every:
-      metrics_log.check(os.path.join(workdir, PROBES_FILE))
-
-  def prepare(self, steps: range) -> None:
-    """Begins to compile what draws, if anything will be drawn.
-
-    To be called once the workdir is claimed, since a process does not end
-    before its compilers do, and before the training step is compiled, beside
-    which this goes on.
-
-    Args:
-      steps: that are left of the run.
+      OSError: If something cannot be written, on every process.
+      ValueError: On the other processes, if the main process fails.
     """
     if _passed(steps, self._images_every):
+      self._closing.callback(self._pictures.close)
       self._pictures.prepare()
+    owes_probe = False
 
-  @contextlib.contextmanager
-  def writing(self, workdir: str, start: int, state) -> Iterator[None]:
-    """Opens what is written to, for as long as the training goes on.
+    def open_files():
+      nonlocal owes_probe
+      self._open_sinks(steps.start)
+      if self._probe_every:
+        self._closing.callback(self._probe.close)
+        done = range(self._probe.open(steps.start), steps.start)
+        # Also if it was due earlier in the last dispatch.
+        owes_probe = _passed(done, self._probe_every)
 
-    Args:
-      workdir: of the run; gets `tensorboard/`, `wandb/` and `probe.jsonl`, as
-        far as the config says so.
-      start: the step to go on from.
-      state: at that step.
+    parallel.by_main(open_files)
+    if self._probe_every and not parallel.all_agree(not owes_probe):
+      self._measure(steps.start, state)
 
-    Raises:
-      OSError: if something cannot be written; on every process, then.
-      ValueError: on the others, if the main process raises.
-    """
-    with contextlib.ExitStack() as stack:
-      parallel.by_main(lambda: self._open(stack, workdir, start))
-      # The one that was due when the run was told to end; also where that was
-      # after a later step of the same dispatch.
-      if self._probe_every and not parallel.all_agree(not self._owes_probe):
-        self._measure(start, state)
-      yield
-
-  def _open(self, stack, workdir, start):
-    # What the goes before this one have warned of is not told again.
-    log = os.path.join(workdir, metrics_log.FILE)
+  def _open_sinks(self, start):
+    # A collapse that was reported before is not reported again.
+    log = os.path.join(self._workdir, metrics_log.FILE)
     for entry in metrics_log.entries_until(log, start):
-      rank = entry.get('effective_rank')
-      self._alarm.hear(entry['step'], np.nan if rank is None else rank)
-    if self._config.watch.tensorboard:
-      folder = os.path.join(workdir, FOLDER)
-      file = _naming_events(tensorboard.EventFile, folder, start=start)
-      stack.callback(file.close)
-      self._sinks.append(file)
+      self._alarm.record(entry['step'], entry.get('effective_rank'))
+    if self._tensorboard:
+      self._sinks.append(tensorboard.TensorBoard(self._workdir, start=start))
     if self._wandb is not None:
       config = workdir_lib.to_json(self._config)
-      log = wandb_log.WandbLog(workdir, config, mode=self._wandb, start=start)
-      stack.push(lambda kind, *_: log.close(failed=kind is not None))
-      self._sinks.append(log)
-    if self._probe_every:
-      path = os.path.join(workdir, PROBES_FILE)
-      self._probes = metrics_log.JsonLines(path, start=start)
-      stack.callback(self._probes.close)
-      done = range(self._probes.last_step, start)
-      self._owes_probe = _passed(done, self._probe_every)
+      self._sinks.append(
+        wandb_log.WandbLog(self._workdir, config, mode=self._wandb, start=start)
+      )
 
   def logged(self, step: int, metrics: dict[str, float]) -> None:
-    """To be called with what the log gets.
-
-    Args:
-      step: after which the metrics were taken.
-      metrics: by name, among them `effective_rank`.
-    """
+    """Logs the metrics of a step, and warns of a collapse."""
     if not parallel.is_main():
       return
+    self._deliver()
     self._write_scalars(step, 'train', metrics)
-    warning = self._alarm.hear(step, metrics['effective_rank'])
+    warning = self._alarm.record(step, metrics['effective_rank'])
     if warning is not None:
       self._warn(step, warning)
 
   def due(self, steps: range) -> bool:
-    """Whether `reached` has work to do after these steps."""
-    return any(
-      _passed(steps, every) for every in (self._images_every, self._probe_every)
+    """Returns True if pictures or a probe are due after these steps."""
+    return _passed(steps, self._images_every) or _passed(
+      steps, self._probe_every
     )
 
-  def reached(self, steps: range, state) -> None:
-    """To be called after a dispatch; every process does.
-
-    What is due within a dispatch is done at its end.
-
-    Args:
-      steps: that were dispatched.
-      state: their result; not changed and not kept.
-    """
+  def reached(self, steps: range, state: Any) -> None:
+    """Makes what is due; within a dispatch it comes at its end."""
     if _passed(steps, self._images_every):
       self._draw(steps.stop, state)
     if _passed(steps, self._probe_every):
       self._measure(steps.stop, state)
 
+  def close(self, failed: bool = False) -> None:
+    """Delivers the last picture and closes the files."""
+    with self._closing as closing:
+      for sink in self._sinks:
+        closing.callback(sink.close, failed=failed)
+      self._deliver()
+
+  def _deliver(self):
+    if self._images_every:
+      self._pictures.deliver(self._sinks)
+
   def _draw(self, step, state):
-    """The sample's spectrum and picture, and the views of the last step."""
+    self._deliver()
     failure = self._pictures.failure()
     if not parallel.all_agree(failure is None):
       self._images_every = 0
@@ -259,37 +180,18 @@ class Watch:
       self._warn(step, 'embeddings that are not finite cannot be drawn')
 
   def _measure(self, step, state):
-    """The probes."""
-    apply = functools.partial(self._frozen, state.variables)
-    features, labels = {}, {}
-    for split, reader in self._readers.items():
-      features[split], _, labels[split] = protocol.extract(
-        self._config, reader, apply, self._mesh
-      )
-    found = {}
     try:
-      # By every process: the others would only wait for this one.
-      for measure in _PROBES[self._config.watch.probe]:
-        found |= measure(self._config, features, labels)
+      results = self._probe.measure(step, state.variables)
     except FloatingPointError as error:
       self._warn(step, f'no probe: {error}')
-      return
-    if not parallel.is_main():
-      return
-    self._probes.write(step, found)
-    self._write_scalars(step, 'probe', found)
-    shown = ', '.join(
-      f'{name} {found[name]:.4f}'
-      for name in ('knn_top1', 'linear_top1')
-      if name in found
-    )
-    metrics_log.say(f'step {step}: {shown}')
+    else:
+      self._write_scalars(step, 'probe', results)
 
   def _write_scalars(self, step, group, values):
     tagged = {
       f'{group}/{name}': value
       for name, value in values.items()
-      if value is not None  # what there was nothing to measure by
+      if value is not None  # nothing to measure by
     }
     for sink in self._sinks:
       sink.scalars(step, tagged)
@@ -301,47 +203,13 @@ class Watch:
         sink.text(step, 'warning', message)
 
 
-def _naming_events(work, folder, **arguments):
-  """Calls `work`; an error of it says what it is of, and the way out."""
-  try:
-    return work(folder, **arguments)
-  except OSError as error:
-    failure = OSError(
-      f"TensorBoard's events cannot be written to {folder} "
-      f'({error.strerror or error}); make it writable, or pass '
-      '--config.watch.tensorboard=false',
-    )
-    failure.errno = error.errno  # the command knows a full disk by it
-    raise failure from error
-
-
-def _probe_readers(config, mesh, named):
-  """Of the splits of the protocol, or a ValueError that says what is wrong."""
-  field = f'config.watch.probe_every_epochs={config.watch.probe_every_epochs}'
-  if not named or not config.data.test_split:
-    why = (
-      'config.data.test_split is empty'
-      if named
-      else 'a source of your own comes without one'
-    )
-    raise ValueError(
-      f'{field} needs a test split, and {why}; set it to 0 and evaluate '
-      'afterwards'
-    )
-  try:
-    parallel.check_batch_size(config.eval.batch_size, mesh)
-    return protocol.readers(config)
-  except ValueError as error:
-    raise ValueError(f'{field}: {error}') from error
-
-
 def _passed(steps, every):
-  """Whether a multiple of `every` (0: none) is among the ends of the steps."""
+  """Returns True if a multiple of `every` is passed; never if it is 0."""
   return every > 0 and steps.stop // every > steps.start // every
 
 
 def _short(error):
-  """The first line of an error; None is that of another process."""
+  """Returns an error's first line; None is an error of another process."""
   if error is None:
     return 'on another process'
   first = str(error).strip().partition('\n')[0]

@@ -18,141 +18,119 @@ from clop_jax.training import optimizer
 from clop_jax.training import prototype_rules
 from clop_jax.training import train_state
 
-_FIXED = prototype_rules.Fixed()
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """Networks, losses and optimizer of a train step.
+
+  Attributes:
+    backbone: Flax module from images to features.
+    projection_head: Flax module from features to embeddings.
+    tx: Optax chain.
+    schedule: Learning rate of a step, as in `tx`; it is only logged.
+    recipe: Random operations that make the views.
+    contrastive: Contrastive loss, `(embeddings, labels, axis_name=...)`.
+    clop_weight: Weight of the CLOP loss (lambda in the paper). If 0, the loss
+      is only logged.
+    clop: CLOP loss, `(embeddings, labels, prototypes, axis_name=...)`.
+    prototype_rule: Rule by which the prototypes change.
+    pseudo_labels: Function `(embeddings, labels, prototypes, step) -> labels`
+      that labels unlabelled examples for the CLOP loss. None labels none.
+    log_every: Number of steps between two steps with diagnostics (norms,
+      effective rank, ...), which are 0 on all other steps.
+    bn_scope: `'global'` or `'device'`, as in the networks. With `'device'` the
+      running statistics are averaged over the devices.
+    num_micro_batches: Number of micro-batches of a shard, see `grad_cache`.
+  """
+
+  backbone: nn.Module
+  projection_head: nn.Module
+  tx: optax.GradientTransformation
+  schedule: optax.Schedule
+  recipe: augment.Recipe
+  contrastive: Callable[..., jax.Array]
+  clop_weight: float | jax.Array
+  clop: Callable[..., jax.Array] = loss.clop_loss
+  prototype_rule: prototype_rules.Rule = dataclasses.field(
+    default_factory=prototype_rules.Fixed
+  )
+  pseudo_labels: Callable[..., jax.Array] | None = None
+  log_every: int = 1
+  bn_scope: str = 'global'
+  num_micro_batches: int = 1
 
 
 def train_step(
   state: train_state.TrainState,
   batch: dict[str, jax.Array],
   key: jax.Array,
+  parts: Parts,
   *,
-  backbone: nn.Module,
-  projection_head: nn.Module,
-  tx: optax.GradientTransformation,
-  schedule: optax.Schedule,
-  recipe: dict,
-  contrastive: Callable[..., jax.Array],
-  clop_weight: float,
-  clop: Callable[..., jax.Array] = loss.clop_loss,
-  prototype_rule: prototype_rules.Rule = _FIXED,
-  pseudo_labels: Callable[..., jax.Array] | None = None,
-  log_every: int = 1,
-  bn_scope: str = 'global',
-  num_micro_batches: int = 1,
   axis_name: str | None = 'data',
   pmean_gradients: bool = False,
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
-  r"""Two views, one forward pass, the sum of the losses, one update.
+  r"""Takes one step: two views, one forward pass, both losses, one update.
 
   .. math:: L = L_{contrastive}(Z) + \lambda\, L_{CLOP}(Z, y, C)
 
-  With `num_micro_batches` above 1 the networks see a part of the shard at a
-  time, in two passes (see `grad_cache`): memory for views and activations is
-  one micro-batch's, the losses and their gradient are still those of the whole
-  global batch. Batch normalization then takes its statistics over one
-  micro-batch (with `bn_scope='global'` over all devices' m-th one, a part of
-  the global batch), alike in both passes: the gradient is exact for that
-  network, which is another one than the undivided batch gives. Each micro-batch
-  starts from the old running statistics, and the mean of what they make of them
-  are the new ones. Without batch normalization the step is the undivided one.
+  The function sees one shard of the batch. `parallel.map_step` maps it over the
+  devices. It also runs under `jax.pmap` (with `pmean_gradients=True`) and, with
+  `axis_name=None`, on one device under `jax.jit`.
 
-  Written for one shard of the batch; `parallel.map_step` maps it. It also runs
-  under `jax.pmap` (with `pmean_gradients=True`) and, with `axis_name=None`, on
-  one device under `jax.jit`.
+  With more than one micro-batch the loss and its gradient are still those of
+  the whole global batch. Batch normalization, however, takes its statistics
+  over one micro-batch (of all devices if `bn_scope='global'`), and the new
+  running statistics are the mean over the micro-batches.
 
   Args:
-    state: the state, the same on every device.
-    batch: this shard's `image` `[batch, height, width, channels]` uint8 (or
-      `[batch, 2, size, size, channels]`: a crop for each view), `label`
-      `[batch]` (-1: unlabelled) and `index` `[batch]`, the examples' numbers in
-      the data set. With `pseudo_labels` also `true_label` `[batch]`, by which
-      they are measured and nothing else; -1 where nobody knows it.
-    key: the run's PRNG key, the same at every step and on every device.
-    backbone: images to features; its `axis_name` is this one.
-    projection_head: features to embeddings; likewise.
-    tx: the Optax chain.
-    schedule: learning rate as a function of the step, as `tx` has it; reported.
-    recipe: keyword arguments of `augment.view`.
-    contrastive: `(embeddings, labels, axis_name=...) -> loss`.
-    clop_weight: lambda, the weight of the CLOP loss; 0 trains without it (it
-      is still reported).
-    clop: `(embeddings, labels, prototypes, axis_name=...) -> loss`.
-    prototype_rule: how the prototypes change.
-    pseudo_labels: `(embeddings, labels, prototypes, step) -> labels` for the
-      CLOP loss; None: those of the batch alone.
-    log_every: the diagnostics (norms, effective rank, ...) are made on steps
-      that are a multiple of this; on others they are 0.
-    bn_scope: as in the networks. With 'device' the running statistics are the
-      mean of the devices' own.
-    num_micro_batches: micro-batches of a shard; it divides `batch`.
-    axis_name: the mapped axis, or None.
-    pmean_gradients: average the gradients over the axis; for `jax.pmap` only,
-      see `clop_jax.loss`.
+    state: Training state, equal on every device.
+    batch: This shard's `image` `[batch, height, width, channels]` uint8 (or
+      `[batch, 2, size, size, channels]`, one crop for each view), `label`
+      `[batch]` (-1 is unlabelled) and `index` `[batch]`, the position of each
+      example in the data set. With pseudo-labels also `true_label` `[batch]`,
+      which only measures them; -1 is unknown.
+    key: PRNG key of the run, the same at every step and on every device.
+    parts: Networks, losses and optimizer.
+    axis_name: Name of the mapped axis, or None.
+    pmean_gradients: If True, average the gradients over the axis. For
+      `jax.pmap` only, see `clop_jax.loss`.
 
   Returns:
-    The next state, and metrics: float32 scalars, the same on every device.
+    The next state, and metrics: float32 scalars, equal on every device.
 
   Raises:
-    ValueError: if `num_micro_batches` is below 1 or does not divide the shard's
-      batch.
+    ValueError: If `parts.num_micro_batches` does not divide the shard's batch.
   """
-
-  def embed(params, examples):
-    with jax.named_scope('augmentation'):
-      keys = augment.example_keys(key, state.step, examples['index'])
-      images = examples['image']
-      if images.ndim == 5:
-        # Two crops of each example, made by the loader.
-        images = images.swapaxes(0, 1)
-      views = augment.two_views(keys, images, **recipe)
-    num_views, batch_size = views.shape[:2]
-    # Both views in one pass: half the launches, and batch statistics over all.
-    images = views.reshape(num_views * batch_size, *views.shape[2:])
-    with jax.named_scope('networks'):
-      _, embeddings, batch_stats = train_state.apply_networks(
-        backbone, projection_head, params, state.batch_stats, images, train=True
-      )
-    return embeddings.reshape(num_views, batch_size, -1), batch_stats
-
-  @jax.named_scope('losses')
-  def loss_of(embeddings, examples):
-    labels = examples['label']
-    contrastive_loss = contrastive(embeddings, labels, axis_name=axis_name)
-    if pseudo_labels is not None:
-      labels = pseudo_labels(embeddings, labels, state.prototypes, state.step)
-    clop_loss = clop(embeddings, labels, state.prototypes, axis_name=axis_name)
-    weight = clop_weight * prototype_rule.clop_factor(state.step)
-    total = contrastive_loss + weight * clop_loss
-    return total, (contrastive_loss, clop_loss, labels)
-
   value, embeddings, batch_stats, gradients = grad_cache.value_and_grad(
-    embed,
-    loss_of,
+    lambda params, examples: _embed(parts, state, key, params, examples),
+    lambda z, examples: _losses(parts, state, z, examples, axis_name),
     state.params,
     batch,
-    num_micro_batches=num_micro_batches,
+    num_micro_batches=parts.num_micro_batches,
     axis_name=None if pmean_gradients else axis_name,
   )
   total, (contrastive_loss, clop_loss, clop_labels) = value
   if pmean_gradients:
     gradients = lax.pmean(gradients, axis_name)
-  if bn_scope == 'device' and axis_name is not None:
+  if parts.bn_scope == 'device' and axis_name is not None:
     batch_stats = lax.pmean(batch_stats, axis_name)
   with jax.named_scope('gradients'):
     gradients = optimizer.in_row_order(gradients)
   with jax.named_scope('optimizer'):
-    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+    updates, opt_state = parts.tx.update(
+      gradients, state.opt_state, state.params
+    )
     params = optax.apply_updates(state.params, updates)
   step = state.step + 1
 
   def prototype_gradient():
-    gradient = jax.grad(clop, argnums=2)(
+    gradient = jax.grad(parts.clop, argnums=2)(
       embeddings, clop_labels, state.prototypes, axis_name=axis_name
     )
     return lax.pmean(gradient, axis_name) if pmean_gradients else gradient
 
   with jax.named_scope('prototypes'):
-    prototypes, prototype_statistics = prototype_rule.update(
+    prototypes, prototype_statistics = parts.prototype_rule.update(
       state.prototypes,
       state.prototype_statistics,
       step=step,
@@ -161,35 +139,27 @@ def train_step(
       gradient=prototype_gradient,
       axis_name=axis_name,
     )
-
-  def diagnostics():
-    labels = jnp.broadcast_to(batch['label'], embeddings.shape[:-1])
-    of_embeddings = collapse.batch_measures(
-      embeddings, labels, state.prototypes, axis_name=axis_name
-    )
-    gradient_norm, update_norm, parameter_norm = optimizer.global_norms(
-      gradients, updates, params
-    )
-    return of_embeddings | {
-      'gradient_norm': gradient_norm,
-      'update_norm': update_norm,
-      'parameter_norm': parameter_norm,
-      'orthonormality_error': prototypes_lib.orthonormality_error(prototypes),
-    }
-
-  shapes = jax.eval_shape(diagnostics)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  # The singular values of a large batch cost more than a small network's step.
-  with jax.named_scope('diagnostics'):
-    metrics = lax.cond(step % log_every == 0, diagnostics, lambda: zeros)
-  metrics |= {
+  metrics = {
     'loss': total,
     'contrastive_loss': contrastive_loss,
     'clop_loss': clop_loss,
-    'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+    'learning_rate': jnp.asarray(parts.schedule(state.step), jnp.float32),
   }
-  if pseudo_labels is not None:
+  if parts.pseudo_labels is not None:
     metrics |= _pseudo_label_metrics(batch, clop_labels, axis_name)
+
+  def diagnostics():
+    labels = jnp.broadcast_to(batch['label'], embeddings.shape[:-1])
+    norms = optimizer.global_norms(gradients, updates, params)
+    return {
+      **collapse.batch_measures(
+        embeddings, labels, state.prototypes, axis_name=axis_name
+      ),
+      **dict(zip(_NORMS, norms, strict=True)),
+      'orthonormality_error': prototypes_lib.orthonormality_error(prototypes),
+    }
+
+  metrics |= _sometimes(step % parts.log_every == 0, diagnostics)
   state = dataclasses.replace(
     state,
     step=step,
@@ -202,8 +172,63 @@ def train_step(
   return state, metrics
 
 
+_NORMS = ('gradient_norm', 'update_norm', 'parameter_norm')
+
+
+def _embed(parts, state, key, params, examples):
+  """Returns embeddings `[2, batch, dim]` of random views, and batch_stats."""
+  with jax.named_scope('augmentation'):
+    keys = augment.example_keys(key, state.step, examples['index'])
+    images = examples['image']
+    if images.ndim == 5:
+      # Two crops of each example, made by the loader.
+      images = images.swapaxes(0, 1)
+    views = augment.two_views(keys, images, parts.recipe)
+  num_views, batch_size = views.shape[:2]
+  # Both views in one pass: half the launches, and batch statistics over all.
+  images = views.reshape(num_views * batch_size, *views.shape[2:])
+  with jax.named_scope('networks'):
+    _, embeddings, batch_stats = train_state.apply_networks(
+      parts.backbone,
+      parts.projection_head,
+      params,
+      state.batch_stats,
+      images,
+      train=True,
+    )
+  return embeddings.reshape(num_views, batch_size, -1), batch_stats
+
+
+@jax.named_scope('losses')
+def _losses(parts, state, embeddings, examples, axis_name):
+  """Returns the total loss, its two terms, and the labels that CLOP saw."""
+  labels = examples['label']
+  contrastive_loss = parts.contrastive(embeddings, labels, axis_name=axis_name)
+  if parts.pseudo_labels is not None:
+    labels = parts.pseudo_labels(
+      embeddings, labels, state.prototypes, state.step
+    )
+  clop_loss = parts.clop(
+    embeddings, labels, state.prototypes, axis_name=axis_name
+  )
+  weight = parts.clop_weight * parts.prototype_rule.clop_factor(state.step)
+  total = contrastive_loss + weight * clop_loss
+  return total, (contrastive_loss, clop_loss, labels)
+
+
+def _sometimes(condition, measure):
+  """Returns `measure()` if the condition is true, else zeros.
+
+  The singular values of a large batch cost more than a small network's step.
+  """
+  shapes = jax.eval_shape(measure)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  with jax.named_scope('diagnostics'):
+    return lax.cond(condition, measure, lambda: zeros)
+
+
 def _pseudo_label_metrics(batch, labels, axis_name):
-  """How many unlabelled examples were given a label, and how many rightly."""
+  """Returns the share of pseudo-labelled examples and their accuracy."""
   given = (batch['label'] < 0) & (labels >= 0)
   known = given & (batch['true_label'] >= 0)
   right = known & (labels == batch['true_label'])

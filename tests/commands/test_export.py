@@ -23,7 +23,6 @@ from clop_jax.experiment import checkpoint
 from clop_jax.experiment import workdir as workdir_lib
 from clop_jax.runtime import parallel
 from clop_jax.study import cell
-from clop_jax.study import ensemble
 from tests import forked
 from tests import small
 from tests import torchvision_resnet as theirs
@@ -459,44 +458,3 @@ def test_a_study_refuses_weights_that_do_not_fit_before_it_begins(
   _, fault = cell.check({'a': workdir_lib.to_json(config)})
   assert fault.startswith('cell a: config.model.initial_weights=')
   assert "these are of config.model.stem='cifar'" in fault
-
-
-def test_runs_that_train_together_start_from_the_file_s_weights(
-  digits_dir, weights_file, tmp_path, monkeypatch
-):
-  class EnoughError(Exception):
-    pass
-
-  states, first_state = [], train.first_state
-
-  def recorded(*arguments):
-    states.append(first_state(*arguments))
-    if len(states) == 2:
-      raise EnoughError  # to compile and train them would add nothing
-    return states[-1]
-
-  monkeypatch.setattr(train, 'first_state', recorded)
-  configs = [
-    small.digits_config(
-      digits_dir, model__initial_weights=str(weights_file), seed=seed
-    )
-    for seed in (0, 1)
-  ]
-  workdirs = [str(tmp_path / str(seed)) for seed in (0, 1)]
-  with pytest.raises(EnoughError):
-    ensemble.train_together(
-      configs,
-      workdirs,
-      diverged=lambda number, error: None,
-      devices=jax.devices()[ONE],
-    )
-  weights, _ = opened(weights_file)
-  heads = []
-  for state, workdir in zip(states, workdirs, strict=True):
-    check_starts_from(state.params, weights)
-    np.testing.assert_array_equal(
-      state.batch_stats['backbone']['bn1']['var'], weights['bn1.running_var']
-    )
-    heads.append(state.params['projection_head']['dense1']['kernel'])
-    assert os.path.exists(f'{workdir}/initial_weights.json')
-  assert np.abs(heads[0] - heads[1]).max() > 0.01

@@ -70,7 +70,7 @@ def test_sheet_shows_the_first_batch_and_the_views_of_the_first_step(npz):
   index = loader.Order(20, batch_size=8, seed=config.seed).indices(0)
   np.testing.assert_array_equal(triples[:, 0], images[index])
   keys = augment.example_keys(build.training_key(config), 0, index)
-  views = augment.two_views(keys, images[index], **build.recipe(config))
+  views = augment.two_views(keys, images[index], build.recipe(config))
   std, mean = np.array((0.2, 0.3, 0.25)), np.array((0.4, 0.5, 0.6))
   pixels = 255 * (np.asarray(views) * std + mean)
   for view in range(2):

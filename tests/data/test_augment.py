@@ -47,7 +47,9 @@ def planar(image):
 
 
 def view(image, recipe, seed=0):
-  make = jax.jit(functools.partial(augment.view, **recipe))
+  make = jax.jit(
+    functools.partial(augment.view, recipe=augment.Recipe(**recipe))
+  )
   return np.asarray(make(jax.random.key(seed), image))
 
 
@@ -62,7 +64,7 @@ def full_views():
 
   def make(key, step, index, images):
     example_keys = augment.example_keys(key, step, index)
-    return augment.two_views(example_keys, images, **recipe)
+    return augment.two_views(example_keys, images, augment.Recipe(**recipe))
 
   return jax.jit(make)
 
@@ -135,9 +137,12 @@ def test_operation_switched_off_leaves_the_others_draws():
   recipe |= {'contrast': 0, 'saturation': 0, 'hue': 0}
   seeds = keys(8)
   jittered, flipped = (
-    jax.jit(jax.vmap(functools.partial(augment.view, **r), in_axes=(0, None)))(
-      seeds, image
-    )
+    jax.jit(
+      jax.vmap(
+        functools.partial(augment.view, recipe=augment.Recipe(**r)),
+        in_axes=(0, None),
+      )
+    )(seeds, image)
     for r in (recipe, {**recipe, 'flip_probability': 1.0})
   )
   np.testing.assert_allclose(flipped, jittered[:, :, ::-1], atol=1e-6)
@@ -147,7 +152,9 @@ def test_operation_switched_off_leaves_the_others_draws():
 def test_everything_off_is_exactly_the_normalized_image():
   images = pictures(2, SIZE, SIZE)
   recipe = {**OFF, 'size': SIZE, 'mean': MEAN, 'std': STD}
-  views = augment.two_views(keys(2), jnp.asarray(images), **recipe)
+  views = augment.two_views(
+    keys(2), jnp.asarray(images), augment.Recipe(**recipe)
+  )
   ours = augment.unit_range(jnp.asarray(images))
   ours = augment.normalize(ours, mean=MEAN, std=STD)
   np.testing.assert_array_equal(views, np.stack([ours, ours]))
@@ -188,7 +195,9 @@ def test_flip_mirrors_left_and_right(channels):
 def test_flip_happens_as_often_as_asked(probability):
   image = jnp.asarray(pictures(1, SIZE, SIZE)[0])
   recipe = {**PLAIN, 'flip_probability': probability}
-  make = jax.jit(jax.vmap(lambda key: augment.view(key, image, **recipe)))
+  make = jax.jit(
+    jax.vmap(lambda key: augment.view(key, image, augment.Recipe(**recipe)))
+  )
   views = np.asarray(make(keys(2000)))
   flipped = np.abs(views - unit(image)[:, ::-1]).max(axis=(1, 2, 3)) < 1e-6
   kept = np.abs(views - unit(image)).max(axis=(1, 2, 3)) < 1e-6
@@ -269,7 +278,9 @@ def test_jitter_draws_its_amounts_from_the_whole_range():
   image = jnp.full((SIZE, SIZE, 3), 100, jnp.uint8)
   recipe = {**PLAIN, 'jitter_probability': 1.0}
   recipe |= {'brightness': 0.4, 'contrast': 0, 'saturation': 0, 'hue': 0}
-  make = jax.jit(jax.vmap(lambda key: augment.view(key, image, **recipe)))
+  make = jax.jit(
+    jax.vmap(lambda key: augment.view(key, image, augment.Recipe(**recipe)))
+  )
   views = np.asarray(make(keys(2000)))
   assert np.ptp(views, axis=(1, 2, 3)).max() < 1e-6
   factors = views[:, 0, 0, 0] * 255 / 100
@@ -308,7 +319,9 @@ def test_jitter_applies_its_operations_one_after_the_other_in_every_order():
 def test_jitter_leaves_an_image_alone_as_often_as_asked():
   image = pictures(1, SIZE, SIZE)[0]
   recipe = {**PLAIN, 'jitter_probability': 0.7}
-  make = jax.jit(jax.vmap(lambda key: augment.view(key, image, **recipe)))
+  make = jax.jit(
+    jax.vmap(lambda key: augment.view(key, image, augment.Recipe(**recipe)))
+  )
   views = np.asarray(make(keys(1000)))
   same = np.abs(views - unit(image)).max(axis=(1, 2, 3)) < 1e-6
   # Four standard errors.
@@ -326,11 +339,15 @@ def test_solarize_equals_pillow(threshold):
 
 def test_images_of_each_view_are_kept_apart():
   images = pictures(6, SIZE, SIZE).reshape(2, 3, SIZE, SIZE, 3)
-  views = augment.two_views(keys(3), jnp.asarray(images), **PLAIN)
+  views = augment.two_views(
+    keys(3), jnp.asarray(images), augment.Recipe(**PLAIN)
+  )
   np.testing.assert_allclose(views, unit(images), atol=1e-6)
   with pytest.raises(ValueError, match=r'got \(3, 1, 12, 12, 3\)'):
     augment.two_views(
-      keys(3), images.reshape(6, SIZE, SIZE, 3)[:3, None], **PLAIN
+      keys(3),
+      images.reshape(6, SIZE, SIZE, 3)[:3, None],
+      augment.Recipe(**PLAIN),
     )
 
 
@@ -506,7 +523,9 @@ def test_blur_is_a_gaussian_with_the_edge_repeated(size, radius):
 def test_images_of_one_channel_go_through_everything():
   images = pictures(2, channels=1)
   recipe = {'size': 9, 'mean': (0.5,), 'std': (0.5,), 'blur_probability': 0.5}
-  make = jax.jit(functools.partial(augment.two_views, **recipe))
+  make = jax.jit(
+    functools.partial(augment.two_views, recipe=augment.Recipe(**recipe))
+  )
   views = np.asarray(make(keys(2), images))
   assert views.shape == (2, 2, 9, 9, 1)
   # Jitter and blur keep to [0, 1] and normalization comes last.
@@ -563,7 +582,9 @@ def test_normalize_refuses_what_is_not_one_number_for_each_channel(
 )
 def test_wrong_images_are_refused(shape, dtype, message):
   with pytest.raises(ValueError, match=message):
-    augment.view(jax.random.key(0), jnp.zeros(shape, dtype), **PLAIN)
+    augment.view(
+      jax.random.key(0), jnp.zeros(shape, dtype), augment.Recipe(**PLAIN)
+    )
 
 
 @pytest.mark.parametrize(
@@ -609,17 +630,15 @@ def test_wrong_images_are_refused(shape, dtype, message):
   ],
 )
 def test_impossible_numbers_are_named(arguments, message):
-  image = jnp.zeros((SIZE, SIZE, 3), jnp.uint8)
   with pytest.raises(ValueError, match=message):
-    augment.view(jax.random.key(0), image, **{**PLAIN, **arguments})
+    augment.Recipe(**{**PLAIN, **arguments})
 
 
 @pytest.mark.parametrize('name', [*OFF, 'solarize_probability'])
 @pytest.mark.parametrize('probability', [-0.1, 1.1, float('nan')])
 def test_impossible_probability_is_named(name, probability):
-  image = jnp.zeros((SIZE, SIZE, 3), jnp.uint8)
   with pytest.raises(ValueError, match=rf'augment.{name} must be in \[0, 1\]'):
-    augment.view(jax.random.key(0), image, **{**PLAIN, name: probability})
+    augment.Recipe(**{**PLAIN, name: probability})
 
 
 def test_limits_of_the_ranges_are_possible():
@@ -633,5 +652,5 @@ def test_limits_of_the_ranges_are_possible():
     'std': np.full(3, 1e-3, np.float32),
   }
   image = jnp.zeros((SIZE, SIZE, 3), jnp.uint8)
-  make = functools.partial(augment.view, **limits)
+  make = functools.partial(augment.view, recipe=augment.Recipe(**limits))
   assert jax.eval_shape(make, jax.random.key(0), image).shape == (1, 1, 3)

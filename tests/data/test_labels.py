@@ -54,39 +54,6 @@ def test_keep_fraction_differs_by_seed_and_is_random_within_a_class():
   assert (by_class[:, 0] != by_class[:, 1]).any()
 
 
-def test_keep_fraction_of_a_class_does_not_depend_on_the_other_classes():
-  labels = np.arange(60) % 3
-  whole = labels_lib.keep_fraction(labels, 0.4, seed=5)
-  alone = np.where(labels == 1, 1, -1)
-  only = labels_lib.keep_fraction(alone, 0.4, seed=5)
-  np.testing.assert_array_equal(only == 1, whole == 1)
-
-
-@pytest.mark.parametrize('fraction', [-0.1, 1.1, float('nan')])
-def test_keep_fraction_refuses_what_is_no_fraction(fraction):
-  with pytest.raises(ValueError, match=r'label_fraction must be in \[0, 1\]'):
-    labels_lib.keep_fraction(np.arange(3), fraction, seed=0)
-
-
-@pytest.mark.parametrize(
-  ('labels', 'message'),
-  [
-    (
-      [0, 3, 4, 4],
-      r'got 3 at index 1 \(3 of 4 .*set config.data.num_classes',
-    ),
-    ([-1, 0, -2], r'got -2 at index 2 \(1 of 3 .*; unlabelled is -1'),
-  ],
-)
-def test_check_range_names_the_first_wrong_label(labels, message):
-  with pytest.raises(ValueError, match=message):
-    labels_lib.check_range(np.array(labels), 3)
-
-
-def test_check_range_lets_classes_and_unlabelled_pass():
-  labels_lib.check_range(np.array([-1, 0, 1, 2]), 3)
-
-
 def test_counts_leave_the_unlabelled_out():
   counts = labels_lib.counts(np.array([-1, 2, 0, 2, -1]), 4)
   np.testing.assert_array_equal(counts, [1, 0, 2, 0])
@@ -193,13 +160,6 @@ def test_symmetric_noise_draws_every_other_class_alike():
   np.testing.assert_allclose(counts[[0, 1, 3, 4]], 2000, atol=195)
 
 
-def test_there_must_be_a_class():
-  with pytest.raises(
-    ValueError, match='num_classes must be at least 1, got -1'
-  ):
-    labels_lib.check_range(np.array([-1]), -1)
-
-
 def test_noise_never_gives_a_label_of_a_class_that_is_to_have_none():
   for kind in ('symmetric', 'asymmetric'):
     noisy = apply(
@@ -225,45 +185,6 @@ def test_noise_does_not_fall_on_the_examples_that_were_kept_first():
   assert both == pytest.approx(0.25, abs=0.05)
 
 
-def test_dropped_classes_have_no_label_left():
-  labels = np.array([0, 1, 2, 1, -1])
-  dropped = labels_lib.drop_classes(labels, (1,))
-  np.testing.assert_array_equal(dropped, [0, -1, 2, -1, -1])
-  assert dropped.dtype == np.int32
-
-
-@pytest.mark.parametrize(
-  ('text', 'fractions'),
-  [
-    ('', {}),
-    ('0:0.6,1:0.23', {0: 0.6, 1: 0.23}),
-    (' 3 : 1 , ', {3: 1.0}),
-  ],
-)
-def test_class_fractions_are_written_as_people_do(text, fractions):
-  assert labels_lib.parse_class_fractions(text) == fractions
-
-
-@pytest.mark.parametrize(
-  ('text', 'message'),
-  [
-    ('0:0.6,1', r"as in '0:0.6,1:0.23', got '1' in '0:0.6,1'"),
-    ('a:0.6', "got 'a:0.6'"),
-    ('0=0.5', "got '0=0.5'"),
-    ('0:', "got '0:'"),
-    ('0:0.5:1', "got '0:0.5:1'"),
-    (
-      '0:0.5,0:0.6',
-      "class_fractions='0:0.5,0:0.6' has class 0 twice, the second time in "
-      "'0:0.6'; name each class once, as in '0:0.6,1:0.23'",
-    ),
-  ],
-)
-def test_class_fractions_that_cannot_be_read_are_named(text, message):
-  with pytest.raises(ValueError, match=message):
-    labels_lib.parse_class_fractions(text)
-
-
 BALANCED = np.arange(400) % 4
 
 
@@ -273,11 +194,8 @@ def apply(labels=BALANCED, num_classes=4, seed=0, **policies):
   )
 
 
-def test_apply_without_a_policy_changes_nothing():
-  np.testing.assert_array_equal(apply(), BALANCED)
-
-
 def test_apply_of_a_fraction_is_keep_fraction():
+  np.testing.assert_array_equal(apply(), BALANCED)
   expected = labels_lib.keep_fraction(BALANCED, 0.1, seed=3)
   np.testing.assert_array_equal(apply(label_fraction=0.1, seed=3), expected)
 
@@ -288,13 +206,13 @@ def test_apply_of_a_fraction_is_keep_fraction():
     ({'labels_per_class': 7}, [7, 7, 7, 7]),
     ({'imbalance_factor': 8.0}, [100, 50, 25, 12]),
     ({'imbalance_factor': 8.0, 'label_fraction': 0.1}, [10, 5, 2, 1]),
-    ({'class_fractions': '0:0.6,1:0.23'}, [60, 23, 100, 100]),
-    ({'class_fractions': '2:0', 'labels_per_class': 5}, [5, 5, 0, 5]),
+    ({'class_fractions': {0: 0.6, 1: 0.23}}, [60, 23, 100, 100]),
+    ({'class_fractions': {'2': 0}, 'labels_per_class': 5}, [5, 5, 0, 5]),
     ({'unlabelled_classes': (0, 3), 'label_fraction': 0.2}, [0, 20, 20, 0]),
     # The next class takes what a class loses.
     (
       {
-        'class_fractions': '0:0.5',
+        'class_fractions': {0: 0.5},
         'label_noise': 0.2,
         'label_noise_kind': 'asymmetric',
       },
@@ -311,74 +229,53 @@ def test_apply_puts_policies_one_after_the_other(policies, per_class):
 
 
 @pytest.mark.parametrize(
-  ('labels', 'policies', 'message'),
+  ('policies', 'message'),
   [
-    (BALANCED, {'label_fraction': 2.0}, r'label_fraction must be in \[0, 1\]'),
-    (BALANCED, {'labels_per_class': -1}, 'labels_per_class must be at least 0'),
+    *(
+      ({'label_fraction': x}, rf'label_fraction .*{x}')
+      for x in (-0.1, 2.0, np.nan)
+    ),
+    ({'labels_per_class': -1}, 'labels_per_class .*-1'),
     (
-      BALANCED,
       {'labels_per_class': 3, 'label_fraction': 0.1},
-      'label_fraction=0.1 and labels_per_class=3 exclude each other',
+      'label_fraction=0.1 .*labels_per_class=3',
     ),
-    (BALANCED, {'imbalance_factor': 0.5}, 'at least 1 and finite, got 0.5'),
-    (BALANCED, {'imbalance_factor': np.inf}, 'imbalance_factor must be at lea'),
-    (BALANCED, {'imbalance_factor': np.nan}, 'imbalance_factor must be at lea'),
-    (
-      BALANCED,
-      {'class_fractions': '0:0.5,1:0.5', 'unlabelled_classes': (2, 1)},
-      r"class_fractions='0:0.5,1:0.5' and unlabelled_classes=\(2, 1\) both "
-      'name class 1; leave it out of one of them',
+    *(
+      ({'imbalance_factor': x}, f'imbalance_factor .*{x}')
+      for x in (0.5, np.inf, np.nan)
     ),
-    (BALANCED, {'class_fractions': '1:nan'}, 'got nan for class 1'),
-    (BALANCED, {'label_noise': 1.5}, r'label_noise must be in \[0, 1\]'),
-    (BALANCED, {'class_fractions': '1:1.5'}, 'got 1.5 for class 1'),
-    (BALANCED, {'class_fractions': '4:0.5'}, r'classes in \[0, 4\), got 4'),
-    (
-      BALANCED,
-      {'unlabelled_classes': (7,)},
-      r'unlabelled_classes must name classes in \[0, 4\), got 7',
+    *(
+      ({'class_fractions': {1: x}}, f'class_fractions .*{x} .*class 1')
+      for x in (np.nan, 1.5)
+    ),
+    *(
+      ({'class_fractions': {x: 0.5}}, rf'class_fractions .*4\), got {x!r}')
+      for x in (4, -1, '4', 'a', '', '1.5')
+    ),
+    *(
+      ({'unlabelled_classes': (x,)}, f'unlabelled_classes .*{x!r}')
+      for x in (7, -1, 'a', 1.5)
     ),
     (
-      BALANCED,
-      {'unlabelled_classes': ('a',)},
-      r"unlabelled_classes must be integers, as \(3, 7\), got 'a'",
+      {'class_fractions': {0: 0.5, '1': 0.5}, 'unlabelled_classes': (2, 1)},
+      'class_fractions .*unlabelled_classes .*class 1',
     ),
-    (BALANCED, {'unlabelled_classes': (1.5,)}, 'integers, .* got 1.5'),
-    (BALANCED, {'label_noise': -0.1}, r'label_noise must be in \[0, 1\]'),
+    *(({'label_noise': x}, f'label_noise .*{x}') for x in (-0.1, 1.5)),
+    ({'label_noise_kind': 'pairs'}, "label_noise_kind .*'pairs'"),
+    ({'labels': [0, 1, 3, 3]}, r'class 2 .*1 of the 4 classes'),
     (
-      BALANCED,
-      {'label_noise_kind': 'pairs'},
-      r"one of \['symmetric', 'asymmetric'\], got 'pairs'",
+      {'labels': [0, 3, 4, 4], 'num_classes': 3},
+      'num_classes=3.* 3 at index 1',
     ),
-    (
-      np.array([0, 1, 3, 3]),
-      {},
-      r'class 2 has no labelled example \(1 of the 4 classes have none\)',
-    ),
-    (
-      np.array([0, 1, 2, 3]),
-      {'num_classes': 3},
-      r'num_classes=3\), got 3 at index 3',
-    ),
+    ({'labels': [-1, 0, -2]}, 'got -2 at index 2'),
+    ({'labels': [-1], 'num_classes': -1}, 'num_classes .*-1'),
+    ({'labels': [0] * 3, 'num_classes': 1, 'label_noise': 0.5}, 'second class'),
   ],
 )
-def test_apply_refuses_what_cannot_be(labels, policies, message):
+def test_wrong_policies_are_named(policies, message):
+  policies['labels'] = np.asarray(policies.get('labels', BALANCED))
   with pytest.raises(ValueError, match=message):
-    apply(labels, **policies)
-
-
-def test_noise_needs_a_second_class():
-  with pytest.raises(ValueError, match='needs a second class'):
-    apply(np.zeros(3, int), num_classes=1, label_noise=0.5)
-
-
-def test_fewer_labelled_examples_than_classes_are_refused():
-  # Long-tailed classes keep at least one example; only class fractions of 0
-  # take all, and those are meant.
-  with pytest.raises(ValueError, match='2 labelled examples are fewer than'):
-    labels_lib.check_enough(np.array([0, 1, -1]), 3)
-  labels_lib.check_enough(np.array([-1, -1]), 3)
-  labels_lib.check_enough(np.array([0, 1]), 3, emptied={2})
+    apply(**policies)
 
 
 def test_nothing_labelled_is_allowed():
@@ -432,13 +329,9 @@ def test_summary_of_many_classes_is_short():
   assert len(lines) == 3
 
 
-def test_summary_of_no_label_and_of_no_example():
-  labels = np.arange(3000) % 100
-  nothing = labels_lib.summary(labels, np.full(3000, -1), 100)
-  assert nothing == '3,000 examples, 0 labelled (0.0%)'
-  empty = np.zeros(0, np.int32)
-  assert labels_lib.summary(empty, empty, 3) == (
-    '0 examples, 0 labelled (0.0%)'
+def test_summary_of_no_label():
+  assert labels_lib.summary(BALANCED, np.full(400, -1), 4) == (
+    '400 examples, 0 labelled (0.0%)'
   )
 
 
@@ -490,9 +383,9 @@ def test_keep_fraction_chooses_what_it_always_chose():
 @pytest.mark.parametrize(
   'policies',
   [
-    {'class_fractions': '0:0.5', 'label_fraction': 0.5},
-    {'class_fractions': '0:0.5', 'labels_per_class': 2},
-    {'imbalance_factor': 2.0, 'class_fractions': '1:0.5'},
+    {'class_fractions': {0: 0.5}, 'label_fraction': 0.5},
+    {'class_fractions': {0: 0.5}, 'labels_per_class': 2},
+    {'imbalance_factor': 2.0, 'class_fractions': {1: 0.5}},
     {'imbalance_factor': 2.0, 'label_fraction': 0.5},
     {'imbalance_factor': 2.0, 'labels_per_class': 2},
   ],
@@ -538,7 +431,7 @@ def test_apply_is_the_policies_in_the_documented_order():
   actual = apply(
     unlabelled_classes=(3,),
     imbalance_factor=8.0,
-    class_fractions='1:0.5',
+    class_fractions={1: 0.5},
     label_fraction=0.4,
     label_noise=0.5,
   )
@@ -577,25 +470,6 @@ def test_apply_keeps_the_rounded_share_of_every_class(
     assert size_of(kept, label) == (0 if label in dropped else size)
 
 
-@pytest.mark.parametrize(
-  ('policy', 'message'),
-  [
-    (
-      lambda x: labels_lib.keep_class_fractions(x, {0: 1.0, 2: 0.5}, seed=0),
-      'class_fractions must name classes that have labels, got 2, which no '
-      'example has; leave it out',
-    ),
-    (
-      lambda x: labels_lib.keep_class_fractions(x, {-1: 0.5}, seed=0),
-      'class_fractions must name classes that have labels, got -1, ',
-    ),
-  ],
-)
-def test_class_that_no_example_has_is_named(policy, message):
-  with pytest.raises(ValueError, match=message):
-    policy(np.array([0, 1, -1, 3]))
-
-
 def test_a_class_that_nobody_has_labelled_may_be_named_unlabelled():
   labels = np.array([0, 1, -1, 3])
   np.testing.assert_array_equal(
@@ -608,7 +482,7 @@ def test_classes_may_be_named_where_nothing_is_labelled():
   kept = apply(
     nothing,
     unlabelled_classes=(1,),
-    class_fractions='2:0.5',
+    class_fractions={2: 0.5},
     imbalance_factor=5.0,
     labels_per_class=3,
     label_noise=0.5,

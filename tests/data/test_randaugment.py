@@ -179,9 +179,12 @@ RECIPE = {
 
 def test_view_with_layers_is_its_operations_one_after_the_other():
   image = picture()
-  plain = functools.partial(augment.view, **RECIPE)
+  plain = functools.partial(augment.view, recipe=augment.Recipe(**RECIPE))
   layered = functools.partial(
-    augment.view, **RECIPE, randaugment_layers=3, randaugment_magnitude=18.0
+    augment.view,
+    recipe=augment.Recipe(
+      **RECIPE, randaugment_layers=3, randaugment_magnitude=18.0
+    ),
   )
   make_plain, make = (
     jax.jit(jax.vmap(plain, (0, None))),

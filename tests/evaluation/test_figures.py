@@ -1,3 +1,4 @@
+import importlib.util
 import math
 
 from matplotlib import collections
@@ -16,55 +17,41 @@ def coarse_pictures(monkeypatch):
   monkeypatch.setattr(figures, '_DPI', 40)
 
 
-@pytest.mark.parametrize(
-  ('values', 'scale'),
-  [
-    ([16, 32, 64], 'linear'),
-    ([0.001, 0.1, 10], 'log'),
-    ([0, 0.01, 0.5], 'symlog'),
-    ([0, 0.1, 0.5], 'linear'),
-  ],
-)
-def test_an_axis_over_decades_is_logarithmic_and_has_room_for_0(values, scale):
-  axis = figure_lib.Figure().subplots()
-  axis.plot(values, values)
-  figures._number_axis(axis, values, 4.0)
-  assert axis.get_xscale() == scale
-  places = axis.transData.transform([(v, 0) for v in values])[:, 0]
-  # Every value keeps clear of its neighbours.
-  assert np.diff(places).min() > 0.1 * np.ptp(places)
-  assert [t.get_text() for t in axis.get_xticklabels()] == [
-    f'{v:g}' for v in values
-  ]
-
-
-@pytest.mark.parametrize(
-  ('low', 'high', 'seen'), [(20.0, 90.0, True), (90.0, 99.0, False)]
-)
-def test_the_line_of_chance_does_not_flatten_the_curves(low, high, seen):
-  ends = np.array([low, high])
-  bottom, top = figures._limits(
-    [figures.Band(ends, ends, ends)], ('chance', 10.0)
-  )
-  assert (bottom < 10.0) == seen
-  assert bottom < low < high < top
-
-
-def test_a_collapsed_run_is_drawn_as_a_heap(tmp_path):
-  # Float noise about one point must not be blown up to fill the picture.
-  noise = 1e-7 * np.random.default_rng(0).normal(size=(30, DIM))
-  planes = [figures.principal_plane(np.ones((30, DIM)) + noise)]
-  assert np.abs(planes[0]).max() < 1e-3 * figures._extent(planes)
-  figures.embedding_figure(
-    str(tmp_path / 'new' / 'a.png'),
+def draw(path):
+  return figures.embedding_figure(
+    str(path),
     ['a'],
     [np.ones((30, 1), np.float32)],
     np.arange(30),
     [np.zeros(1, np.float32)],
     [0.0],
   )
+
+
+def test_a_collapsed_run_is_drawn_as_a_heap(tmp_path):
+  # Float noise about one point must not be blown up to fill the picture.
+  noise = 1e-7 * np.random.default_rng(0).normal(size=(30, DIM))
+  planes = [figures.principal_plane(np.ones((30, DIM)) + noise)]
+  assert np.abs(planes[0]).max() < 1e-3 * figures.extent_of(planes)
+  assert draw(tmp_path / 'new' / 'a.png')
   with Image.open(tmp_path / 'new' / 'a.png') as image:
     assert image.format == 'PNG'
+
+
+def test_without_matplotlib_a_figure_is_left_out_with_a_line(
+  tmp_path, monkeypatch, capsys
+):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util,
+    'find_spec',
+    lambda name: None if name == 'matplotlib' else find(name),
+  )
+  assert not draw(tmp_path / 'a.png')
+  assert not (tmp_path / 'a.png').exists()
+  assert 'clop-jax[report]' in capsys.readouterr().err
+  with pytest.raises(ValueError, match=r'--figure needs matplotlib.*report'):
+    figures.check_path('a.png', 'figure')
 
 
 def test_the_principal_plane_is_the_one_of_greatest_variance():
@@ -80,15 +67,26 @@ def test_the_colour_bar_of_classes_has_the_colours_of_the_points():
   classes = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 50, 1000])
   figure = figure_lib.Figure()
   axis = figure.subplots()
-  figures._class_legend(figure, [axis], classes)
+  figures.class_legend(figure, [axis], classes)
   bar = figure.axes[-1]
   (colours,) = [
     c for c in bar.collections if isinstance(c, collections.QuadMesh)
   ]
   shown = [t.get_text() for t in bar.get_yticklabels()]
-  assert {'0', '50'} <= set(shown)
+  assert {'0', '1000'} <= set(shown)
   for place, label in zip(bar.get_yticks(), shown, strict=True):
     (position,) = np.flatnonzero(classes == int(label))
     np.testing.assert_allclose(
-      colours.to_rgba(place), figures._class_colour(position, classes.size)
+      colours.to_rgba(place), figures.colour(position, classes.size)
     )
+
+
+@pytest.mark.parametrize('count', [2, 10])
+def test_few_classes_have_a_legend_of_one_entry_each(count):
+  figure = figure_lib.Figure()
+  labels = np.arange(30) % count
+  for axis in figure.subplots(1, 2):
+    figures.scatter(axis, np.ones((30, 2)), labels, np.arange(count), 1.0)
+  figures.class_legend(figure, figure.axes, np.arange(count))
+  texts = [t.get_text() for t in figure.legends[0].get_texts()]
+  assert texts == [str(k) for k in range(count)]

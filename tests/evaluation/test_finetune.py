@@ -214,7 +214,7 @@ def test_the_light_augmentation_crops_and_flips_and_nothing_else():
     }
   )
   image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-  view = jax.jit(functools.partial(augment.view, **recipe))
+  view = jax.jit(functools.partial(augment.view, recipe=recipe))
   seen = set()
   for seed in range(8):
     made = view(jax.random.key(seed), image)

@@ -16,8 +16,8 @@ from clop_jax.tracking import contact_sheet
 from clop_jax.tracking import pictures
 from tests import lowering
 from tests import small
-from tests.experiment import test_configs
 from tests.commands import test_export
+from tests.experiment import test_configs
 from tests.training import test_lowering_step as steps
 
 FEATURE_DIM, CLASSES = 64, 10

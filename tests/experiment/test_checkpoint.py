@@ -4,10 +4,8 @@ import gc
 import importlib
 import os
 import pathlib
-import re
 import resource
 import shutil
-import tempfile
 import time
 from typing import Any
 
@@ -86,13 +84,6 @@ def test_the_whole_state_comes_back_from_the_newest_checkpoint(folder, mesh):
   assert not warnings
 
 
-def test_restored_on_eight_devices_what_one_saved(folder):
-  mesh = parallel.make_mesh()
-  state, _ = restore(folder, mesh)
-  assert_equal(state, make_state(3, mesh))
-  assert len(state.params['w'].sharding.device_set) == 8
-
-
 @flax.struct.dataclass
 class LaterState(train_state.TrainState):
   """As a later version of the code could have it."""
@@ -116,11 +107,8 @@ def test_a_state_with_a_new_optional_field_reads_older_checkpoints(
   )
 
 
-def test_an_empty_folder_gives_none(tmp_path, mesh):
-  assert restore(tmp_path / 'new', mesh) == (None, [])
-
-
 def test_only_the_newest_are_kept(tmp_path, mesh):
+  assert restore(tmp_path, mesh) == (None, [])
   with checkpoint.Checkpoints(str(tmp_path), keep=2) as checkpoints:
     for step in (1, 2, 3):
       checkpoints.save(make_state(step, mesh), step)
@@ -190,7 +178,7 @@ _TEXTS = [
    errno.ESTALE),
   ("UNKNOWN: Error reading local file \"/a/b\" [os_error_code='5']", errno.EIO),
   ('UNAVAILABLE: Error reading "gs://b/x": HTTP 503', errno.EIO),
-  ('RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes', errno.ENOMEM),
+  ('RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes', errno.EIO),
   ("NOT_FOUND: \"/a\" does not exist [os_error_code='2']", None),
   ('NOT_FOUND: "/runs/ABORTED/1" does not exist', None),
   ('DATA_LOSS: Error decoding "zarr" chunk: truncated', None),
@@ -279,37 +267,12 @@ def test_any_name_of_a_local_folder_will_do(name, tmp_path, mesh):
     assert not warnings
 
 
-def test_a_link_needs_a_folder_with_a_plain_name(tmp_path, monkeypatch):
-  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / '[1]'))
-  with pytest.raises(ValueError, match=r'run\[1\] .*set TMPDIR'):
-    checkpoint.check_directory(str(tmp_path / 'run[1]'))
-  checkpoint.check_directory(str(tmp_path / 'run'))
-
-
-def test_a_first_checkpoint_that_cannot_be_opened_ends_the_run(
-  tmp_path, mesh, monkeypatch
-):
-  # What keeps it from that does not matter; here Orbax looks for a pattern.
-  monkeypatch.setattr(checkpoint, '_UNUSABLE', re.compile('$.'))
-  folder = tmp_path / 'run[1]'
-  with (
-    checkpoint.Checkpoints(str(folder)) as checkpoints,
-    pytest.raises(OSError, match=r'step 1 .*run\[1\].* cannot be opened'),
-  ):
-    checkpoints.save(make_state(1, mesh), 1)
-
-
-@pytest.mark.parametrize('replaced', [False, True])
-def test_a_removed_folder_ends_the_run_and_is_not_made_again(
-  replaced, folder, mesh
-):
+def test_a_removed_folder_ends_the_run_and_is_not_made_again(folder, mesh):
   with checkpoint.Checkpoints(str(folder)) as checkpoints:
     shutil.rmtree(folder)
-    if replaced:
-      folder.mkdir()
     with pytest.raises(OSError, match=rf'was removed .*{folder}'):
       checkpoints.save(make_state(4, mesh), 4)
-  assert not folder.exists() or not os.listdir(folder)
+  assert not folder.exists()
 
 
 def test_all_damaged_is_an_error_that_names_them_and_changes_nothing(
@@ -335,11 +298,6 @@ def test_the_checksum_sees_any_changed_entry_and_any_swap():
   sums.add(int(checkpoint._checksum(tree | {'b': tree['b'][::-1]})))
   sums.add(int(checkpoint._checksum(tree | {'a': -tree['a']})))
   assert len(sums) == 9
-
-
-def test_keep_below_one_is_refused(tmp_path):
-  with pytest.raises(ValueError, match='keep must be at least 1, got 0'):
-    checkpoint.Checkpoints(str(tmp_path), keep=0)
 
 
 def save_all(path, mesh, metrics, **options):
@@ -380,8 +338,20 @@ def test_a_metric_that_is_missing_or_nan_is_never_the_best(tmp_path, mesh):
 
 def test_without_a_metric_there_is_no_best(tmp_path, mesh):
   assert save_all(tmp_path, mesh, [None, None]) == ([1, 2], None)
-  with pytest.raises(ValueError, match=r"one of \['max', 'min'\], got 'most'"):
-    checkpoint.Checkpoints(str(tmp_path), best_mode='most')
+
+
+@pytest.mark.parametrize(
+  ('directory', 'options', 'message'),
+  [
+    ('x', {'keep': 0}, 'keep .*0'),
+    ('x', {'best_mode': 'most'}, "best_mode .*'most'"),
+    ('s3://bucket/run[1]', {}, r'--workdir .*s3://bucket/run\[1\]'),
+  ],
+)
+def test_wrong_arguments_are_named(directory, options, message):
+  with pytest.raises(ValueError, match=message):
+    checkpoint.Checkpoints(directory, **options)
+  assert not os.path.exists(directory)
 
 
 @contextlib.contextmanager
@@ -446,22 +416,19 @@ def test_verify_tells_what_is_there_and_whether_it_is_whole(tmp_path, mesh):
     checkpoint.verify(str(folder))
 
 
-def test_verify_reads_on_one_device_what_eight_have_saved(tmp_path):
-  mesh = parallel.make_mesh()
+@pytest.mark.parametrize(('before', 'after'), [(1, 8), (8, 1), (8, 4)])
+def test_what_some_devices_saved_is_restored_and_verified_on_others(
+  before, after, tmp_path
+):
+  mesh = parallel.make_mesh(jax.devices()[:before])
   save_all(tmp_path / 'checkpoints', mesh, [None])
-  (found,) = checkpoint.verify(str(tmp_path))
+  (found,) = checkpoint.verify(str(tmp_path))  # on one device
   assert found.fault is None
-
-
-@pytest.mark.parametrize('devices', [1, 2, 4])
-def test_what_eight_devices_saved_is_restored_on_fewer(tmp_path, devices):
-  everything = parallel.make_mesh()
-  save_all(tmp_path, everything, [None])
-  few = parallel.make_mesh(jax.devices()[:devices])
-  state, warnings = restore(tmp_path, few)
+  mesh = parallel.make_mesh(jax.devices()[:after])
+  state, warnings = restore(tmp_path / 'checkpoints', mesh)
   assert not warnings
-  assert_equal(state, make_state(1, few))
-  assert state.params['w'].sharding == parallel.replicated(few)
+  assert_equal(state, make_state(1, mesh))
+  assert state.params['w'].sharding == parallel.replicated(mesh)
 
 
 def test_a_remote_folder_goes_to_orbax_as_it_is(monkeypatch):

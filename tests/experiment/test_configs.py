@@ -154,6 +154,6 @@ def test_recipes_make_views_of_real_images():
     if config.data.host_crops:
       images = np.stack([images, images])
     keys = augment.example_keys(jax.random.key(0), 0, np.arange(4))
-    views = augment.two_views(keys, images, **build.recipe(config))
+    views = augment.two_views(keys, images, build.recipe(config))
     assert views.shape == (2, 4, 16, 16, 3)
     assert np.isfinite(views).all() and np.std(views) > 0.1

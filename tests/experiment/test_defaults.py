@@ -3,15 +3,17 @@
 import math
 import re
 
+from absl import flags
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 import ml_collections
 import pytest
 
+from clop_jax import cli
 from clop_jax import defaults
 from clop_jax import fields
-from tests import forked
+from clop_jax import train
 from tests import small
 
 CONFIG = 'configs/digits.py'
@@ -52,7 +54,7 @@ def good_values(field):
   if field.kind is str:
     return ['x', *[''] * field.may_be_empty, *[None] * field.optional]
   if field.kind is dict:
-    return [{}, {'key': 'value'}]
+    return [{}, {'3': 0.5} if field.range() else {'key': 'value'}]
   step = 1 if field.kind is int else 1e-9
   ends = [field.low + step * field.above, field.high - step * field.below]
   ends = [field.kind(end) for end in ends]
@@ -73,7 +75,7 @@ def test_a_field_takes_its_range_and_nothing_else(name):
     (field.low, field.above, -1),
     (field.high, field.below, 1),
   ):
-    if math.isfinite(end):
+    if math.isfinite(end) and field.kind is not dict:
       beyond = field.kind(end if is_open else end + step * max(1, abs(end)))
       many = (beyond,) * max(1, field.lengths[0]) if field.lengths else beyond
       assert not field.accepts(many)
@@ -148,27 +150,61 @@ def test_a_declaration_says_its_range():
 
 
 @pytest.mark.parametrize(
-  ('argument', 'message'),
+  ('arguments', 'message'),
   [
-    ('config.loss.clop_weight=0', "'config.loss.clop_weight=0'.*begin with --"),
-    ('--config.seed=-1', r'config\.seed.*-1'),
-    ('--config.optimizer.learning_rate=nan', r'learning_rate.*nan'),
-    ('--config.augment.mean=(inf,)', r'augment\.mean.*inf'),
-    ('--config.eval.probe_iterations=0', r'eval\.probe_iterations.* 0'),
+    (['config.seed=0'], "'config.seed=0'.*begin with --"),
+    (['--config.seed=-1'], r'config\.seed.*-1'),
+    (['--config.optimizer.learning_rate=nan'], r'learning_rate.*nan'),
+    (['--config.augment.mean=(inf,)'], r'augment\.mean.*inf'),
+    (['--config.eval.probe_iterations=0'], r'eval\.probe_iterations.* 0'),
+    (['--config.loss.clop_wieght=0'], r'clop_wieght.*loss\.clop_weight\?'),
+    (['--config.los.clop_weight=0'], r'los\.clop_weight.*loss\.clop_weight\?'),
+    (['--config.zzz=0'], r"config\.zzz.*'data'.*'train'"),
+    (['--config.train.batch_size=abc'], r'config\.train\.batch_size=abc'),
+    (['--config.train.batch_size=None'], r'train\.batch_size.*whole.*None'),
+    (['--config.data.class_fractions.3=1.5'], r'class_fractions.*1 to|1\.5'),
+    (['--config.data.class_fractions.3=x'], r"class_fractions.*'x'"),
+    (
+      ['--config.data.class_fractions.10=.5'],
+      r"class_fractions.*10\), got '10'",
+    ),
+    (['--config.data.name=cifra10'], "'cifra10'.*cifar10"),
+    (['--config=nowhere.py'], r'nowhere\.py.*configs/cifar10\.py, configs/'),
+    (['--config='], '--config'),
+    (['--workdir='], '--workdir must'),
+    (['--profile=0'], '--profile=0'),
+    (['--wrokdir=w'], "'wrokdir'"),
   ],
 )
 def test_a_command_refuses_before_anything_is_written(
-  argument, message, tmp_path
+  arguments, message, tmp_path, monkeypatch
 ):
-  line = forked.refused(
-    'clop_jax.train',
-    f'--config={small.ROOT / CONFIG}',
-    '--workdir=w',
-    argument,
-    cwd=tmp_path,
-  )
-  assert re.search(message, line)
+  monkeypatch.chdir(tmp_path)
+  given = [f'--config={small.ROOT / CONFIG}', '--workdir=w', *arguments]
+  assert re.search(message, small.refused(train, *given))
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('argument', 'field', 'value'),
+  [
+    ('--config.data.image_size=None', 'image_size', None),
+    ('--config.data.class_fractions.3=0.5', 'class_fractions', {'3': 0.5}),
+    ('--config.data.options.size=4', 'options', {'size': 4}),
+    ('--config.data.options.split=a', 'options', {'split': 'a'}),
+  ],
+)
+def test_a_command_takes_none_and_entries_of_groups(
+  argument, field, value, monkeypatch
+):
+  seen = []
+  monkeypatch.setattr(
+    train, 'main', lambda: seen.append(flags.FLAGS.config.data.to_dict())
+  )
+  config = f'--config={small.ROOT / CONFIG}'
+  with small.flags_of(train, config, argument, parse=cli._parse):
+    train.main()
+  assert seen[0][field] == value
 
 
 @pytest.mark.parametrize(
@@ -183,11 +219,10 @@ def test_a_command_refuses_before_anything_is_written(
     'def get_config():\n  raise RuntimeError("x")\n',
   ],
 )
-def test_a_broken_config_file_is_one_line(text, tmp_path):
+def test_a_broken_config_file_is_one_line(text, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   (tmp_path / 'c.py').write_text(text)
-  line = forked.refused(
-    'clop_jax.train', '--config=c.py', '--workdir=w', cwd=tmp_path
-  )
+  line = small.refused(train, '--config=c.py', '--workdir=w')
   assert 'c.py' in line or 'config' in line
   assert not (tmp_path / 'w').exists()
 

@@ -18,31 +18,30 @@ LOCAL_BATCH = 3
 DIM = 6
 PROTOTYPES = np.linalg.qr(np.random.default_rng(3).normal(size=(DIM, 5)))[0].T
 
+
+def of_prototypes(**keywords):
+  prototypes = jnp.asarray(PROTOTYPES, jnp.float32)
+  return functools.partial(loss.clop_loss, prototypes=prototypes, **keywords)
+
+
+def unlabelled(function, **keywords):
+  return lambda z, y, axis_name: function(z, axis_name=axis_name, **keywords)
+
+
 LOSSES = {
-  'clop': lambda z, y, **kw: loss.clop_loss(
-    z, y, jnp.asarray(PROTOTYPES, jnp.float32), **kw
+  'clop': of_prototypes(),
+  'clop weighted': of_prototypes(
+    distance='euclidean', class_weights=jnp.arange(1.0, 6.0)
   ),
-  'clop weighted': lambda z, y, **kw: loss.clop_loss(
-    z,
-    y,
-    jnp.asarray(PROTOTYPES, jnp.float32),
-    distance='euclidean',
-    class_weights=jnp.arange(1.0, 6.0),
-    **kw,
-  ),
-  'clop softmax': lambda z, y, **kw: loss.clop_loss(
-    z, y, jnp.asarray(PROTOTYPES, jnp.float32), distance='softmax', **kw
-  ),
-  'nt_xent': lambda z, y, **kw: loss.nt_xent_loss(z, **kw),
-  'nt_xent blocked': lambda z, y, **kw: loss.nt_xent_loss(
-    z, block_size=4, **kw
-  ),
+  'clop softmax': of_prototypes(distance='softmax'),
+  'nt_xent': unlabelled(loss.nt_xent_loss),
+  'nt_xent blocked': unlabelled(loss.nt_xent_loss, block_size=4),
   'supcon out': loss.supcon_loss,
   'supcon in': functools.partial(loss.supcon_loss, variant='in'),
   'supcon blocked': functools.partial(loss.supcon_loss, block_size=4),
-  'dcl': lambda z, y, **kw: loss.dcl_loss(z, **kw),
-  'vicreg': lambda z, y, **kw: loss.vicreg_loss(z, **kw),
-  'barlow_twins': lambda z, y, **kw: loss.barlow_twins_loss(z, **kw),
+  'dcl': unlabelled(loss.dcl_loss),
+  'vicreg': unlabelled(loss.vicreg_loss),
+  'barlow_twins': unlabelled(loss.barlow_twins_loss),
 }
 
 
@@ -70,31 +69,44 @@ def loss_of(name, axis_name):
   return function
 
 
-@pytest.mark.parametrize('labels', ['unequal', 'none'])
-@pytest.mark.parametrize('name', LOSSES)
-def test_shard_map_gives_the_single_device_loss_and_gradient(name, labels):
-  w, x, y = problem(labels)
-  expected = jax.value_and_grad(loss_of(name, None))(w, x, y)
-  mapped = jax.jit(
-    jax.shard_map(
-      jax.value_and_grad(loss_of(name, AXIS)),
-      mesh=parallel.make_mesh(),
-      in_specs=(P(), P(None, AXIS), P(AXIS)),
-      out_specs=(P(), P()),
-      check_vma=True,
-    )
-  )
-  value, gradient = mapped(w, x, y)
+# Without labels the losses that do not take them are the same.
+CASES = [(name, 'unequal') for name in LOSSES] + [
+  (name, 'none') for name in LOSSES if name.startswith(('clop', 'supcon'))
+]
+
+
+@functools.cache
+def expected_of(name, labels):
+  return jax.value_and_grad(loss_of(name, None))(*problem(labels))
+
+
+def assert_same(value, gradient, expected):
   np.testing.assert_allclose(value, expected[0], rtol=1e-5, atol=1e-6)
   scale = max(1e-3, float(np.abs(expected[1]).max()))
   np.testing.assert_allclose(gradient, expected[1], atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize('labels', ['unequal', 'none'])
-@pytest.mark.parametrize('name', LOSSES)
+def mapped_gradient(function, devices=None):
+  """Value and gradient of a function of weights, inputs and labels."""
+  mapped = jax.shard_map(
+    jax.value_and_grad(function),
+    mesh=parallel.make_mesh(devices),
+    in_specs=(P(), P(None, AXIS), P(AXIS)),
+    out_specs=(P(), P()),
+    check_vma=True,
+  )
+  return jax.jit(mapped)
+
+
+@pytest.mark.parametrize(('name', 'labels'), CASES)
+def test_shard_map_gives_the_single_device_loss_and_gradient(name, labels):
+  mapped = mapped_gradient(loss_of(name, AXIS))
+  assert_same(*mapped(*problem(labels)), expected_of(name, labels))
+
+
+@pytest.mark.parametrize(('name', 'labels'), CASES)
 def test_pmap_with_averaged_gradients_gives_the_same(name, labels):
   w, x, y = problem(labels)
-  expected = jax.value_and_grad(loss_of(name, None))(w, x, y)
 
   def step(w, x, y):
     value, gradient = jax.value_and_grad(loss_of(name, AXIS))(w, x, y)
@@ -104,21 +116,16 @@ def test_pmap_with_averaged_gradients_gives_the_same(name, labels):
   values, gradients = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0, 0))(
     w, x, y.reshape(DEVICES, LOCAL_BATCH)
   )
-  scale = max(1e-3, float(np.abs(expected[1]).max()))
   for value, gradient in zip(values, gradients, strict=True):
-    np.testing.assert_allclose(value, expected[0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(gradient, expected[1], atol=1e-5 * scale)
+    assert_same(value, gradient, expected_of(name, labels))
 
 
 def test_a_global_array_under_plain_jit_gives_the_same():
   w, x, y = problem('unequal')
-  mesh = parallel.make_mesh()
-  sharding = jax.sharding.NamedSharding(mesh, P(None, AXIS))
+  sharding = jax.sharding.NamedSharding(parallel.make_mesh(), P(None, AXIS))
   function = jax.jit(jax.value_and_grad(loss_of('supcon out', None)))
   value, gradient = function(w, jax.device_put(x, sharding), y)
-  expected = jax.value_and_grad(loss_of('supcon out', None))(w, x, y)
-  np.testing.assert_allclose(value, expected[0], rtol=1e-5)
-  np.testing.assert_allclose(gradient, expected[1], atol=1e-6)
+  assert_same(value, gradient, expected_of('supcon out', 'unequal'))
 
 
 @pytest.mark.parametrize(
@@ -144,21 +151,9 @@ def test_blocks_of_odd_sizes_give_the_dense_loss_and_gradient(
     return loss.supcon_loss(jnp.tanh(x @ w), y, variant=name, **keywords)
 
   expected = jax.value_and_grad(function)(w, x, y)
-  mapped = jax.jit(
-    jax.shard_map(
-      jax.value_and_grad(
-        functools.partial(function, block_size=block_size, axis_name=AXIS)
-      ),
-      mesh=parallel.make_mesh(jax.devices()[:devices]),
-      in_specs=(P(), P(None, AXIS), P(AXIS)),
-      out_specs=(P(), P()),
-      check_vma=True,
-    )
-  )
-  value, gradient = mapped(w, x, y)
-  np.testing.assert_allclose(value, expected[0], rtol=1e-5)
-  scale = float(np.abs(expected[1]).max())
-  np.testing.assert_allclose(gradient, expected[1], atol=1e-5 * scale)
+  blocked = functools.partial(function, block_size=block_size, axis_name=AXIS)
+  mapped = mapped_gradient(blocked, jax.devices()[:devices])
+  assert_same(*mapped(w, x, y), expected)
 
 
 def compile_loss(devices, batch, block_size, *, labelled, dim):

@@ -76,6 +76,13 @@ rows(
   random_prototypes=('random_prototypes', SIZES),
 )
 rows(
+  loss,
+  jax.ShapeDtypeStruct((DIM,), jnp.float32),
+  jax.ShapeDtypeStruct((), jnp.int32),
+  C,
+  prototype_distances=('prototype_distances', {}),
+)
+rows(
   prototypes,
   C,
   orthonormality_error=('orthonormality_error', {}),
@@ -88,10 +95,8 @@ rows(
   collapse,
   Z,
   normalize=('normalize', {}),
-  singular_values=('singular_values', {}),
   singular_values_centered=('singular_values', {'center': True}),
   effective_rank=('effective_rank', {}),
-  effective_rank_centered=('effective_rank', {'center': True}),
   embedding_variance=('embedding_variance', {}),
   embedding_std=('embedding_std', {}),
   alignment=('alignment', {}),
@@ -108,17 +113,9 @@ rows(
   Z,
   Y_OF_VIEWS,
   class_means=('class_means', of_classes),
-  class_mean_cosines=('class_mean_cosines', of_classes),
-  class_mean_cosines_centered=(
-    'class_mean_cosines',
-    of_classes | {'center': True},
-  ),
+  class_mean_cosines=('class_mean_cosines', of_classes | {'center': True}),
   within_between_ratio=('within_between_ratio', of_classes),
-  principal_angles=('principal_angles', of_classes),
-  principal_angles_of_planes=(
-    'principal_angles',
-    of_classes | {'subspace_dim': 2},
-  ),
+  principal_angles=('principal_angles', of_classes | {'subspace_dim': 2}),
 )
 rows(
   collapse,
@@ -146,20 +143,13 @@ ROWS['singular_values_of_rows'] = (linalg.singular_values, (TALL,))
 
 # Of the global batch: the arguments' axis that is split over the devices.
 OF_GLOBAL_BATCH = {
-  'singular_values': (1,),
   'singular_values_centered': (1,),
   'effective_rank': (1,),
-  'effective_rank_centered': (1,),
   'embedding_std': (1,),
   'prototype_cosine': (1, 1, None),
   'batch_measures': (1, 1, None),
   'singular_values_of_rows': (0,),
 }
-
-
-def total(function):
-  """The sum of a function's result, to differentiate."""
-  return lambda *arguments: jnp.sum(function(*arguments))
 
 
 def batched(argument):
@@ -170,7 +160,8 @@ def on_eight_devices(function, arguments):
   """Maps a function over arguments that differ from device to device."""
 
   def local(*arguments):
-    return function(*(x[0] for x in arguments))[None]
+    results = function(*(x[0] for x in arguments))
+    return jax.tree.map(lambda x: x[None], results)
 
   mapped = jax.shard_map(
     local,
@@ -194,15 +185,23 @@ def differentiable(name):
   ]
 
 
-# Without a gradient by their nature: the prototypes that are made of a key and
-# the integers that `pseudo_labels` returns.
-WITH_GRADIENT = [name for name in ROWS if differentiable(name)]
+def value_and_gradient(name):
+  """The function of a row with its gradient, if it has one."""
+  function, _ = ROWS[name]
+  argnums = differentiable(name)
+  if not argnums:
+    return function
+
+  def total_and_result(*arguments):
+    result = function(*arguments)
+    return jnp.sum(result), result
+
+  return jax.grad(total_and_result, argnums=argnums, has_aux=True)
 
 
 @pytest.mark.parametrize('name', ROWS)
-def test_under_jit(name):
-  function, arguments = ROWS[name]
-  lowering.check(jax.jit(function), *arguments)
+def test_under_jit_and_grad(name):
+  lowering.check(jax.jit(value_and_gradient(name)), *ROWS[name][1])
 
 
 @pytest.mark.parametrize('name', ROWS)
@@ -211,25 +210,9 @@ def test_under_vmap(name):
   lowering.check(jax.jit(jax.vmap(function)), *map(batched, arguments))
 
 
-@pytest.mark.parametrize('name', WITH_GRADIENT)
-def test_under_grad(name):
-  function, arguments = ROWS[name]
-  gradient = jax.grad(total(function), argnums=differentiable(name))
-  lowering.check(jax.jit(gradient), *arguments)
-
-
 @pytest.mark.parametrize('name', ROWS)
-def test_under_shard_map(name):
-  function, shapes = on_eight_devices(*ROWS[name])
-  lowering.check(function, *shapes)
-
-
-@pytest.mark.parametrize('name', WITH_GRADIENT)
-def test_grad_under_shard_map(name):
-  function, arguments = ROWS[name]
-  (argnum, *_) = differentiable(name)
-  gradient = jax.grad(total(function), argnums=argnum)
-  function, shapes = on_eight_devices(gradient, arguments)
+def test_under_shard_map_and_grad(name):
+  function, shapes = on_eight_devices(value_and_gradient(name), ROWS[name][1])
   lowering.check(function, *shapes)
 
 

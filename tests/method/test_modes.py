@@ -65,10 +65,7 @@ def test_every_transformation_traces_in_every_mode(name, mode):
     result = jax.eval_shape(function, *arguments)
     assert result.dtype in (jnp.float32, jnp.int32)
     jax.eval_shape(jax.vmap(function), *map(functions.batched, arguments))
-    argnums = functions.differentiable(name)
-    if argnums:
-      gradient = jax.grad(functions.total(function), argnums=argnums)
-      jax.eval_shape(gradient, *arguments)
+    jax.eval_shape(functions.value_and_gradient(name), *arguments)
     mapped, shapes = functions.on_eight_devices(function, arguments)
     jax.eval_shape(mapped, *shapes)
 
@@ -124,10 +121,10 @@ def test_numbers_of_every_kind_are_one_number(name):
     for kind in (np.float32, np.float64, np.array, jnp.float32, jnp.array):
       got = function(kind(number))
       assert got.dtype == expected.dtype
-      np.testing.assert_allclose(got, expected, rtol=1e-5)
+      np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
     traced = jax.jit(function)(number)
     assert traced.dtype == expected.dtype
-    np.testing.assert_allclose(traced, expected, rtol=1e-5)
+    np.testing.assert_allclose(traced, expected, rtol=1e-5, atol=1e-6)
     with jax.numpy_dtype_promotion('strict'):
       function(np.float64(number))
 
@@ -151,7 +148,9 @@ def simulated(model, **keywords):
 
 def view(**keywords):
   return lambda: augment.view(
-    jax.random.key(0), jnp.asarray(PICTURE), **RECIPE, **keywords
+    jax.random.key(0),
+    jnp.asarray(PICTURE),
+    augment.Recipe(**RECIPE, **keywords),
   )
 
 
@@ -166,14 +165,6 @@ CALLS = {
   'mean cosine': lambda: theory.mean_pairwise_cosine(jnp.asarray(STARTS[0])),
   'critical': lambda: theory.critical_learning_rate('repulsion', 6, 8),
   'bisected': lambda: theory.bisect_critical_learning_rate('repulsion', 4, 6),
-  'opposite': lambda: theory.opposite_views_critical_rate(6),
-  'equilibrium': lambda: theory.pull_equilibrium(6, 0.5),
-  'potential': lambda: theory.common_potential(C[0], C),
-  'common Hessian': lambda: theory.common_hessian_eigenvalues(6),
-  'spectrum': lambda: theory.hessian_spectrum(
-    lambda x: jnp.sum(x**2), jnp.asarray(STARTS[0, 0])
-  ),
-  'NT-Xent Hessian': lambda: theory.nt_xent_hessian_eigenvalues(6),
   'smaller view': view(size=8),
   'larger view': view(size=16),
   'bicubic view': view(size=8, interpolation='bicubic'),

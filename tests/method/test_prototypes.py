@@ -76,19 +76,26 @@ def test_distribution_is_uniform_and_not_that_of_the_bare_qr_factor(k, dim):
   assert abs(products) < error(1 / dim)
 
 
+KEYS = jax.random.split(jax.random.key(2), DEVICES)
+SIZES = {'num_classes': 5, 'dim': 8}
+
+
 @pytest.mark.parametrize(
-  'make',
-  [prototypes.orthonormal_prototypes, prototypes.simplex_etf_prototypes],
+  ('make', 'arguments'),
+  [
+    (functools.partial(prototypes.orthonormal_prototypes, **SIZES), KEYS),
+    (functools.partial(prototypes.simplex_etf_prototypes, **SIZES), KEYS),
+    (prototypes.orthonormalize, random_rows((DEVICES, 4, 6))),
+  ],
+  ids=['orthonormal', 'simplex', 'orthonormalize'],
 )
-def test_made_the_same_under_jit_vmap_and_pmap(make):
+def test_jit_vmap_and_pmap_give_the_same(make, arguments):
   small.need_devices(DEVICES)
-  make = functools.partial(make, num_classes=5, dim=8)
-  keys = jax.random.split(jax.random.key(2), DEVICES)
   compiled = jax.jit(make)
-  one_by_one = np.stack([compiled(key) for key in keys])
+  one_by_one = np.stack([compiled(x) for x in arguments])
   assert np.abs(one_by_one[0] - one_by_one[1]).max() > 0.1
   for mapped in (jax.jit(jax.vmap(make)), jax.pmap(make)):
-    np.testing.assert_allclose(mapped(keys), one_by_one, atol=1e-6)
+    np.testing.assert_allclose(mapped(arguments), one_by_one, atol=1e-6)
 
 
 @pytest.mark.parametrize(('k', 'dim'), [(2, 1), (10, 9), (10, 128), (257, 256)])
@@ -106,21 +113,6 @@ def test_orthonormalize_equals_the_polar_factor(shape):
   ours = prototypes.orthonormalize(rows)
   np.testing.assert_allclose(ours, polar(rows), atol=1e-5)
   np.testing.assert_allclose(gram(ours), np.eye(shape[0]), atol=1e-6)
-
-
-def test_orthonormalize_is_idempotent():
-  once = prototypes.orthonormalize(random_rows((10, 16)))
-  np.testing.assert_allclose(prototypes.orthonormalize(once), once, atol=1e-6)
-
-
-def test_orthonormalize_the_same_under_jit_vmap_and_pmap():
-  small.need_devices(DEVICES)
-  stack = random_rows((DEVICES, 4, 6))
-  expected = np.stack([polar(rows) for rows in stack])
-  make = prototypes.orthonormalize
-  for mapped in (jax.jit(jax.vmap(make)), jax.pmap(make)):
-    np.testing.assert_allclose(mapped(stack), expected, atol=1e-5)
-  np.testing.assert_allclose(jax.jit(make)(stack[0]), expected[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -148,16 +140,6 @@ def test_align_solves_the_procrustes_problem():
   # The columns beyond the fourth are free; the first four are not.
   np.testing.assert_allclose(
     prototypes.align_prototypes(means), rotation[:, :4].T, atol=1e-5
-  )
-
-
-def test_align_equals_procrustes_for_a_square_set():
-  means = random_rows((6, 6), seed=2)
-  rotation, _ = scipy.linalg.orthogonal_procrustes(
-    np.eye(6), means.astype(np.float64)
-  )
-  np.testing.assert_allclose(
-    prototypes.align_prototypes(means), rotation, atol=1e-5
   )
 
 
@@ -196,55 +178,48 @@ def test_dtype_is_kept(dtype):
   np.testing.assert_allclose(np.diagonal(gram(simplex)), 1, atol=atol)
 
 
+KEY = jax.random.key(0)
+Z, Y = np.ones((1, 1, 2), np.float32), np.array([-1])
+
+
 @pytest.mark.parametrize(
-  ('k', 'dim', 'message'),
+  ('name', 'arguments', 'keywords', 'message'),
   [
-    (5, 4, 'num_classes must be at most dim=4 .*, got 5; use a wider'),
-    (0, 4, 'num_classes.*got 0'),
-    (-1, 4, 'num_classes.*got -1'),
-    (1, 0, 'dim.*got 0'),
+    ('orthonormal_prototypes', (KEY, 5, 4), {}, 'num_classes.*dim=4.* 5'),
+    ('orthonormal_prototypes', (KEY, 0, 4), {}, 'num_classes.* 0'),
+    ('orthonormal_prototypes', (KEY, 1, 0), {}, 'dim.* 0'),
+    ('orthonormal_prototypes', (KEY, 3, 4), {'dtype': int}, 'dtype.*int'),
+    ('simplex_etf_prototypes', (KEY, 1, 4), {}, 'num_classes.* 1'),
+    ('simplex_etf_prototypes', (KEY, 5, 3), {}, 'dim.*4.* 3'),
+    ('simplex_etf_prototypes', (KEY, 3, 4), {'dtype': int}, 'dtype.*int'),
+    ('random_prototypes', (KEY, 0, 3), {}, 'num_classes.* 0'),
+    ('orthonormalize', (np.ones(3),), {}, r'prototypes.*\(3,\)'),
+    ('orthonormalize', (np.ones((2, 3), int),), {}, 'prototypes.*floating'),
+    ('align_prototypes', (np.ones((3, 2)),), {}, 'num_classes.*dim=2.* 3'),
+    (
+      'assign_prototypes',
+      (np.ones((2, 3)), np.eye(3)),
+      {},
+      r'class_means.*\(2, 3\).*\(3, 3\)',
+    ),
+    ('pseudo_labels', (Z, Y, np.eye(3)), {'threshold': 0.9}, 'prototypes'),
+    (
+      'pseudo_labels',
+      (Z, Y, np.eye(2)),
+      {'threshold': 0.0},
+      r'threshold.*0\.0',
+    ),
+    (
+      'pseudo_labels',
+      (Z, Y, np.eye(2)),
+      {'threshold': 0.9, 'temperature': 0.0},
+      r'temperature.*0\.0',
+    ),
   ],
 )
-def test_impossible_sizes_are_refused(k, dim, message):
+def test_a_wrong_argument_is_named(name, arguments, keywords, message):
   with pytest.raises(ValueError, match=message):
-    prototypes.orthonormal_prototypes(jax.random.key(0), k, dim)
-
-
-@pytest.mark.parametrize(
-  ('k', 'dim', 'message'),
-  [
-    (1, 4, 'num_classes.*2, got 1'),
-    (5, 3, 'dim must be at least num_classes - 1 = 4 .*, got 3'),
-  ],
-)
-def test_impossible_simplex_is_refused(k, dim, message):
-  with pytest.raises(ValueError, match=message):
-    prototypes.simplex_etf_prototypes(jax.random.key(0), k, dim)
-
-
-@pytest.mark.parametrize(
-  ('rows', 'message'),
-  [
-    (np.ones(3, np.float32), r'shape \[num_classes, dim\], got \(3,\)'),
-    (np.ones((1, 2, 3), np.float32), r'got \(1, 2, 3\)'),
-    (np.ones((2, 3), np.int32), 'prototypes must be floating, got int32'),
-    (np.ones((3, 2), np.float32), 'num_classes must be at most dim=2'),
-  ],
-)
-@pytest.mark.parametrize(
-  'function', [prototypes.orthonormalize, prototypes.align_prototypes]
-)
-def test_wrong_arrays_are_refused(function, rows, message):
-  with pytest.raises(ValueError, match=message):
-    function(rows)
-  with pytest.raises(ValueError, match=message):
-    jax.jit(function)(rows)
-
-
-@pytest.mark.parametrize('make', [ORTHONORMAL, SIMPLEX])
-def test_integer_dtype_is_refused_and_not_rounded_to_zeros(make):
-  with pytest.raises(ValueError, match='floating'):
-    make(jax.random.key(0), 3, 4, dtype=jnp.int32)
+    getattr(prototypes, name)(*arguments, **keywords)
 
 
 def test_random_prototypes_are_unit_and_have_the_cosines_of_chance():
@@ -319,37 +294,3 @@ def test_collapsed_embeddings_get_no_pseudo_label():
   labels = jnp.full(7, -1)
   ours = prototypes.pseudo_labels(z, labels, jnp.eye(10), threshold=0.2)
   assert (ours == -1).all()
-
-
-@pytest.mark.parametrize(
-  ('call', 'message'),
-  [
-    (
-      lambda: prototypes.random_prototypes(jax.random.key(0), 0, 3),
-      'num_classes.*got 0',
-    ),
-    (
-      lambda: prototypes.assign_prototypes(jnp.ones((2, 3)), jnp.eye(3)),
-      r'must both have shape.*\(2, 3\) and \(3, 3\)',
-    ),
-    (
-      lambda: prototypes.pseudo_labels(
-        jnp.ones((1, 1, 2)), jnp.array([-1]), jnp.eye(2), threshold=0.0
-      ),
-      'threshold.*got 0.0',
-    ),
-    (
-      lambda: prototypes.pseudo_labels(
-        jnp.ones((1, 1, 2)),
-        jnp.array([-1]),
-        jnp.eye(2),
-        threshold=0.9,
-        temperature=0.0,
-      ),
-      'temperature must be above 0, got 0.0',
-    ),
-  ],
-)
-def test_wrong_arguments_of_the_later_functions_are_named(call, message):
-  with pytest.raises(ValueError, match=message):
-    call()

@@ -11,19 +11,20 @@ import pytest
 
 from clop_jax import loss
 from clop_jax import prototypes
+from clop_jax.data import augment
 from clop_jax.data import loader
 from clop_jax.models import heads
 from clop_jax.models import resnet
 from clop_jax.runtime import parallel
 from tests import small
 
-RECIPE = {
-  'size': 8,
-  'mean': (0.5,),
-  'std': (0.3,),
-  'crop_area': (0.6, 1.0),
-  'flip_probability': 0.0,
-}
+RECIPE = augment.Recipe(
+  size=8,
+  mean=(0.5,),
+  std=(0.3,),
+  crop_area=(0.6, 1.0),
+  flip_probability=0.0,
+)
 EXAMPLES, BATCH = 64, 32
 
 

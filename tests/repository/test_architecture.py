@@ -1,6 +1,7 @@
 """The directions of imports, and what a light import may load."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -95,6 +96,15 @@ def test_a_folder_imports_only_from_the_folders_below_it(row):
     assert others <= LIBRARIES.get(row, others), name
     if row not in READS_CONFIG:
       assert 'ml_collections' not in others, name
+
+
+def test_the_picture_shows_these_directions():
+  text = (small.ROOT / 'CONTRIBUTING.md').read_text()
+  picture = text.partition('```mermaid')[2].partition('```')[0]
+  drawn = set(re.findall(r'^ *(\w+).* --> (\w+)', picture, re.MULTILINE))
+  assert drawn == {
+    (row, lower) for row, rows in MAY_IMPORT.items() for lower in rows
+  }
 
 
 def test_modules_do_not_import_each_other_in_a_circle():

@@ -1,13 +1,14 @@
 """The documentation, read by a machine: links, commands, fields, code.
 
-Blocks of Python run, those of a file in one namespace and in a folder where
-`runs/digits` is a run; a block of `text` behind one is
-what it prints. One that cannot run has `<!-- not run: why -->` above it.
+The Python blocks of a file run in one namespace, in a folder with the run
+`runs/digits`. A block of `text` after one is its output. A block that cannot
+run has `<!-- not run: why -->` above it.
 """
 
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import io
@@ -60,7 +61,7 @@ def inline_code(text):
 
 
 def anchors(text):
-  """The names that GitHub gives to the headings."""
+  """Returns the names that GitHub gives to the headings."""
   found = {}
   for heading in re.findall(r'^#+ (.*)$', prose(text), re.MULTILINE):
     slug = re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
@@ -139,7 +140,7 @@ print(json.dumps(errors))
 
 @dataclasses.dataclass
 class Command:
-  """A line of the documentation, without variables before it."""
+  """A command in the documentation, without the variables before it."""
 
   file: str
   variables: dict
@@ -149,7 +150,7 @@ class Command:
     return f'{self.file}: {shlex.join(self.words)}'
 
   def parsed_by(self):
-    """The module of ours whose flags these are, and the flags; or None."""
+    """Returns the module of ours that parses the flags, and the flags."""
     program, *rest = self.words
     if self.words[:2] == ['python', '-m'] and rest[1].startswith('clop_jax.'):
       return rest[1], rest[2:]
@@ -184,7 +185,7 @@ def commands(name):
 
 
 def filled(word):
-  """A word with a value for a placeholder; '' for an ellipsis."""
+  """Returns a word with a value for a placeholder, or '' for an ellipsis."""
   if '...' in word or word in ('GRID', '\\'):
     return ''
   return re.sub('=([NIS])$', '=0', word)
@@ -204,7 +205,7 @@ PROBES = [
 
 @pytest.fixture(scope='module')
 def complaints():
-  """What the commands of ours say against their flags."""
+  """Returns the errors of our commands about their flags."""
   found = [x for x in [*COMMANDS, *PROBES] if x.parsed_by()]
   assert len(found) > 20
   result = subprocess.run(
@@ -232,23 +233,24 @@ def test_a_wrong_flag_or_field_would_be_seen(complaints):
   assert not right
 
 
-@pytest.mark.parametrize('command', COMMANDS, ids=str)
-def test_modules_and_scripts_of_commands_exist(command):
-  program, *rest = command.words
-  if command.words[:2] == ['python', '-m']:
-    assert importlib.util.find_spec(rest[1]) is not None
-    if rest[1].startswith(('clop_jax', 'tests')):
-      source = small.source_of(rest[1]).read_text()
-      assert "__name__ == '__main__'" in source
-      if rest[1].startswith('tests.'):
-        for flag in re.findall(r'--[\w-]+', ' '.join(rest[2:])):
-          assert f"'{flag}'" in source
-  elif program in ('python', 'bash') and rest[0] not in ('-', '-c'):
-    assert (ROOT / rest[0]).exists()
+@pytest.mark.parametrize('name', FILES)
+def test_modules_and_scripts_of_commands_exist(name):
+  for command in commands(name):
+    program, *rest = command.words
+    if command.words[:2] == ['python', '-m']:
+      assert importlib.util.find_spec(rest[1]) is not None, command
+      if rest[1].startswith(('clop_jax', 'docs', 'tests')):
+        source = small.source_of(rest[1]).read_text()
+        assert "__name__ == '__main__'" in source, command
+        if not rest[1].startswith('clop_jax'):
+          for flag in re.findall(r'--[\w-]+', ' '.join(rest[2:])):
+            assert f"'{flag}'" in source, command
+    elif program in ('python', 'bash') and rest[0] not in ('-', '-c'):
+      assert (ROOT / rest[0]).exists(), command
 
 
 def fields_of(config, prefix=''):
-  """The full names of all fields and groups."""
+  """Returns the full names of all fields and groups."""
   names = set()
   for name, value in config.items():
     names.add(f'{prefix}{name}')
@@ -292,7 +294,7 @@ def test_tests_that_the_text_names_exist(name):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory, digits_dir):
-  """A folder with the run `runs/digits`, whose checkpoint is untrained."""
+  """Returns a folder with an untrained run `runs/digits`."""
   folder = tmp_path_factory.mktemp('docs')
   workdir = str(folder / 'runs' / 'digits')
   config = small.digits_config(digits_dir)
@@ -307,7 +309,7 @@ def run(tmp_path_factory, digits_dir):
 
 
 def python_blocks(text):
-  """`(code, what it prints or None)` of the blocks that run."""
+  """Yields `(code, its output or None)` of the blocks that run."""
   found = list(FENCE.finditer(text))
   for block, after in itertools.zip_longest(found, found[1:]):
     if block[1] != 'python':
@@ -342,54 +344,24 @@ def test_python_blocks_run_and_print_what_they_say(name, run, monkeypatch):
 # Pages made from, or about, something that may change
 
 
-def reference():
-  return runpy.run_path(str(ROOT / 'docs' / 'make_config_reference.py'))
-
-
 def test_the_page_of_the_config_is_up_to_date():
-  script = reference()
+  script = runpy.run_path(str(ROOT / 'docs' / 'make_config_reference.py'))
   assert read('docs/config.md') == script['reference'](), (
     f'docs/config.md is out of date; run: {script["COMMAND"]}'
   )
 
 
-def test_the_page_of_the_config_has_every_field_with_its_default_and_a_text():
+def test_the_page_of_the_config_explains_every_field():
   rows = re.findall(
-    r'^\| `([\w.]+)` \| (`.*?`) \| .* \| (.*) \|$',
-    read('docs/config.md'),
-    re.M,
+    r'^\| `([\w.]+)` \| `.*?` \| .* \| (.*) \|$', read('docs/config.md'), re.M
   )
-  told = {name: (default, text) for name, default, text in rows}
-
-  def check(config, prefix):
-    for name, value in config.items():
-      if isinstance(value, ml_collections.ConfigDict) and len(value):
-        check(value, f'{prefix}{name}.')
-        continue
-      default, text = told.pop(f'{prefix}{name}')
-      assert text, f'no comment tells what {prefix}{name} means'
-      if isinstance(value, (bool, int, str)) or value is None:
-        assert default == f'`{value!r}`'
-
-  check(defaults.get_config(), '')
-  assert not told
-
-
-@pytest.mark.parametrize(
-  'path', sorted((ROOT / 'configs').glob('*.py')), ids=str
-)
-def test_the_page_of_the_config_tells_what_a_file_sets(path):
-  (_, section) = read('docs/config.md').split(f'### configs/{path.name}\n')
-  section = section.split('\n### ')[0]
-  told = set(re.findall(r'^\| `([\w.]+)`', section, re.MULTILINE))
-  config = runpy.run_path(str(path))['get_config']()
-  before = defaults.get_config()
-  for name in fields_of(before):
-    group, other = config, before
-    for part in name.split('.'):
-      group, other = group[part], other[part]
-    if not isinstance(other, ml_collections.ConfigDict):
-      assert (name in told) == (group != other), name
+  texts = dict(rows)
+  config = defaults.get_config()
+  for name in fields_of(config):
+    value = functools.reduce(lambda x, part: x[part], name.split('.'), config)
+    if not isinstance(value, ml_collections.ConfigDict) or not len(value):
+      assert texts.pop(name), f'no comment explains {name}'
+  assert not texts
 
 
 def test_the_advice_has_no_figure_that_was_not_measured():
@@ -419,8 +391,8 @@ def test_public_functions_have_an_example_that_runs(name):
     assert '>>> print(' in function.__doc__ or '>>> loss.' in function.__doc__
 
 
-# What libraries warn of as they are imported is not pdoc's; pytest has those of
-# the package itself as errors.
+# Warnings of libraries at their import are not pdoc's; pytest turns those of
+# the package itself into errors.
 _PDOC = """
 import importlib, runpy, sys, warnings
 modules, sys.argv = sys.argv[1].split(','), sys.argv[2:]
@@ -460,7 +432,7 @@ def test_the_api_reference_is_built_without_a_warning(tmp_path):
 
 
 def messages():
-  """All texts of the package, with a hole for each value."""
+  """Yields all texts of the package, with `*` for each value."""
   for _, path in test_architecture.modules():
     for node in ast.walk(ast.parse(path.read_text())):
       if isinstance(node, ast.JoinedStr):

@@ -1,4 +1,4 @@
-"""The wheel, as somebody who has nothing else: all of it installs and runs."""
+"""The wheel installs and runs in an empty environment."""
 
 import os
 import pathlib
@@ -55,7 +55,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def installed(wheel, tmp_path_factory):
-  """The interpreter of an environment that was empty before the wheel."""
+  """Returns the interpreter of an environment with the core alone."""
   folder = tmp_path_factory.mktemp('empty')
   venv.create(folder, with_pip=True)
   python = folder / 'bin' / 'python'
@@ -68,7 +68,7 @@ def installed(wheel, tmp_path_factory):
 
 @pytest.fixture
 def alone(tmp_path):
-  """The options of a process that sees nothing of the checkout."""
+  """Returns the options of a process that does not see the checkout."""
   environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
   # As in conftest.py: compiled fast rather than well, but for one device.
   quick = '--xla_backend_optimization_level=0'
@@ -85,6 +85,7 @@ def test_the_wheel_has_the_package_and_the_configs_and_no_more(wheel):
     f'clop_jax/configs/{path.name}'
     for path in (small.ROOT / 'configs').glob('*.py')
   }
+  expected |= {'clop_jax/py.typed', 'clop_jax/study/report.html.jinja'}
   assert {n for n in names if '.dist-info/' not in n} == expected
   assert any(name.endswith('licenses/LICENSE') for name in names)
 
@@ -101,30 +102,52 @@ def test_every_command_tells_what_it_is_for(installed, alone):
       assert f'--{flag}' in printed or f'--[no]{flag}' in printed
 
 
-def test_the_readme_s_commands_run_with_the_wheel_alone(
-  installed, alone, digits_dir
+def test_the_core_trains_and_extras_do_the_rest(
+  installed, wheel, alone, digits_dir
 ):
-  files = run(
-    installed, '-c', 'import clop_jax; print(clop_jax.__file__)', **alone
-  )
+  code = 'import clop_jax; print(clop_jax.__file__)'
+  files = run(installed, '-c', code, **alone)
   assert pathlib.Path(files.strip()).is_relative_to(installed.parents[1])
   readme = (small.ROOT / 'README.md').read_text()
   section = readme.partition('\n## Train, watch')[2].partition('\n## ')[0]
-  commands = re.findall(r'^python (-m clop_jax\..*)$', section, re.MULTILINE)
-  modules = [shlex.split(command)[1] for command in commands]
-  assert modules == [
-    f'clop_jax.{x}' for x in ('train', 'evaluate', 'embed', 'export')
+  commands = [
+    shlex.split(command)
+    for command in re.findall(
+      r'^python (-m clop_jax\..*)$', section, re.MULTILINE
+    )
   ]
-  for command in commands:
-    few = [*SMALL, f'--config.data.data_dir={digits_dir}']
-    more = few if 'clop_jax.train' in command else []
-    printed = run(installed, *shlex.split(command), *more, **alone)
-    if 'clop_jax.evaluate' in command:
-      assert '| digits' in printed
+  train, evaluate, embed, export = commands
+  train = [*train, *SMALL, f'--config.data.data_dir={digits_dir}']
+  assert 'step 5' in run(installed, *train, **alone)
+  assert 'already trained' in run(installed, *train, **alone)
   workdir = alone['cwd'] / 'runs' / 'digits'
+  assert not (workdir / 'tensorboard').exists()
+  study = ['-m', 'clop_jax.study', *train[2:], '--grid', 'seed=0,1']
+  for command, extra in (
+    (export, 'export'),
+    (study, 'report'),
+    ([*evaluate, '--figure=f.png'], 'report'),
+    ([*embed, '--out=e.parquet'], 'export'),
+    ([*train, '--wandb=offline'], 'wandb'),
+  ):
+    result = subprocess.run(
+      [installed, *command], capture_output=True, text=True, **alone
+    )
+    assert result.returncode == 1, command
+    (line,) = result.stderr.splitlines()
+    assert f'clop-jax[{extra}]' in line
+  run(installed, *evaluate, **alone)
   assert (workdir / 'eval.json').exists()
-  assert [*(workdir / 'tensorboard').iterdir()]
+  run(installed, *embed, **alone)
   with np.load(alone['cwd'] / 'embeddings.npz') as file:
     assert file['embeddings'].shape == (359, 128)
+
+  pip = [installed, '-m', 'pip', '--disable-pip-version-check', '--quiet']
+  run(*pip, 'install', '--no-compile', f'{wheel}[all]')
+  run(*pip, 'check')
+  again = [x.replace('runs/digits', 'runs/all') for x in train]
+  run(installed, *again, **alone)
+  assert [*(alone['cwd'] / 'runs' / 'all' / 'tensorboard').iterdir()]
+  run(installed, *export, **alone)
   weights = safetensors.numpy.load_file(alone['cwd'] / 'backbone.safetensors')
   assert weights['conv1.weight'].ndim == 4

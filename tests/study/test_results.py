@@ -1,43 +1,39 @@
-import json
-
 import numpy as np
 import pytest
 
-from clop_jax.study import __main__ as study
 from clop_jax.study import results
+from clop_jax.study import run as study
 from tests import studies
 
 K, RATE, WEIGHT = studies.K, studies.RATE, studies.WEIGHT
+DIVERGED, FAILED = {'status': 'diverged'}, {'status': 'failed'}
 
 
-def test_a_damaged_archive_is_a_note(tmp_path):
-  studies.make_study(tmp_path)
-  path = tmp_path / 'cells' / 'c0' / 'embeddings.npz'
-  path.write_bytes(path.read_bytes()[:100])
-  study = results.read_study(str(tmp_path))
-  assert study.arrays(study.cells[0]) is None
-  assert 'cell c0: cannot be read' in study.notes[0]
+def read(folder, *arguments, **keywords):
+  rows = studies.make_study(folder, *arguments, **keywords)
+  return rows, results.read_study(str(folder))
 
 
-def test_a_folder_that_is_no_study_is_refused(tmp_path):
-  with pytest.raises(ValueError, match=r'holds no study\.json.*make one'):
-    results.read_study(str(tmp_path))
-  assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('text', ['{', '[]', '{"config": {}}', '{"grid": 1}'])
-def test_a_damaged_study_is_refused(tmp_path, text):
-  (tmp_path / 'study.json').write_text(text)
-  with pytest.raises(ValueError, match=r'study\.json must hold "config" and'):
-    results.read_study(str(tmp_path))
-
-
-@pytest.mark.parametrize('data', [b'\xff', b'only one', b'a' * 200_000])
-def test_damaged_results_are_named(tmp_path, data):
-  studies.make_study(tmp_path)
-  path = tmp_path / 'results.csv'
-  path.write_bytes(path.read_bytes() + data)
-  with pytest.raises(ValueError, match=r'results\.csv is damaged'):
+@pytest.mark.parametrize(
+  ('file', 'data', 'match'),
+  [
+    (None, b'', r'holds no study\.json'),
+    *(
+      ('study.json', text, r'study\.json.*"config" and "grid"')
+      for text in (b'{', b'[]', b'{"config": {}}', b'{"config": {}, "grid": 1}')
+    ),
+    *(
+      ('results.csv', data, r'results\.csv is damaged')
+      for data in (b'\xff', b'a,b\n1,2,3', b'cell,status\na,done', b'')
+    ),
+  ],
+)
+def test_a_damaged_study_is_named(tmp_path, file, data, match):
+  if file == 'results.csv':
+    studies.make_study(tmp_path)
+  if file:
+    (tmp_path / file).write_bytes(data)
+  with pytest.raises(ValueError, match=match):
     results.read_study(str(tmp_path))
 
 
@@ -52,138 +48,151 @@ def test_a_study_does_not_resume_from_a_damaged_file(tmp_path, field, text):
   assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_results_of_another_grid_or_status_are_refused(tmp_path):
+def test_an_unknown_status_or_a_missing_field_is_refused(tmp_path):
   rows = studies.make_study(tmp_path)
   rows['c3']['status'] = 'bored'
   studies.write_rows(tmp_path, rows.values())
-  with pytest.raises(ValueError, match=r"got 'bored' for cell 'c3'"):
+  with pytest.raises(ValueError, match=r"status.*'bored'.*c3"):
     results.read_study(str(tmp_path))
   for row in rows.values():
     del row[WEIGHT]
   studies.write_rows(tmp_path, rows.values())
-  with pytest.raises(ValueError, match=rf'it lacks {WEIGHT}'):
+  with pytest.raises(ValueError, match=rf'lacks {WEIGHT}'):
     results.read_study(str(tmp_path))
 
 
-def test_a_done_cell_tells_the_number_of_classes_if_the_config_does_not(
-  tmp_path,
+@pytest.mark.parametrize(
+  ('grid', 'num_classes', 'changed', 'expected'),
+  [
+    # In grid order c0 and c1 are of dice, c2 and c3 of cards; a done cell knows
+    # the number of classes of its data.
+    (
+      {'data.name': ['dice', 'cards'], 'seed': [0, 1]},
+      0,
+      ('c1', 'c2', 'c3'),
+      [1 / K, 0, 0],
+    ),
+    ({'data.num_classes': [3, 5]}, K, ('c0', 'c1'), [1 / 3, 1 / 5]),
+    ({'seed': [0]}, 0, ('c0',), [0]),
+  ],
+)
+def test_a_diverged_cell_has_the_accuracy_of_chance(
+  tmp_path, grid, num_classes, changed, expected
 ):
-  # In grid order c0 and c1 are of dice, c2 and c3 of cards.
-  grid = {'data.name': ['dice', 'cards'], 'seed': [0, 1]}
-  diverged = {c: {'status': 'diverged'} for c in ('c1', 'c2', 'c3')}
-  rows = studies.make_study(tmp_path, grid, num_classes=0, changed=diverged)
-  study = results.read_study(str(tmp_path))
-  top = rows['c0']['linear_top1']
-  assert study.values(study.cells, 'linear_top1') == [top, 1 / K, 0.0, 0.0]
-  assert study.values(study.cells, 'effective_rank')[1:] == [0.0, 0.0, 0.0]
-  assert study.without_chance == 2
-  assert study.num_classes is None
-  studies.make_study(tmp_path / 'all', num_classes=0)
-  assert results.read_study(str(tmp_path / 'all')).num_classes == K
-
-
-def test_a_diverged_cell_is_at_the_chance_of_its_own_data(tmp_path):
-  grid = {'data.name': ['dice', 'cards'], 'seed': [0]}
-  rows = studies.make_study(
-    tmp_path, grid, changed={f'c{i}': {'status': 'diverged'} for i in range(2)}
+  _, study = read(
+    tmp_path,
+    grid,
+    num_classes=num_classes,
+    changed=dict.fromkeys(changed, DIVERGED),
   )
-  config = {'data': {'name': 'cards', 'num_classes': 52}}
-  rows['c1']['config'] = json.dumps(config)
-  studies.write_rows(tmp_path, rows.values())
-  study = results.read_study(str(tmp_path))
-  assert study.values(study.cells, 'knn_top1') == [1 / K, 1 / 52]
-  assert (study.without_chance, study.num_classes) == (0, None)
-  assert np.isnan(study.mean('prototype_cosine', {}))
+  cells = study.counted[study.counted['status'] == 'diverged']
+  for metric in ('linear_top1', 'knn_top1'):
+    np.testing.assert_allclose(cells[metric], expected)
+  assert (cells['effective_rank'] == 0).all()
+  assert cells['prototype_cosine'].isna().all()
 
 
-@pytest.mark.parametrize('config', ['', '{', '[1]'])
-def test_without_a_config_of_its_own_a_cell_has_that_of_the_study(
-  tmp_path, config
-):
-  diverged = {'status': 'diverged', 'config': config}
-  grid = {'data.num_classes': [3, 5]}
-  studies.make_study(tmp_path, grid, changed={'c0': diverged, 'c1': diverged})
-  study = results.read_study(str(tmp_path))
-  assert study.values(study.cells, 'linear_top1') == [1 / 3, 1 / 5]
-  assert len(study.notes) == (2 if config else 0)
-
-
-def test_none_is_shown_as_the_command_takes_it():
-  assert [results.show(v) for v in (None, True, 0.10, 'a', [1])] == [
-    'None',
-    'true',
-    '0.1',
-    'a',
-    '[1]',
-  ]
-
-
-def test_values_of_the_csv_are_found_in_the_grid_however_written():
-  assert results._grid_value('1e-05', [1, 0.00001]) == 0.00001
-  assert results._grid_value('10', [1.0, 10.0]) == 10.0
-  assert results._grid_value('null', [None, 'x']) is None
-  assert results._grid_value('True', [False, True]) is True
-  assert results._grid_value('[1, 2]', [[1, 2], [3]]) == [1, 2]
-  assert results._grid_value('x', [1.0, 'x']) == 'x'
+def test_the_number_of_classes_is_that_of_all_cells_or_unknown(tmp_path):
+  assert read(tmp_path / 'a', num_classes=0)[1].num_classes == K
+  assert read(tmp_path / 'b')[1].num_classes == K
+  _, study = read(tmp_path / 'c', {'data.num_classes': [3, 5]})
+  assert study.num_classes is None
 
 
 @pytest.mark.parametrize(
-  ('widest', 'shown'),
-  [('c10', ['c4', 'c6', 'c8', 'c10']), ('c6', ['c4', 'c6'])],
+  ('text', 'values', 'spelled'),
+  [
+    ('1e-05', ['1', '0.00001'], '0.00001'),
+    ('10.0', ['1', '10'], '10'),
+    ('x', ['1', 'x'], 'x'),
+    ('y', ['1', 'x'], 'y'),
+  ],
 )
-def test_shown_cells_are_the_mildest_setting_and_the_one_clop_changes_most(
-  widest, shown, tmp_path
+def test_a_value_of_the_csv_is_found_however_it_is_written(
+  text, values, spelled
 ):
-  grid = {RATE: [0.1, 1.0, 10.0], WEIGHT: [0, 1], 'seed': [3, 0]}
-  # Of seed 3, alone: c0, c4, c8; with CLOP: c2, c6, c10.
-  ranks = {'c0': 4, 'c2': 6, 'c4': 5, 'c6': 5.5, 'c8': 3, 'c10': 4, widest: 8}
-  changed = {c: {'effective_rank': r} for c, r in ranks.items()}
-  studies.make_study(tmp_path, grid, changed=changed)
-  cells, rule = results.telling_cells(results.read_study(str(tmp_path)))
-  assert [c.name for c in cells] == shown
-  assert 'seed 3' in rule
+  assert results._spelled(text, values) == spelled
 
 
-def test_without_weights_the_best_and_worst_cells_are_shown(tmp_path):
-  grid = {RATE: [0.1, 1.0, 10.0]}
-  tops = {'c0': 0.7, 'c1': 0.9, 'c2': 0.6}
-  studies.make_study(
-    tmp_path, grid, changed={c: {'linear_top1': t} for c, t in tops.items()}
-  )
-  cells, rule = results.telling_cells(results.read_study(str(tmp_path)))
-  assert [c.name for c in cells] == ['c1', 'c2']
-  assert 'highest and the lowest' in rule
-
-
-def test_settings_at_which_one_side_alone_diverged_are_named(tmp_path):
-  grid = {RATE: [0.1, 1.0, 10.0], WEIGHT: [0, 1], 'seed': [0, 1]}
-  # Rate 0.1: c0 to c3, alone first; 1: c4 to c7; 10: c8 to c11. Both sides of
-  # c1 and c3 diverge, and c10 has failed.
-  changed = {
-    c: {'status': 'diverged'} for c in ('c1', 'c3', 'c4', 'c5', 'c11', 'c8')
-  }
-  changed['c10'] = {'status': 'failed'}
-  studies.make_study(tmp_path, grid, changed=changed)
+def test_cells_are_in_the_order_of_the_grid(tmp_path):
+  rows, _ = read(tmp_path, {RATE: [10, 2], 'prototypes.kind': ['b', 'a']})
+  studies.write_rows(tmp_path, reversed(rows.values()))
   study = results.read_study(str(tmp_path))
-  assert results.lone_divergences(study) == [
-    'Diverged alone and not with CLOP (weight 1): base learning rate 1 (seeds '
-    '0, 1).',
-    'Diverged with CLOP (weight 1) and not alone: base learning rate 10 (seed '
-    '1).',
-  ]
-  studies.make_study(
-    tmp_path / 'bare',
-    {WEIGHT: [0, 1], 'seed': [0]},
-    changed={'c0': {'status': 'diverged'}},
+  assert list(study.cells['cell']) == ['c0', 'c1', 'c2', 'c3']
+
+
+def test_means_and_deviations_are_those_of_numpy(tmp_path):
+  rows, study = read(tmp_path, changed={'c5': DIVERGED, 'c7': FAILED})
+  # By rate, weight and seed: c0 and c1 are done, c4 is, c6 is.
+  done, half_diverged, half_failed = (
+    results.means(study)[i] for i in (0, 2, 3)
   )
-  study = results.read_study(str(tmp_path / 'bare'))
-  assert results.lone_divergences(study) == [
-    'Diverged alone and not with CLOP (weight 1): seed 0.'
+  linear = 100 * np.array([rows[c]['linear_top1'] for c in ('c0', 'c1')])
+  assert list(done.values())[:3] == [
+    '0.01',
+    '0',
+    f'{linear.mean():.1f} ± {linear.std(ddof=1):.1f}',
   ]
-  studies.make_study(
-    tmp_path / 'other',
-    {RATE: [0.1, 1.0]},
-    changed={'c0': {'status': 'diverged'}},
-  )
-  study = results.read_study(str(tmp_path / 'other'))
-  assert results.lone_divergences(study) == []
+  knn = 100 * np.array([rows['c4']['knn_top1'], 1 / K])
+  assert list(half_diverged.values())[3:] == [
+    f'{knn.mean():.1f} ± {knn.std(ddof=1):.1f}',
+    f'{rows["c4"]["effective_rank"] / 2:.1f} ± '
+    f'{rows["c4"]["effective_rank"] / 2**0.5:.1f}',
+    f'{rows["c4"]["prototype_cosine"]:.3f} ± –',  # noqa: RUF001
+    '2',
+    '1',
+  ]
+  top = f'{100 * rows["c6"]["linear_top1"]:.1f} ± –'  # noqa: RUF001
+  values = list(half_failed.values())
+  assert (values[2], *values[-2:]) == (top, '1 of 2', '0')
+
+
+def test_every_cell_is_listed_and_those_not_done_come_first(tmp_path):
+  error = {'error': 'out of luck'}
+  changed = {'c2': DIVERGED, 'c5': FAILED | error}
+  rows, study = read(tmp_path, changed=changed)
+  cells = results.listed(study)
+  assert len(cells) == 8
+  assert [c['status'] for c in cells[:3]] == ['failed', 'diverged', 'done']
+  assert (cells[0]['cell'], cells[0]['error']) == ('c5', 'out of luck')
+  # What a diverged cell counts as is not shown as if it were measured.
+  assert cells[1]['linear top-1, %'] == '–'  # noqa: RUF001
+  assert cells[2]['linear top-1, %'] == f'{100 * rows["c0"]["linear_top1"]:.1f}'
+
+
+@pytest.mark.parametrize(
+  ('grid', 'changed', 'shown'),
+  [
+    # The first seed of the grid, and of the weights the first and the last.
+    (
+      {RATE: [1, 2, 3], WEIGHT: [0, 1, 5], 'seed': [3, 0]},
+      {},
+      ['c0', 'c4', 'c12', 'c16'],
+    ),
+    ({RATE: [1, 2, 3]}, {'c2': DIVERGED}, ['c0', 'c1']),
+    ({'seed': [0, 1]}, {'c0': FAILED}, ['c1']),
+    ({'seed': [0]}, {'c0': FAILED}, []),
+  ],
+)
+def test_examples_are_done_cells_of_one_seed(tmp_path, grid, changed, shown):
+  _, study = read(tmp_path, grid, changed=changed)
+  assert list(study.examples()) == shown
+
+
+def test_examples_are_named_by_what_differs(tmp_path):
+  grid = {RATE: [1, 2], 'prototypes.kind': ['a'], WEIGHT: [0, 1]}
+  _, study = read(tmp_path, grid)
+  assert list(study.examples().values()) == [
+    'without CLOP, base learning rate 1',
+    'CLOP weight 1, base learning rate 1',
+    'without CLOP, base learning rate 2',
+    'CLOP weight 1, base learning rate 2',
+  ]
+
+
+def test_a_damaged_line_of_the_metrics_hides_only_what_follows(tmp_path):
+  _, study = read(tmp_path)
+  path = tmp_path / 'cells' / 'c1' / 'metrics.jsonl'
+  path.write_text('{"step": 1, "loss": 2}\nnull\n{"step": 2, "loss": 1}\n')
+  assert study.curves('c1')['loss'].tolist() == [2.0]
+  assert 'metrics.jsonl of cell c1' in study.notes[0]

@@ -1,4 +1,6 @@
+from matplotlib import figure as figure_lib
 import numpy as np
+from PIL import Image
 import pytest
 
 from clop_jax.evaluation import figures
@@ -9,109 +11,130 @@ from tests import studies
 K, RATE, WEIGHT = studies.K, studies.RATE, studies.WEIGHT
 
 
-@pytest.fixture(autouse=True)
-def coarse_pictures(monkeypatch):
-  monkeypatch.setattr(figures, '_DPI', 40)
-
-
-def test_the_drawn_bands_have_the_diverged_cell_in_them(tmp_path):
-  changed = {'c5': {'status': 'diverged'}, 'c7': {'status': 'failed'}}
-  rows = studies.make_study(tmp_path, changed=changed)
-  study = results.read_study(str(tmp_path))
-  band = study_figures._band(
-    study, 'linear_top1', 100, RATE, studies.GRID[RATE], {WEIGHT: 0.0}
+@pytest.fixture
+def swept(tmp_path, monkeypatch):
+  """Draws the sweeps of a study; gives the figures with their axes."""
+  saved = []
+  monkeypatch.setattr(
+    figure_lib.Figure, 'savefig', lambda self, path, **_: saved.append(self)
   )
-  chance = 100 / K
-  good = [100 * rows[c]['linear_top1'] for c in ('c0', 'c1')]
-  half_good = 100 * rows['c4']['linear_top1']
-  np.testing.assert_allclose(
-    band.mean, [np.mean(good), (half_good + chance) / 2]
-  )
-  np.testing.assert_allclose(band.low, [min(good), chance])
-  np.testing.assert_allclose(band.high, [max(good), half_good])
-  assert band.crosses == [(1, chance)]
+
+  def draw(grid, **keywords):
+    studies.make_study(tmp_path, grid, **keywords)
+    study = results.read_study(str(tmp_path))
+    return list(zip(study_figures.sweep_figures(study), saved, strict=True))
+
+  return draw
 
 
 @pytest.mark.parametrize(
-  ('grid', 'swept'),
+  ('grid', 'titles'),
   [
-    ({'train.batch_size': [8, 16], RATE: [1, 2]}, [RATE, 'train.batch_size']),
-    ({WEIGHT: [0, 1], RATE: [1, 2]}, [RATE]),
-    # Not by the alphabet, by which these two would be first.
-    (
-      {
-        'data.label_fraction': [0.1, 1],
-        WEIGHT: [0, 1, 5],
-        'train.batch_size': [8, 16],
-        RATE: [1, 2],
-      },
-      [RATE, 'train.batch_size', 'data.label_fraction', WEIGHT],
-    ),
-    ({WEIGHT: [0, 1, 5], 'prototypes.kind': ['a', 'b']}, [WEIGHT]),
-    ({WEIGHT: [0, 1], 'prototypes.kind': ['a', 'b']}, ['prototypes.kind']),
-    ({WEIGHT: [0, 1]}, [WEIGHT]),
+    ({'train.batch_size': [8, 16], RATE: [1, 2]}, ['batch size', 'base']),
+    ({WEIGHT: [0, 1], RATE: [1, 2]}, ['base']),
+    ({WEIGHT: [0, 1, 5], 'prototypes.kind': ['a', 'b']}, ['CLOP weight']),
+    ({WEIGHT: [0, 1], 'prototypes.kind': ['a', 'b']}, ['prototype kind']),
+    ({WEIGHT: [0, 1]}, ['CLOP weight']),
     ({'seed': [0, 1], 'train.batch_size': [8]}, []),
   ],
 )
-def test_numbers_are_swept_and_names_are_compared(tmp_path, grid, swept):
-  studies.make_study(tmp_path, grid)
-  assert study_figures._swept(results.read_study(str(tmp_path))) == swept
+def test_numbers_are_swept_and_names_are_compared(swept, grid, titles):
+  drawn = [figure.title for figure, _ in swept(grid)]
+  assert len(drawn) == 2 * len(titles)
+  for first, second, title in zip(drawn[::2], drawn[1::2], titles, strict=True):
+    assert first.startswith(f'Linear top-1 accuracy against {title}')
+    assert second.startswith(f'Effective rank against {title}')
 
 
-def test_names_make_dots_and_many_settings_fewer_panels(tmp_path):
-  grid = {
-    'prototypes.kind': ['orthonormal', 'simplex_etf', None],
-    WEIGHT: [0, 1],
-  }
-  studies.make_study(tmp_path, grid)
+def test_means_bands_and_crosses_have_the_diverged_cell_in_them(
+  tmp_path, swept
+):
+  changed = {'c5': {'status': 'diverged'}, 'c7': {'status': 'failed'}}
+  (info, figure), _ = swept(studies.GRID, changed=changed)
+  rows = studies.make_study(tmp_path / 'again', changed=changed)
+  (axis,) = figure.axes
+  lines = {line.get_label(): line for line in axis.lines}
+  alone = [100 * rows[c]['linear_top1'] for c in ('c0', 'c1', 'c4')]
+  chance = 100 / K
+  np.testing.assert_allclose(
+    lines['without CLOP'].get_xydata(),
+    [[0.01, np.mean(alone[:2])], [1, (alone[2] + chance) / 2]],
+  )
+  np.testing.assert_allclose(
+    lines['a diverged run'].get_xydata(), [[1, chance]]
+  )
+  # A failed cell counts nothing.
+  clop = lines['CLOP weight 1'].get_ydata()
+  np.testing.assert_allclose(clop[1], 100 * rows['c6']['linear_top1'])
+  band = axis.collections[0].get_paths()[0].vertices[:, 1]
+  ends = [band.min(), band.max()]
+  np.testing.assert_allclose(ends, [chance, max(alone)])
+  assert 'cross is a diverged run' in info.caption
+
+
+@pytest.mark.parametrize(
+  ('values', 'scale'),
+  [
+    ([16, 32, 64], 'linear'),
+    ([0.001, 0.1, 10], 'log'),
+    ([0, 0.01, 0.5], 'symlog'),
+    ([0, 0.1, 0.5], 'linear'),
+  ],
+)
+def test_an_axis_over_decades_is_logarithmic_and_has_room_for_0(
+  swept, values, scale
+):
+  (_, figure), _ = swept({RATE: values})
+  (axis,) = figure.axes
+  assert axis.get_xscale() == scale
+  labels = [t.get_text() for t in axis.get_xticklabels()]
+  assert labels == [f'{v:g}' for v in values]
+  places = axis.transData.transform([(v, 1) for v in values])[:, 0]
+  assert np.diff(places).min() > 0.1 * np.ptp(places)
+
+
+def test_names_make_dots_side_by_side(swept):
+  names = ['orthonormal', 'simplex_etf', 'None']
+  (_, figure), _ = swept({'prototypes.kind': names, WEIGHT: [0, 1]})
+  (axis,) = figure.axes
+  assert [t.get_text() for t in axis.get_xticklabels()] == names
+  first, second = (c.lines[0].get_xdata() for c in axis.containers)
+  assert (np.abs(first - second) > 0.1).all()
+
+
+def test_many_settings_have_few_panels_and_say_so(swept):
+  names = [f'l{i}' for i in range(5)]
+  grid = {RATE: [1, 2], WEIGHT: [0, 1], 'loss.contrastive': names}
+  (info, figure), _ = swept(grid | {'data.name': ['cards', 'dice']})
+  assert len(figure.axes) == 8
+  assert 'first 8 of 10 settings' in info.caption
+
+
+@pytest.mark.parametrize(('low', 'seen'), [(0.5, True), (0.98, False)])
+def test_the_line_of_chance_does_not_flatten_the_curves(swept, low, seen):
+  changed = {'c0': {'linear_top1': low}, 'c1': {'linear_top1': 0.99}}
+  (_, figure), _ = swept({RATE: [1, 2]}, changed=changed)
+  (axis,) = figure.axes
+  assert (axis.get_ylim()[0] < 100 / K) == seen
+  labels = [line.get_label() for line in axis.lines]
+  assert any('chance' in label for label in labels) == seen
+
+
+def test_collapsed_and_odd_embeddings_are_drawn(tmp_path, monkeypatch):
+  monkeypatch.setattr(figures, '_DPI', 40)
+  studies.make_study(tmp_path, {RATE: [1, 2, 3]}, points=12)
+  rng = np.random.default_rng(1)
+  equal = np.full((40, 8), 8**-0.5, np.float16)
+  one = rng.normal(size=(K, 8))
+  for cell, changed in {
+    'c0': {'embeddings': equal, 'spectrum': np.zeros(8, np.float32)},
+    'c1': {'embeddings': np.full((40, 8), np.nan)},
+    'c2': {'embeddings': one, 'labels': np.zeros(K, np.int32)},
+  }.items():
+    path = tmp_path / 'cells' / cell / 'embeddings.npz'
+    np.savez(path, **studies.arrays(rng, **changed))
   study = results.read_study(str(tmp_path))
-  figure = study_figures._sweep(study, 'prototypes.kind')
-  assert 'prototype kind' in figure.title
-  assert 'Dots' in figure.caption
-  grid = {RATE: [1, 2, 3], 'train.num_epochs': [1, 2, 3], 'a': ['x', 'y', 'z']}
-  (tmp_path / 'many').mkdir()
-  studies.make_study(tmp_path / 'many', grid)
-  study = results.read_study(str(tmp_path / 'many'))
-  panels, fixed = study_figures._panels(study, [RATE, 'train.num_epochs', 'a'])
-  assert panels == [{'a': 'x'}, {'a': 'y'}, {'a': 'z'}]
-  assert fixed == {RATE: 2, 'train.num_epochs': 2}
-
-
-def test_names_too_are_held_fixed_if_they_would_make_many_panels(tmp_path):
-  losses = [f'l{i}' for i in range(5)]
-  grid = {
-    RATE: [1, 2],
-    WEIGHT: [0, 1],
-    'loss.contrastive': losses,
-    'data.name': ['cards', 'dice', 'coins'],
-    'prototypes.kind': ['a', 'b'],
-  }
-  studies.make_study(tmp_path, grid)
-  study = results.read_study(str(tmp_path))
-  names = ['loss.contrastive', 'data.name', 'prototypes.kind']
-  panels, fixed = study_figures._panels(study, names)
-  assert panels == [{'loss.contrastive': name} for name in losses]
-  # The base config's where it has one of the grid's values.
-  assert fixed == {'prototypes.kind': 'a', 'data.name': 'dice'}
-  # No more than need be.
-  panels, fixed = study_figures._panels(study, names[1:])
-  assert (len(panels), fixed) == (6, {})
-  caption = study_figures._sweep(study, RATE).caption
-  assert 'Drawn at a, dice; the tables have the rest.' in caption
-
-
-def test_the_caption_tells_of_runs_without_a_chance(tmp_path):
-  diverged = {'c3': {'status': 'diverged'}}
-  grid = {'data.name': ['dice', 'cards'], 'seed': [0, 1]}
-  studies.make_study(tmp_path, grid, changed=diverged)
-  study = results.read_study(str(tmp_path))
-  caption = study_figures._sweep(study, 'data.name').caption
-  assert 'in the means and bands.' in caption
-  diverged = {f'c{i}': {'status': 'diverged'} for i in (2, 3)}
-  studies.make_study(tmp_path / 'b', grid, num_classes=0, changed=diverged)
-  study = results.read_study(str(tmp_path / 'b'))
-  caption = study_figures._sweep(study, 'data.name').caption
-  assert '(2 at accuracy 0, as the number of classes is not known)' in caption
-  assert study_figures._band(
-    study, 'linear_top1', 100, 'data.name', ['cards'], {}
-  ).crosses == [(0, 0.0), (0, 0.0)]
+  curves, planes = study_figures.cell_figures(study)
+  for drawn in (curves, planes):
+    with Image.open(drawn.path) as image:
+      assert image.format == 'PNG'

@@ -20,13 +20,13 @@ from tests import small
 BATCH = 32
 STEPS = 3
 LEARNING_RATE = 0.05
-RECIPE = {
-  'size': 8,
-  'mean': (0.3,),
-  'std': (0.4,),
-  'crop_area': (0.4, 1.0),
-  'jitter_probability': 0.0,
-}
+RECIPE = augment.Recipe(
+  size=8,
+  mean=(0.3,),
+  std=(0.4,),
+  crop_area=(0.4, 1.0),
+  jitter_probability=0.0,
+)
 CONTRASTIVE = {
   'nt_xent': lambda z, y, **axis: loss.nt_xent_loss(z, **axis),
   'nt_xent_blocked': lambda z, y, **axis: loss.nt_xent_loss(
@@ -241,7 +241,7 @@ def _by_hand(groups):
     first, second, all_stats = {}, {}, []
     for group in groups:
       keys = augment.example_keys(jax.random.key(7), 0, batch['index'][group])
-      a, b = augment.two_views(keys, batch['image'][group], **RECIPE)
+      a, b = augment.two_views(keys, batch['image'][group], RECIPE)
       features, of_backbone = through(
         backbone, 'backbone', params, jnp.concatenate([a, b])
       )

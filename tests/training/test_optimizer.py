@@ -328,7 +328,7 @@ def steps_of(make, rate, params, gradients):
   """Parameters and state after all gradients, at a rate that falls."""
 
   @jax.jit
-  def step(rate, params, state, gradient):  # rate is traced, as in an ensemble
+  def step(rate, params, state, gradient):  # rate is traced, as in training
     tx = make(lambda step: rate / (1 + step))
     updates, state = tx.update(gradient, state, params)
     return optax.apply_updates(params, updates), state

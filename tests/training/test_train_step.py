@@ -21,14 +21,14 @@ _FIXED = prototype_rules.Fixed()
 TRUE_LABELS = jnp.arange(40) % 5
 STEPS = 3
 BATCH = 16
-RECIPE = {
-  'size': 8,
-  'mean': (0.3,),
-  'std': (0.4,),
-  'crop_area': (0.4, 1.0),
-  'flip_probability': 0.0,
-  'blur_probability': 0.5,
-}
+RECIPE = augment.Recipe(
+  size=8,
+  mean=(0.3,),
+  std=(0.4,),
+  crop_area=(0.4, 1.0),
+  flip_probability=0.0,
+  blur_probability=0.5,
+)
 
 
 def _data():
@@ -217,7 +217,7 @@ def test_views_and_labels_are_the_same_on_any_number_of_devices(
     def shard_views(resident, batch):
       batch = loader.unpack(resident, batch)
       keys = augment.example_keys(jax.random.key(7), 2, batch['index'])
-      views = augment.two_views(keys, batch['image'], **RECIPE)
+      views = augment.two_views(keys, batch['image'], RECIPE)
       return views.swapaxes(0, 1), batch['label'], batch['index']
 
     (batch,) = data.batches([range(2, 3)])

@@ -10,7 +10,7 @@ from sklearn import linear_model
 from sklearn import neighbors
 
 from clop_jax.evaluation import probe
-from tests.benchmarks import contest
+from docs.benchmarks import contest
 
 NEIGHBOURS, ITERATIONS, L2, CLASSES = 200, 100, 1e-3, 100
 # Examples to learn from, to classify, dimension.
@@ -19,7 +19,7 @@ _SIZES = {'full': (50_000, 10_000, 2048), 'small': (300, 100, 16)}
 
 @functools.cache
 def _features(small):
-  """Classes as overlapping clouds; the same for all contestants."""
+  """Returns classes as overlapping clouds, the same for all contestants."""
   train, test, dim = _SIZES['small' if small else 'full']
   rng = np.random.default_rng(0)
   means = rng.normal(size=(CLASSES, dim)).astype(np.float32)
@@ -30,46 +30,43 @@ def _features(small):
 
 
 def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
-  """One for each method."""
+  """Yields one contest for each method."""
   train, test, dim = _SIZES['small' if small else 'full']
-  turns = 3 if suite == 'gpu' else 1  # minutes a call on a few cores
-  yield contest.Contest(
-    'protocol',
-    f'kNN, {test:,} against {train:,} features of {dim:,}, k = {NEIGHBOURS}',
-    {
-      'ours': functools.partial(_program, _our_knn, small),
-      'scikit-learn': functools.partial(_program, _their_knn, small),
-    },
-    turns=turns,
-    check=_agree,
-  )
-  yield contest.Contest(
-    'protocol',
+  cases = {
+    f'kNN, {test:,} against {train:,} features of {dim:,}, k = {NEIGHBOURS}': (
+      _our_knn,
+      _their_knn,
+    ),
     f'linear probe, {train:,} features of {dim:,}, 2 x {ITERATIONS} '
-    'iterations of L-BFGS',
-    {
-      'ours': functools.partial(_program, _our_probe, small),
-      'scikit-learn': functools.partial(_program, _their_probe, small),
-    },
-    turns=turns,
-    check=_agree,
-  )
+    'iterations of L-BFGS': (_our_probe, _their_probe),
+  }
+  for case, (ours, theirs) in cases.items():
+    yield contest.Contest(
+      'protocol',
+      case,
+      {
+        'ours': functools.partial(_program, ours, small),
+        'scikit-learn': functools.partial(_program, theirs, small),
+      },
+      turns=3 if suite == 'gpu' else 1,  # minutes a call on a few cores
+      check=_agree,
+    )
 
 
 def _agree(results):
-  """They find the same accuracy, within a percent of the test set."""
+  """Checks that the accuracies agree within a percent of the test set."""
   ours, theirs = results.values()
   assert abs(ours - theirs) <= 0.01, results
 
 
 def _program(measure, small):
   features = _features(small)
-  found = {}
+  last = {}
 
   def run():
-    found['accuracy'] = measure(*features)
+    last['accuracy'] = measure(*features)
 
-  return contest.Program(run, result=lambda: found['accuracy'])
+  return contest.Program(run, result=lambda: last['accuracy'])
 
 
 def _our_knn(x, labels, test_x, test_labels):
@@ -115,7 +112,7 @@ def _their_probe(x, labels, test_x, test_labels):
       C=1 / (L2 * len(x)), max_iter=ITERATIONS, tol=0.0
     )
     with warnings.catch_warnings():
-      # All iterations are made, as with ours.
+      # All iterations run, as in ours.
       warnings.simplefilter('ignore', exceptions.ConvergenceWarning)
       return model.fit(x, labels)
 

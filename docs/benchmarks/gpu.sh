@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Measures and tests clop_jax on one GPU, in less than ten minutes and without
-# network access. Needs jax for the GPU, PyTorch and pytest-xdist, and what
-# clop_jax.train and clop_jax.evaluate import.
+# network access. Needs JAX for the GPU, PyTorch, pytest-xdist, and the libraries
+# of clop_jax.train and clop_jax.evaluate.
 #
-#   bash tests/benchmarks/gpu.sh [--small] [--parts=NAME,...] [--seconds=N] \
+#   bash docs/benchmarks/gpu.sh [--small] [--parts=NAME,...] [--seconds=N] \
 #     OUT [DATA.npz]
 #
 # The parts, in the order in which they run unless --parts names others:
@@ -17,42 +17,34 @@
 #   tests     the tests of losses, prototypes, networks and the training step on
 #             the GPU; those that need eight devices are skipped
 #
-# Each part has processes and a time limit of its own. One that fails or takes
-# too long is reported, and the next one starts; after --seconds (default: 570)
-# none does. OUT gets at most seven files, each as soon as there is something
+# Each part has processes and a time limit of its own. A part that fails or takes
+# too long is reported, and the next one starts; none starts after --seconds
+# (default: 570). OUT gets at most seven files, each as soon as there is something
 # to write, so the script can be stopped at any time:
 #
-#   log.txt                  all output, as it comes
+#   log.txt                  all output
 #   summary.md               all results so far; printed at the end
-#   gpu.json, gpu.md         the benchmarks, see tests/benchmarks/run.py
+#   gpu.json, gpu.md         the benchmarks, see docs/benchmarks/run.py
 #   without_clop.jsonl, with_clop.jsonl   metrics of the two trainings
 #   evaluation.json          both evaluations
 #
-# --small tries all of it on a CPU at the smallest sizes. PYTHON names the
+# --small tries the script on a CPU at the smallest sizes. PYTHON names the
 # interpreter (default: python3), EPOCHS the length of each training (default:
-# 10), COMMIT the commit where the files are a copy without their history.
+# 10), COMMIT the commit if the files are a copy without their history.
 set -uo pipefail
 
 usage() {
   sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
-SMALL=''
-PARTS=steps18,training,losses,steps50,tests
-TOTAL_SECONDS=570
+SMALL='' PARTS=steps18,training,losses,steps50,tests TOTAL_SECONDS=570
 while [ $# -gt 0 ]; do
   case "$1" in
   --small) SMALL=1 ;;
   --parts=*) PARTS="${1#*=}" ;;
   --seconds=*) TOTAL_SECONDS="${1#*=}" ;;
-  -h | --help)
-    usage
-    exit
-    ;;
-  -*)
-    echo "error: $1 is no flag of this script; see --help" >&2
-    exit 2
-    ;;
+  -h | --help) usage && exit ;;
+  -*) echo "error: unknown flag $1; see --help" >&2 && exit 2 ;;
   *) break ;;
   esac
   shift
@@ -65,47 +57,41 @@ mkdir -p "$1" || exit 2
 OUT="$(realpath "$1")"
 DATA="${2:+$(realpath "$2")}"
 PYTHON="${PYTHON:-python3}"
+EPOCHS="${EPOCHS:-10}"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
+WORK="$(mktemp -d)"
+trap 'rm -rf "$WORK"' EXIT
 
-# Seconds that each part may take. A training that is stopped saves what it has.
-STEPS18_SECONDS=130
-TRAINING_SECONDS=80 # each of the two
-EVALUATION_SECONDS=120
-LOSSES_SECONDS=90
-STEPS50_SECONDS=180
-TESTS_SECONDS=100
-
-# Each turn costs a second, and the compilation before them much more.
-BENCHMARK=("$PYTHON" -m tests.benchmarks.run --suite=gpu --out="$OUT" --turns=5)
+# Seconds of each part. A training that is stopped saves a checkpoint.
+declare -A LIMITS=(
+  [steps18]=130 [training]=80 [evaluation]=120 [losses]=90 [steps50]=180
+  [tests]=100
+)
+BENCHMARK=("$PYTHON" -m docs.benchmarks.run --suite=gpu --out="$OUT" --turns=5)
 STEPS18='ResNet-18 at 32 px, batch 512$'
 STEPS50='ResNet-50 at 32 px, batch 256$'
 LOSSES='batch (4,096|65,536),'
 TRAIN=(
-  "$PYTHON" -m clop_jax.train --config=configs/npz.py
-  --config.data.data_dir="$DATA"
+  --config=configs/npz.py --config.data.data_dir="$DATA"
   --config.data.num_workers=0 # the evaluation reads an array in memory
   --config.watch.images_every_epochs=0
 )
-EPOCHS="${EPOCHS:-10}"
-# The most telling first. XLA need not try which algorithm is the fastest for
-# programs that run once.
 TESTS=(
+  --numprocesses=12 --dist=worksteal
   tests/method/test_{loss,linalg,prototypes,collapse}.py
   tests/training/test_{optimizer,gpu_updates,train_step}.py
   tests/models/test_models.py tests/evaluation/test_probe.py
 )
-PYTEST=(--numprocesses=12 --dist=worksteal)
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
-TESTS_XLA_FLAGS=--xla_gpu_autotune_level=0
+# Programs that one process has compiled serve the next one.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$WORK/jax_cache}"
+export TORCHINDUCTOR_CACHE_DIR="$WORK/torch_cache"
 
 if [ -n "$SMALL" ]; then
   export JAX_PLATFORMS=cpu
   BENCHMARK+=(--small)
-  STEPS18='' STEPS50='' LOSSES='' EPOCHS=1
-  # To see that all of it works, however slow the machine.
-  TOTAL_SECONDS=3600 STEPS18_SECONDS=600 TRAINING_SECONDS=600
-  EVALUATION_SECONDS=600 LOSSES_SECONDS=600 STEPS50_SECONDS=600
-  TESTS_SECONDS=600
+  STEPS18='' STEPS50='' LOSSES='' EPOCHS=1 TOTAL_SECONDS=3600
+  for part in "${!LIMITS[@]}"; do LIMITS[$part]=600; done
   TRAIN+=(
     --config.model.depth=8 --config.model.width_multiplier=0.25
     --config.augment.size=8 --config.train.batch_size=16
@@ -114,21 +100,19 @@ if [ -n "$SMALL" ]; then
     --config.eval.probe_iterations=2
   )
   TESTS=(tests/method/test_prototypes.py -k 'polar_factor or pmap')
-  PYTEST=()
 else
-  # Not a CPU where the GPU's library is missing.
+  # Fails if the GPU's library is missing, instead of using the CPU.
   export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
 fi
-# One program compiled for a training: its epochs are whole dispatches.
+# Only one program to compile: the epochs are whole dispatches.
 TRAIN+=(
   --config.train.num_epochs="$EPOCHS"
   --config.train.checkpoint_every_epochs="$EPOCHS"
 )
 
-# Runs a command for at most so many seconds, or as many as are left.
-#   limited SECONDS SIGNAL COMMAND...
+# limited NAME SIGNAL COMMAND...: runs a command within its limit and the total.
 limited() {
-  local seconds="$1" signal="$2" left=$((TOTAL_SECONDS - SECONDS))
+  local seconds="${LIMITS[$1]}" signal="$2" left=$((TOTAL_SECONDS - SECONDS))
   shift 2
   ((seconds < left)) || seconds=$left
   if ((seconds <= 0)); then
@@ -136,17 +120,6 @@ limited() {
     return 124
   fi
   timeout --foreground --kill-after=15 --signal="$signal" "$seconds" "$@"
-}
-
-steps() {
-  limited "$1" TERM "${BENCHMARK[@]}" --only="$2" --case="$3" \
-    --contestants='ours|expert'
-}
-
-losses() {
-  # Optax's form has an array of this size for each row.
-  limited "$LOSSES_SECONDS" TERM "${BENCHMARK[@]}" --only=losses \
-    --case="$LOSSES" --contestants='as training chooses|expert'
 }
 
 training() {
@@ -159,15 +132,15 @@ training() {
     echo "== $name"
     weight=1
     [ "$name" = with_clop ] || weight=0
-    limited "$TRAINING_SECONDS" TERM "${TRAIN[@]}" --workdir="$runs/$name" \
-      --config.loss.clop_weight="$weight" 2>&1 |
+    limited training TERM "$PYTHON" -m clop_jax.train "${TRAIN[@]}" \
+      --workdir="$runs/$name" --config.loss.clop_weight="$weight" 2>&1 |
       tee "$WORK/$name.txt" || status=$?
     cp "$runs/$name/metrics.jsonl" "$OUT/$name.jsonl" 2>/dev/null
   done
   echo '== both, restored from their checkpoints'
-  # The folder: a run that has no checkpoint is left out of it.
-  limited "$EVALUATION_SECONDS" TERM "$PYTHON" -m clop_jax.evaluate \
-    --workdir="$runs" --table="$WORK/evaluation.md" || status=${status/#0/$?}
+  # The folder: a run without a checkpoint is left out.
+  limited evaluation TERM "$PYTHON" -m clop_jax.evaluate --workdir="$runs" \
+    --table="$WORK/evaluation.md" || status=${status/#0/$?}
   for name in without_clop with_clop; do
     [ -f "$runs/$name/eval.json" ] || continue
     printf '%s\n"%s": ' "$separator" "$name"
@@ -179,22 +152,45 @@ training() {
   return "$status"
 }
 
-tests() {
-  # Without what setup.cfg asks for: other libraries than ours warn here.
-  CLOP_TEST_PLATFORM="$JAX_PLATFORMS" \
-    XLA_FLAGS="${XLA_FLAGS:-} $TESTS_XLA_FLAGS" \
-    limited "$TESTS_SECONDS" INT "$PYTHON" -m pytest --override-ini=addopts= \
-    -p no:cacheprovider -W default --basetemp="$WORK/pytest" --verbose \
-    --tb=short -rf "${PYTEST[@]}" "${TESTS[@]}" 2>&1 | tee "$WORK/tests.txt"
+part() {
+  local few=(--contestants='ours|expert')
+  case "$1" in
+  steps18)
+    limited "$1" TERM "${BENCHMARK[@]}" --only=ceilings,steps \
+      --case="$STEPS18" "${few[@]}"
+    ;;
+  steps50)
+    limited "$1" TERM "${BENCHMARK[@]}" --only=steps --case="$STEPS50" \
+      "${few[@]}"
+    ;;
+  losses)
+    # Optax's form has an array of this size for each row.
+    limited "$1" TERM "${BENCHMARK[@]}" --only=losses --case="$LOSSES" \
+      --contestants='as training chooses|expert'
+    ;;
+  training) training ;;
+  tests)
+    # Without the options of setup.cfg: other libraries warn here. XLA need not
+    # search the fastest algorithm for programs that run once.
+    CLOP_TEST_PLATFORM="$JAX_PLATFORMS" \
+      XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_autotune_level=0" \
+      limited "$1" INT "$PYTHON" -m pytest --override-ini=addopts= \
+      -p no:cacheprovider -W default --basetemp="$WORK/pytest" --verbose \
+      --tb=short -rf "${TESTS[@]}" 2>&1 | tee "$WORK/tests.txt"
+    ;;
+  *)
+    echo '--parts must be of steps18, training, losses, steps50, tests'
+    return 1
+    ;;
+  esac
 }
 
-# The parts so far as the lines of a table, and all results.
+# The parts so far as the rows of a table, and all results.
 ROWS=''
 summarize() {
   {
     echo '# clop_jax on a GPU'
-    echo
-    printf '| part | result | seconds |\n| --- | --- | --- |\n%s' "$ROWS"
+    printf '\n| part | result | seconds |\n| --- | --- | --- |\n%s' "$ROWS"
     if [ -f "$WORK/without_clop.txt" ]; then
       printf '\n## training, %s epochs\n\n' "$EPOCHS"
       for name in without_clop with_clop; do
@@ -209,35 +205,17 @@ summarize() {
         cut -c 1-200 | tail -n 25
       echo '```'
     fi
-    if [ -f "$OUT/gpu.md" ]; then
-      echo
-      sed 's/^#/##/' "$OUT/gpu.md"
-    fi
+    [ ! -f "$OUT/gpu.md" ] || { echo && sed 's/^#/##/' "$OUT/gpu.md"; }
   } >"$WORK/summary.md" 2>/dev/null
   cp "$WORK/summary.md" "$OUT/summary.md"
 }
 
 main() {
-  local part began status result failures=0
-  WORK="$(mktemp -d)"
-  trap 'rm -rf "$WORK"' EXIT
-  # What one process has compiled serves the next one.
-  : "${JAX_COMPILATION_CACHE_DIR:=$WORK/jax_cache}"
-  export JAX_COMPILATION_CACHE_DIR
-  export TORCHINDUCTOR_CACHE_DIR="$WORK/torch_cache"
-  for part in ${PARTS//,/ }; do
-    echo
-    echo "=== $part (after $SECONDS s)"
+  local name began status result failures=0
+  for name in ${PARTS//,/ }; do
+    printf '\n=== %s (after %s s)\n' "$name" "$SECONDS"
     began=$SECONDS
-    case "$part" in
-    steps18) steps "$STEPS18_SECONDS" ceilings,steps "$STEPS18" ;;
-    steps50) steps "$STEPS50_SECONDS" steps "$STEPS50" ;;
-    training | losses | tests) "$part" ;;
-    *)
-      echo "--parts must be of steps18, training, losses, steps50, tests"
-      false
-      ;;
-    esac
+    part "$name"
     status=$?
     case "$status" in
     0) result=finished ;;
@@ -245,8 +223,8 @@ main() {
     *) result="failed (exit status $status)" ;;
     esac
     ((status == 0)) || failures=$((failures + 1))
-    ROWS+="| $part | $result | $((SECONDS - began)) |"$'\n'
-    echo "=== $part: $result"
+    ROWS+="| $name | $result | $((SECONDS - began)) |"$'\n'
+    echo "=== $name: $result"
     summarize
   done
   echo

@@ -1,9 +1,8 @@
 """Whole training steps in PyTorch, as peers of clop_jax/training/train_step.py.
 
-`authors` is the step as the authors' code makes it, `expert` what somebody who
-knows PyTorch well would write for the same loss. Both come to the same network,
-NT-Xent plus the CLOP term and SGD with momentum. `torch.set_num_threads` is the
-caller's.
+`authors` is the step of the authors' code, `expert` the step that an expert in
+PyTorch would write for the same loss. Both have the same network, NT-Xent plus
+the CLOP term, and SGD with momentum. Callers set the number of threads.
 """
 
 from collections.abc import Callable
@@ -18,23 +17,23 @@ import torch
 from torch import nn
 from torch.utils import data
 
-from tests.benchmarks import pillow_views
-from tests.benchmarks import torch_augment
-from tests.benchmarks import torch_losses
-from tests.benchmarks import torch_networks
+from docs.benchmarks import pillow_views
+from docs.benchmarks import torch_augment
+from docs.benchmarks import torch_losses
+from docs.benchmarks import torch_networks
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 1e-6
 
 
 @dataclasses.dataclass
 class Step:
-  """A call is one training step; it does not wait for a GPU to finish it.
+  """A training step; a call does not wait for a GPU to finish it.
 
   Attributes:
-    network: images to embeddings, what is trained.
-    run: makes the step, to its loss.
-    close: ends the step's processes; it cannot be called afterwards.
-    loss: of the last step, a scalar on the device.
+    network: Network that is trained, images to embeddings.
+    run: Makes the step and returns its loss.
+    close: Ends the step's processes.
+    loss: Loss of the last step, a scalar on the device.
   """
 
   network: nn.Module
@@ -47,13 +46,13 @@ class Step:
 
 
 def synchronize(device):
-  """Waits for all that was started on the device."""
+  """Waits until the device has finished its work."""
   if torch.device(device).type == 'cuda':
     torch.cuda.synchronize(device)
 
 
 class TwoViews(data.Dataset):
-  """Two views of each image and its label, made with Pillow one at a time."""
+  """Two views of each image, made one at a time with Pillow, and its label."""
 
   def __init__(self, images, labels, size):
     self.images, self.labels, self.size = images, labels, size
@@ -79,19 +78,19 @@ class TwoViews(data.Dataset):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What a step is to do.
+  """The work of a step.
 
   Attributes:
-    depth: of the ResNet, see `torch_networks.STAGES`.
+    depth: Depth of the ResNet, see `torch_networks.STAGES`.
     stem: 'cifar' or 'imagenet'.
-    size: of a view, pixels.
-    batch: images of a step, at most as many as there are.
+    size: Side of a view, in pixels.
+    batch: Images of a step.
     device: 'cpu' or 'cuda'.
     images: `[examples, height, width, 3]` uint8, NumPy.
     labels: `[examples]` integers, -1 is unlabelled.
-    num_classes: prototypes, at most `dim`.
-    dim: of the embeddings, and of the head's hidden layer.
-    temperature: of NT-Xent.
+    num_classes: Number of prototypes, at most `dim`.
+    dim: Dimension of the embeddings and of the head's hidden layer.
+    temperature: Temperature of NT-Xent.
   """
 
   depth: int
@@ -117,15 +116,15 @@ class Work:
       )
 
   def network(self):
-    """Images to embeddings, on the device."""
-    # The shapes never change, so cuDNN may try which algorithm is best. It is a
-    # switch of the process: in both forms, or it would depend on their order.
+    """Returns the network on the device."""
+    # The shapes never change, so cuDNN may search the best algorithm. It is a
+    # switch of the process: set in both forms, whatever their order.
     torch.backends.cudnn.benchmark = True
     network = torch_networks.network(self.depth, self.stem, self.dim, self.dim)
     return network.to(self.device)
 
   def prototypes(self):
-    """Gaussian and orthogonalized, like the paper's."""
+    """Returns orthogonalized Gaussian prototypes, as the paper's."""
     c = torch.empty(self.num_classes, self.dim)
     return nn.init.orthogonal_(c).to(self.device)
 
@@ -141,15 +140,15 @@ def optimizer_of(network, **options):
 
 
 def authors(work, *, workers=2):
-  """The step as the authors' code makes it; a `Step`, to be closed.
+  """Returns the step of the authors' code.
 
-  Pillow on the images one by one in worker processes, float32 without autocast
-  or compilation, and the network run three times: on each of the views, and on
-  the first once more for the term.
+  Pillow on single images in worker processes, float32 without compilation, and
+  three passes of the network: one for each view, and another of the first view
+  for the CLOP term.
 
   Args:
-    work: see `Work`.
-    workers: processes; 0 loads in this one.
+    work: Work of the step.
+    workers: Number of worker processes; 0 loads in this process.
   """
   device = torch.device(work.device)
   network, prototypes = work.network(), work.prototypes()
@@ -161,12 +160,12 @@ def authors(work, *, workers=2):
     drop_last=True,
     num_workers=workers,
     pin_memory=device.type == 'cuda',
-    # Not forked, which the threads of JAX in this process would not survive,
-    # and kept from epoch to epoch, so that their start is not in the steps.
+    # Not forked, because JAX's threads would not survive, and kept over epochs,
+    # so that their start is not in the steps.
     multiprocessing_context='forkserver' if workers else None,
     persistent_workers=bool(workers),
   )
-  # In a list, for `close` to let go of: the workers end with their loader.
+  # In a list that `close` empties: the workers end with their loader.
   batches = [endless(loader)]
 
   def run():
@@ -185,17 +184,17 @@ def authors(work, *, workers=2):
 
 
 def expert(work, *, dtype=None, compile=None, mode=None):
-  """The step as an expert would write it; a `Step`.
+  """Returns the step that an expert would write.
 
   The images stay on the device, where both views of a batch are made at once
   and go through the network in one pass, channels_last.
 
   Args:
-    work: see `Work`.
-    dtype: of the network's computation, 'float32' or 'bfloat16' (autocast);
-      None is bfloat16 on CUDA and float32 elsewhere.
-    compile: None compiles where a compiler is at hand.
-    mode: of torch.compile.
+    work: Work of the step.
+    dtype: 'float32' or 'bfloat16' (autocast). If None, bfloat16 on CUDA and
+      float32 elsewhere.
+    compile: If None, compile where a compiler is available.
+    mode: Mode of torch.compile.
   """
   device, batch = torch.device(work.device), work.batch
   if dtype is None:
@@ -250,7 +249,7 @@ def endless(loader):
 
 
 def shuffled(num_examples, batch, device):
-  """Numbers of a batch's examples, each example once in an epoch."""
+  """Yields the examples of each batch, each example once an epoch."""
   while True:
     order = torch.randperm(num_examples, device=device)
     yield from order.split(batch)[: num_examples // batch]

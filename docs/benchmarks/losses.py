@@ -8,40 +8,33 @@ import numpy as np
 import optax
 
 from clop_jax import loss
-from tests.benchmarks import contest
-from tests.benchmarks import machine
+from docs.benchmarks import contest
+from docs.benchmarks import machine
 
 DIM, TEMPERATURE = 128, 0.5
-# Arrays of the whole matrix's size that PyTorch's forms hold at one time, by
-# their code: on a CPU nothing refuses what does not fit, and on a GPU what JAX
-# has once used it keeps.
+# Arrays of the size of the whole matrix that PyTorch's forms hold at a time. On
+# a CPU nothing refuses what does not fit, and JAX keeps the GPU memory it used.
 _TORCH_MATRICES = {'authors': 8, 'expert': 4}
-BATCHES = {
-  'cpu': (256, 1024, 4096, 16384, 65536),
-  'gpu': (256, 1024, 4096, 16384, 65536),
-  'small': (32,),
-}
+BATCHES = (256, 1024, 4096, 16384, 65536)
 
 
 def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
-  """One for each batch."""
-  for batch in BATCHES['small' if small else suite]:
-    key = jax.random.key(batch)
-    embeddings = jax.random.normal(key, (2, batch, DIM))
+  """Yields one contest for each batch size."""
+  for batch in (32,) if small else BATCHES:
+    z = jax.random.normal(jax.random.key(batch), (2, batch, DIM))
+    block_size = loss.choose_block_size(2 * batch)
     contestants = {
-      'ours, as training chooses': functools.partial(_ours, embeddings, 'auto'),
-      'ours, dense': functools.partial(_ours, embeddings, None),
-      'ours, blocks of 512': functools.partial(_ours, embeddings, 512),
-      'ours, blocks of 4,096': functools.partial(_ours, embeddings, 4096),
-      'optax.losses.ntxent': functools.partial(_optax, embeddings),
-      "PyTorch, authors' form": functools.partial(
-        _torch, embeddings, 'authors'
-      ),
-      'PyTorch, expert form': functools.partial(_torch, embeddings, 'expert'),
+      'ours, as training chooses': functools.partial(_ours, z, block_size),
+      'ours, dense': functools.partial(_ours, z, None),
+      'ours, blocks of 512': functools.partial(_ours, z, 512),
+      'ours, blocks of 4,096': functools.partial(_ours, z, 4096),
+      'optax.losses.ntxent': functools.partial(_optax, z),
+      "PyTorch, authors' form": functools.partial(_torch, z, 'authors'),
+      'PyTorch, expert form': functools.partial(_torch, z, 'expert'),
     }
     turns = 7
     if suite == 'cpu' and batch > 10_000:
-      # Seconds a call; and minutes, where no whole matrix fits anyway.
+      # Seconds a call, or minutes where no whole matrix fits anyway.
       turns = 3 if batch < 50_000 else 1
       if turns == 1:
         contestants = dict(list(contestants.items())[:1])
@@ -55,7 +48,7 @@ def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
 
 
 def _agree(results):
-  """Value and gradient of all forms are the same."""
+  """Checks that value and gradient of all forms are the same."""
   first, *others = results.values()
   for value, gradient in others:
     np.testing.assert_allclose(value, first[0], rtol=1e-4)
@@ -68,32 +61,26 @@ def _fitting(program):
   return program
 
 
-def _ours(embeddings, block_size):
-  if block_size == 'auto':
-    rows = embeddings.shape[0] * embeddings.shape[1]
-    block_size = loss.choose_block_size(rows)
-  function = jax.value_and_grad(
-    lambda z: loss.nt_xent_loss(
-      z, temperature=TEMPERATURE, block_size=block_size
-    )
+def _ours(z, block_size):
+  function = functools.partial(
+    loss.nt_xent_loss, temperature=TEMPERATURE, block_size=block_size
   )
-  return _fitting(contest.compiled(function, embeddings))
+  return _fitting(contest.compiled(jax.value_and_grad(function), z))
 
 
-def _optax(embeddings):
-  batch = embeddings.shape[1]
-  labels = np.tile(np.arange(batch), 2)
+def _optax(z):
+  labels = np.tile(np.arange(z.shape[1]), 2)
 
   def function(z):
     rows = z.reshape(-1, DIM)
     return optax.losses.ntxent(rows, labels, temperature=TEMPERATURE)
 
-  return _fitting(contest.compiled(jax.value_and_grad(function), embeddings))
+  return _fitting(contest.compiled(jax.value_and_grad(function), z))
 
 
 def _torch(embeddings, form):
   torch = machine.import_torch()
-  from tests.benchmarks import torch_losses
+  from docs.benchmarks import torch_losses
 
   device = machine.torch_device()
   rows = embeddings.shape[0] * embeddings.shape[1]

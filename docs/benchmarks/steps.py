@@ -13,14 +13,15 @@ import optax
 
 from clop_jax import loss
 from clop_jax import prototypes
+from clop_jax.data import augment
 from clop_jax.data import loader
 from clop_jax.models import heads
 from clop_jax.models import resnet
 from clop_jax.runtime import parallel
 from clop_jax.training import train_state
 from clop_jax.training import train_step
-from tests.benchmarks import contest
-from tests.benchmarks import machine
+from docs.benchmarks import contest
+from docs.benchmarks import machine
 
 NUM_CLASSES, TEMPERATURE, LEARNING_RATE = 100, 0.5, 0.03
 _BACKBONES = {
@@ -37,10 +38,10 @@ class Network:
   """A backbone at an image size.
 
   Attributes:
-    depth: of the ResNet.
-    size: of a view, pixels.
-    stem: see `resnet.ResNet`.
-    dim: of the embeddings.
+    depth: Depth of the ResNet.
+    size: Side of a view, in pixels.
+    stem: Stem of the ResNet, see `resnet.ResNet`.
+    dim: Dimension of the embeddings.
   """
 
   depth: int
@@ -52,7 +53,7 @@ class Network:
     return f'ResNet-{self.depth} at {self.size} px'
 
   def modules(self, dtype, axis_name=None):
-    """Backbone and projection head."""
+    """Returns the backbone and the projection head."""
     backbone = _BACKBONES[self.depth](
       stem=self.stem, dtype=dtype, axis_name=axis_name
     )
@@ -72,7 +73,7 @@ RESNET50_224 = Network(50, 224, 'imagenet')
 NETWORKS = (RESNET18_32, RESNET50_32, RESNET18_64, RESNET50_224)
 SMALL = Network(8, 8)
 
-# Batches of each network. On CPU one that takes some seconds.
+# Batch sizes of each network. A step on a CPU takes some seconds.
 BATCHES = {
   'cpu': ((RESNET18_32, 64), (RESNET50_32, 16), (RESNET18_64, 16)),
   'gpu': (
@@ -88,17 +89,18 @@ BATCHES = {
   'small': ((SMALL, 8),),
 }
 # Steps of one call, so that waiting for the device is not what is timed.
-_STEPS = {'cpu': 1, 'gpu': 10}
+STEPS = {'cpu': 1, 'gpu': 10}
+TURNS = {'cpu': 4, 'gpu': 7}
 
 
-def recipe(size: int) -> dict:
-  """Arguments of `augment.view`: the same recipe, CIFAR's, at every size."""
-  return {'size': size, 'mean': (0.5,) * 3, 'std': (0.25,) * 3}
+def recipe(size: int) -> augment.Recipe:
+  """Returns CIFAR's augmentation at every size."""
+  return augment.Recipe(size=size, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 @functools.cache
 def examples(size: int, small: bool) -> tuple[np.ndarray, np.ndarray]:
-  """Random images, and labels, of which a tenth is known."""
+  """Returns random images and labels, of which a tenth is known."""
   count = 64 if small else _EXAMPLES[size]
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (count, size, size, 3), np.uint8)
@@ -111,9 +113,8 @@ def our_step(
   dtype,
   *,
   axis_name: str | None = parallel.DATA_AXIS,
-  **changes,
 ):
-  """`(create_state, step)`: the library's step, for one device."""
+  """Returns `(create_state, step)`: the library's step for one device."""
   backbone, head = network.modules(dtype, axis_name)
   schedule = optax.constant_schedule(LEARNING_RATE)
   tx = optax.chain(
@@ -144,7 +145,7 @@ def our_step(
       axis_name=axis_name,
     )
 
-  arguments = {
+  parts = {
     'backbone': backbone,
     'projection_head': head,
     'tx': tx,
@@ -153,20 +154,21 @@ def our_step(
     'contrastive': contrastive,
     'clop_weight': 1.0,
     'log_every': 50,
-    'axis_name': axis_name,
   }
   return create_state, functools.partial(
-    train_step.train_step, **arguments | changes
+    train_step.train_step,
+    parts=train_step.Parts(**parts),
+    axis_name=axis_name,
   )
 
 
 def default_dtype():
-  """What training computes in, as `model.dtype='auto'`."""
+  """Returns the type of `model.dtype='auto'` on this platform."""
   return jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16
 
 
 def constant_batch(network: Network, batch: int, small: bool) -> dict:
-  """The first examples, as the step takes them."""
+  """Returns the first examples, as the step takes them."""
   images, labels = examples(network.size, small)
   index = np.arange(batch) % len(images)
   return {
@@ -182,26 +184,22 @@ def ours(
   *,
   small: bool,
   resident: bool = True,
-  dtype=None,
   steps: int = 1,
   scanned: bool = False,
-  **changes,
 ) -> contest.Program:
-  """The library's step as a contestant.
+  """Returns the library's step as a contestant.
 
   Args:
-    network: that is trained.
-    batch: examples of a step.
-    small: few images.
-    resident: batches are gathered from the resident set; else they are one and
-      the same.
-    dtype: default: that of the platform.
-    steps: in one call.
-    scanned: these steps are one dispatch.
-    **changes: to the arguments of `train_step.train_step`.
+    network: Network to train.
+    batch: Number of examples of a step.
+    small: If true, there are few images.
+    resident: If true, batches are gathered from the resident set, else all
+      steps use one constant batch.
+    steps: Number of steps of a call.
+    scanned: If true, the steps of a call are one dispatch.
   """
   mesh = parallel.make_mesh(jax.devices()[:1])
-  create_state, step = our_step(network, dtype or default_dtype(), **changes)
+  create_state, step = our_step(network, default_dtype())
   key = parallel.replicate(mesh, jax.random.key(2))
   count = steps if scanned else 1
   if resident:
@@ -220,8 +218,7 @@ def ours(
 
   def steps_of(state, kept, batches, key):
     def one(state, batch):
-      found = loader.unpack(kept, batch) if resident else kept
-      return step(state, found, key)
+      return step(state, loader.unpack(kept, batch) if resident else kept, key)
 
     if scanned:
       return lax.scan(one, state, batches)
@@ -246,43 +243,20 @@ def ours(
 
 
 def flop_per_image(network: Network) -> float:
-  """Of a step: two views, forward and backward.
+  """Returns the operations of a step: two views, forward and backward.
 
-  Counted are the products of convolutions and dense layers, one forward and two
-  (by the input and by the kernel) backward; nothing that is added, normalized
-  or augmented, and not the losses.
+  Counts the products of convolutions and dense layers, one forward and two (by
+  the input and by the kernel) backward, and nothing else.
   """
   backbone, head = network.modules(jnp.float32)
   image = jax.ShapeDtypeStruct((1, network.size, network.size, 3), jnp.float32)
 
   def forward(key, image):
     features, _ = backbone.init_with_output(key, image, train=True)
-    embeddings, _ = head.init_with_output(key, features, train=True)
-    return embeddings
+    return head.init_with_output(key, features, train=True)[0]
 
   jaxpr = jax.make_jaxpr(forward)(jax.random.key(0), image)
   return 2 * 3 * sum(_flop(e) for e in _equations(jaxpr.jaxpr))
-
-
-def conv_bytes_per_image(network: Network, itemsize: int) -> float:
-  """Of the convolutions' outputs of two views, the least that must be moved.
-
-  Each is written once and read once on the way forward; on the way back it is
-  read once and its gradient written and read once.
-  """
-  backbone, _ = network.modules(jnp.float32)
-  image = jax.ShapeDtypeStruct((1, network.size, network.size, 3), jnp.float32)
-
-  def forward(key, image):
-    return backbone.init_with_output(key, image, train=True)[0]
-
-  jaxpr = jax.make_jaxpr(forward)(jax.random.key(0), image)
-  outputs = sum(
-    e.outvars[0].aval.size
-    for e in _equations(jaxpr.jaxpr)
-    if e.primitive.name == 'conv_general_dilated'
-  )
-  return 2 * 5 * itemsize * outputs
 
 
 def _equations(jaxpr):
@@ -295,75 +269,47 @@ def _equations(jaxpr):
 
 
 def _flop(equation):
-  name = equation.primitive.name
-  if name == 'conv_general_dilated':
+  outputs = 2 * equation.outvars[0].aval.size
+  if equation.primitive.name == 'conv_general_dilated':
     kernel = equation.invars[1].aval.shape
     layout = equation.params['dimension_numbers'].rhs_spec
-    filters = kernel[layout[0]]
-    return 2 * equation.outvars[0].aval.size * np.prod(kernel) / filters
-  if name == 'dot_general':
+    return outputs * np.prod(kernel) / kernel[layout[0]]
+  if equation.primitive.name == 'dot_general':
     (contracted, _), _ = equation.params['dimension_numbers']
     shape = equation.invars[0].aval.shape
-    return (
-      2
-      * equation.outvars[0].aval.size
-      * np.prod([shape[axis] for axis in contracted])
-    )
+    return outputs * np.prod([shape[axis] for axis in contracted])
   return 0
 
 
 def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
-  """Our step against both forms of PyTorch's."""
-  steps = 1 if small else _STEPS[suite]
+  """Yields our step against both forms of PyTorch's."""
+  steps = 2 if small else STEPS[suite]
+  dtype = jnp.dtype(default_dtype()).name
   for network, batch in BATCHES['small' if small else suite]:
+    step = functools.partial(ours, network, batch, small=small, steps=steps)
+    peer = functools.partial(_torch, network, batch, small, steps)
+    contestants = {f'ours, {dtype}': step}
+    if steps > 1:
+      # As training runs on accelerators when the data are resident.
+      contestants[f'ours, {dtype}, {steps} steps in one dispatch'] = (
+        functools.partial(step, scanned=True)
+      )
+    contestants["PyTorch, authors' form"] = functools.partial(peer, 'authors')
+    contestants['PyTorch, expert form'] = functools.partial(peer, 'expert')
     yield contest.Contest(
       'steps',
       f'{network}, batch {batch:,}',
-      {
-        f'ours, {_name(default_dtype())}': functools.partial(
-          ours, network, batch, small=small, steps=steps
-        ),
-        "PyTorch, authors' form": functools.partial(
-          _torch, 'authors', network, batch, small, steps
-        ),
-        'PyTorch, expert form': functools.partial(
-          _torch, 'expert', network, batch, small, steps
-        ),
-      },
+      contestants,
       images=steps * batch,
       flop=steps * batch * flop_per_image(network),
-      dtype=_name(default_dtype()),
-      turns=4 if suite == 'cpu' else 7,
+      dtype=dtype,
+      turns=TURNS[suite],
     )
 
 
-def input_contests(suite: str, small: bool) -> Iterator[contest.Contest]:
-  """A step with its input against the same step on a constant batch."""
-  steps = 1 if small else 3 * _STEPS[suite]
-  for network, batch in BATCHES['small' if small else suite][:1]:
-    yield contest.Contest(
-      'input',
-      f'{network}, batch {batch:,}: order, transfer and gather',
-      {
-        'batches from the resident set': functools.partial(
-          ours, network, batch, small=small, steps=steps
-        ),
-        'a constant batch': functools.partial(
-          ours, network, batch, small=small, steps=steps, resident=False
-        ),
-      },
-      images=steps * batch,
-      turns=4 if suite == 'cpu' else 7,
-    )
-
-
-def _name(dtype):
-  return jnp.dtype(dtype).name
-
-
-def _torch(form, network, batch, small, steps):
+def _torch(network, batch, small, steps, form):
   torch = machine.import_torch()
-  from tests.benchmarks import torch_steps
+  from docs.benchmarks import torch_steps
 
   images, labels = examples(network.size, small)
   make = {'authors': torch_steps.authors, 'expert': torch_steps.expert}[form]

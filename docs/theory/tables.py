@@ -1,8 +1,9 @@
-"""The theory's results, as the Markdown tables of docs/theory.md.
+# ruff: noqa: D103
+"""The Markdown tables and the figure of docs/theory.md.
 
-python -m tests.benchmarks.theory --figure=docs/theory.png
+python -m docs.theory.tables --figure=docs/theory.png
 
-Without --figure only the tables. Everything is seeded; nothing is timed.
+Without --figure only the tables. Everything is seeded and nothing is timed.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 
 from clop_jax import loss
 from clop_jax import theory
+from docs.theory import stationary
 
 TAU = 0.5
 MODELS = 'repulsion', 'symmetric', 'row_softmax', 'tangent', 'infonce'
@@ -88,7 +90,10 @@ def opposite_views():
   rows = [
     [
       f'{tau:g}',
-      *(theory.opposite_views_critical_rate(k, temperature=tau) for k in sizes),
+      *(
+        stationary.opposite_views_critical_rate(k, temperature=tau)
+        for k in sizes
+      ),
     ]
     for tau in (0.1, 0.5, 1.0)
   ]
@@ -191,11 +196,11 @@ def hessians():
     signs = np.where(np.arange(k) % 2, -1 if collinear else 1, 1)
     z = np.broadcast_to(signs[:, None] * line, (2, k, dim))
     for tau in (0.5, 0.1):
-      spectrum = theory.hessian_spectrum(
+      spectrum = stationary.hessian_spectrum(
         functools.partial(loss.nt_xent_loss, temperature=tau),
         jnp.asarray(z, jnp.float32),
       )
-      values = theory.nt_xent_hessian_eigenvalues(
+      values = stationary.nt_xent_hessian_eigenvalues(
         k, temperature=tau, collinear=collinear
       )
       expected = [
@@ -261,11 +266,11 @@ def collapsed_points():
   for name, prototypes, distance in remedies(k, dim):
     c = jnp.asarray(prototypes, jnp.float32)
     potential = functools.partial(
-      theory.common_potential, prototypes=c, distance=distance
+      stationary.common_potential, prototypes=c, distance=distance
     )
     cells = [name]
     for point in (mean, -mean):
-      spectrum = np.asarray(theory.hessian_spectrum(potential, point))
+      spectrum = np.asarray(stationary.hessian_spectrum(potential, point))
       inside, outside = spectrum[-1], spectrum[0]
       if abs(inside) < abs(outside):
         inside, outside = outside, inside
@@ -327,7 +332,7 @@ def collapsed_points():
         f'{weight:g}',
         *(
           '{:.2f}, {:.3f}'.format(
-            *theory.pull_equilibrium(k, weight, correlation=rho)
+            *stationary.pull_equilibrium(k, weight, correlation=rho)
           )
           for rho in (0.0, 0.5, 0.9, 0.99, 0.9999)
         ),

@@ -1,0 +1,1 @@
+"""Guides, examples and benchmarks; not part of the package."""
