@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 import numpy as np
 import optax
 
+from clop_jax import linalg
 from clop_jax.runtime import parallel
 
 # Version of the protocol, written into every result. It changes whenever the
-# same weights could give another figure. 1: the next image took the place of one
-# that cannot be decoded.
+# same weights could give another figure. 1: the next image took the place of
+# one that cannot be decoded.
 PROTOCOL_VERSION = 2
 
 _PRECISION = lax.Precision.HIGHEST
@@ -43,7 +44,7 @@ def applied(
   batch_size: int,
   mesh: Mesh,
 ) -> Iterator[tuple[tuple[jax.Array, jax.Array], np.ndarray]]:
-  """Yields the outputs of `apply`, on the devices, and the labels of each batch.
+  """Yields the outputs of `apply` for each batch, and the labels of the batch.
 
   See `extract` for the arguments. All outputs have `batch_size` rows; those
   after the last label belong to no image.
@@ -283,7 +284,7 @@ def knn(
   """
   _check_finite(bank=bank_features, test=features)
   _check_labels(num_classes, bank=bank_labels, test=labels)
-  bank = _unit(jnp.asarray(bank_features))
+  bank = linalg.normalize(jnp.asarray(bank_features))
   bank_y = jnp.asarray(bank_labels)
   ks = tuple(min(k, len(bank_labels)) for k in neighbours)
   correct = np.zeros(len(ks))
@@ -302,7 +303,7 @@ def knn(
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _nearest(bank, bank_labels, x, ks, num_classes, temperature):
   """Returns the predicted classes `[len(ks), rows]`."""
-  cosines = jnp.matmul(_unit(x), bank.T, precision=_PRECISION)
+  cosines = jnp.matmul(linalg.normalize(x), bank.T, precision=_PRECISION)
   # Without the barrier XLA merges the slices below into the search and sorts
   # everything, over 40 times slower on a CPU at k = 200 of 50,000.
   nearest, index = lax.optimization_barrier(lax.top_k(cosines, max(ks)))
@@ -318,11 +319,6 @@ def _nearest(bank, bank_labels, x, ks, num_classes, temperature):
     return jnp.argmax(totals, axis=-1)
 
   return jnp.stack([predict(k) for k in ks])
-
-
-def _unit(x):
-  norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-  return x / jnp.where(norm == 0, 1.0, norm)
 
 
 def _check_finite(**splits):
