@@ -436,11 +436,11 @@ def define_flags() -> None:
   flags.DEFINE_bool(
     'skip_corrupt', None, 'Leave out images that cannot be decoded.'
   )
-  flags.DEFINE_bool('overwrite', False, 'Replace --out if it is there.')
+  flags.DEFINE_bool('overwrite', False, 'Replace an existing --out.')
 
 
 def main() -> None:
-  """The command."""
+  """Runs the command."""
   values = flags.FLAGS
   if not values.workdir:
     raise ValueError('--workdir must name the folder of a run, got none')

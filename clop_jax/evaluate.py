@@ -19,6 +19,7 @@ import collections
 from collections.abc import Callable
 import dataclasses
 import os
+import re
 import sys
 
 from absl import flags
@@ -238,7 +239,10 @@ def define_flags() -> None:
     "--config.eval.FIELD=VALUE replaces a value of the run's config.",
     lock_config=False,
     accept_new_attributes=True,
+    # Other groups of the config are unknown flags.
+    sys_argv=[x for x in sys.argv if re.match(r'--?(no)?config\.eval\.', x)],
   )
+  flags.FLAGS['config'].default_as_str = "the run's config"
   flags.DEFINE_string('eval', None, 'Replaced by --config.eval.FIELD=VALUE.')
   flags.register_validator(
     'eval', lambda x: x is None, 'use --config.eval.FIELD=VALUE instead'

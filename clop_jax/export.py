@@ -3,9 +3,10 @@
 python -m clop_jax.export --workdir=runs/cifar10 --out=backbone.safetensors
 python -m clop_jax.export --workdir=runs/cifar10 --out=network.stablehlo
 
-The ending says what: the backbone's weights under torchvision's names, or the
-whole function from uint8 images to features and embeddings, weights inside, as
-StableHLO that JAX can call without this library. See docs/export.md.
+The suffix selects the content: the backbone's weights under torchvision's
+names, or the whole function from uint8 images to features and embeddings,
+including the weights, as StableHLO that JAX can call without this library. See
+docs/export.md.
 """
 
 from collections.abc import Sequence
@@ -44,26 +45,26 @@ def export(
   """Writes a checkpoint of a run to a file.
 
   Args:
-    workdir: of the run.
-    out: the file, ending in .safetensors or .stablehlo.
-    which: checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
-    with_head: of .safetensors: the projection head and the prototypes as well.
-    platforms: of .stablehlo: what it is to run on, of `PLATFORMS`. Default: the
-      one that this runs on, where the result can be tried.
-    image_size: of .stablehlo: height and width of the images that are passed,
-      pixels; they are resized in there to the size of the run's views. Default:
-      `data.image_size`, or else the size of the views.
-    overwrite: whether a file that is there may be replaced.
+    workdir: Workdir of the run.
+    out: Path of the file, ending in .safetensors or .stablehlo.
+    which: Checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
+    with_head: True adds the projection head and the prototypes (.safetensors).
+    platforms: Platforms to run on, of `PLATFORMS` (.stablehlo). The default is
+      the platform of this process.
+    image_size: Height and width of the images that will be passed, in pixels
+      (.stablehlo). They are resized to the size of the run's views. The default
+      is `data.image_size`, or else the size of the views.
+    overwrite: True replaces an existing file.
 
   Returns:
-    Lines that tell what was written.
+    Lines that describe the file.
 
   Raises:
-    ValueError: for a wrong argument, a workdir that holds no run or no such
-      checkpoint, or a network that has no place in the format; nothing is
-      written then.
-    checkpoint.DamagedCheckpointError: if the checkpoint cannot be restored.
-    OSError: if the file cannot be written.
+    ValueError: If an argument is wrong, the workdir holds no run or no such
+      checkpoint, or the format has no names for the network. Nothing is written
+      then.
+    checkpoint.DamagedCheckpointError: If the checkpoint cannot be restored.
+    OSError: If the file cannot be written.
   """
   ending = os.path.splitext(out)[1]
   if ending not in ENDINGS:
@@ -72,7 +73,7 @@ def export(
     )
   if files.exists(out) and not overwrite:
     raise ValueError(
-      f'--out={out} is there already; give another name, or --overwrite'
+      f'--out={out} already exists; choose another name or pass --overwrite'
     )
   serves = ending == '.stablehlo'
   folder = os.path.dirname(out) or '.'
@@ -100,7 +101,7 @@ def export(
       'without a cluster'
     )
   files.check_writable(out, f'--out={out}')
-  # What is exported for several devices can be called on as many only.
+  # A function exported for several devices could only be called on as many.
   run = restored.load(workdir, which=which, devices=jax.devices()[:1])
   if serves:
     size = image_size or run.config.data.image_size or run.config.augment.size
@@ -117,19 +118,19 @@ def export(
 def to_weights(
   run, *, with_head: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """The backbone of a run under torchvision's names.
+  """Returns the backbone of a run under torchvision's names.
 
   Args:
-    run: see `restored.Restored`.
-    with_head: the projection head as well, as `projection_head.*`, and the
+    run: Run, see `restored.Restored`.
+    with_head: True adds the projection head, as `projection_head.*`, and the
       `prototypes` `[num_classes, dim]`.
 
   Returns:
-    `(weights, metadata)`: arrays by name; and as texts what it takes to use
-    them: of which network and step they are and how its images are made.
+    `(weights, metadata)`: arrays by name, and as texts what their user needs:
+    the network, the step, and the normalization of the images.
 
   Raises:
-    ValueError: for a network that torchvision has no names for.
+    ValueError: If torchvision has no names for the network.
   """
   config, variables = run.config, jax.device_get(run.variables)
 
@@ -183,17 +184,18 @@ def _pack(weights, metadata):
 def to_stablehlo(
   run, *, image_size: int, platforms: Sequence[str] | None = None
 ) -> bytes:
-  """The network of a run as StableHLO with its weights inside.
+  """Returns the network of a run as StableHLO, including its weights.
 
   Args:
-    run: see `restored.Restored`; on one device.
-    image_size: height and width of the images that are passed.
-    platforms: see `export`.
+    run: Run on one device, see `restored.Restored`.
+    image_size: Height and width of the images that will be passed.
+    platforms: Platforms, see `export`.
 
   Returns:
-    What `jax.export.deserialize` takes: uint8 images `[batch, image_size,
-    image_size, channels]`, of any batch, to `(features [batch, feature_dim],
-    embeddings [batch, dim])`, see `restored.Restored.pure`.
+    The argument of `jax.export.deserialize`: a function from uint8 images
+    `[batch, image_size, image_size, channels]` of any batch size to
+    `(features [batch, feature_dim], embeddings [batch, dim])`, see
+    `restored.Restored.pure`.
   """
   from jax import export as jax_export
 
@@ -273,11 +275,11 @@ def define_flags() -> None:
     '.stablehlo: height and width of the images that will be passed; default: '
     "the run's.",
   )
-  flags.DEFINE_bool('overwrite', False, 'Replace a file that is there.')
+  flags.DEFINE_bool('overwrite', False, 'Replace an existing file.')
 
 
 def main() -> None:
-  """The command."""
+  """Runs the command."""
   values = flags.FLAGS
   if not values.workdir:
     raise ValueError('--workdir must name the folder of a run, got none')

@@ -37,8 +37,6 @@ from clop_jax.runtime import parallel
 PROTOCOL_VERSION = 2
 
 _MOMENTUM = 0.9
-
-
 _KEPT = ('size', 'mean', 'std', 'crop_area', 'crop_aspect', 'interpolation')
 
 

@@ -1,7 +1,7 @@
 """Evaluation of frozen features: linear probe and k nearest neighbours.
 
-Nothing here sees the network's parameters, only features that were taken with
-them; `fingerprint` shows that they did not change meanwhile.
+Nothing here sees the parameters of the network, only its features.
+`fingerprint` shows that the parameters did not change.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,18 +15,19 @@ from jax.sharding import Mesh
 import numpy as np
 import optax
 
+from clop_jax import linalg
 from clop_jax.runtime import parallel
 
-# Version of the protocol that this module and `evaluate` follow; written into
-# every result. It changes whenever equal weights could give another figure.
-# 1: the next image took the place of one that cannot be decoded.
+# Version of the protocol, written into every result. It changes whenever the
+# same weights could give another figure. 1: the next image took the place of
+# one that cannot be decoded.
 PROTOCOL_VERSION = 2
 
 _PRECISION = lax.Precision.HIGHEST
 
 
 def fingerprint(tree) -> str:
-  """SHA-256 over names, shapes, dtypes and bytes of all arrays, as hex."""
+  """Returns the SHA-256 of names, shapes, dtypes and bytes of all arrays."""
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     array = np.asarray(leaf)
@@ -43,16 +44,15 @@ def applied(
   batch_size: int,
   mesh: Mesh,
 ) -> Iterator[tuple[tuple[jax.Array, jax.Array], np.ndarray]]:
-  """What `apply` gives for each batch, on the devices, and its labels.
+  """Yields the outputs of `apply` for each batch, and the labels of the batch.
 
-  Arguments and errors are those of `extract`. All outputs have `batch_size`
-  rows; those after the last label are of no image.
+  See `extract` for the arguments. All outputs have `batch_size` rows; those
+  after the last label belong to no image.
   """
   parallel.check_batch_size(batch_size, mesh)
   for images, labels in batches:
-    # One shape, one compilation: the last batch is filled up. It is a copy, as
-    # what the readers gave may be shared memory, and the devices still read it
-    # when that is given back.
+    # The last batch is padded, so that there is one compilation. The copy is
+    # needed: images may be shared memory that is freed while the devices read.
     images = np.pad(images, [(0, batch_size - len(images))] + [(0, 0)] * 3)
     yield apply(parallel.shard(mesh, images)), labels
 
@@ -64,22 +64,23 @@ def extract(
   batch_size: int,
   mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Features, embeddings and labels of all images, batch by batch.
+  """Returns features, embeddings and labels of all images.
 
   Args:
-    apply: jitted; uint8 images `[batch, ...]` to (features, embeddings), which
+    apply: Jitted function from uint8 images to (features, embeddings), which
       every process has whole.
-    batches: `(images, labels)` of `batch_size` examples or less, images
-      `[batch, height, width, channels]` uint8.
-    batch_size: images at one time, a multiple of the devices.
-    mesh: see `parallel.make_mesh`.
+    batches: Batches `(images, labels)` of at most `batch_size` examples, with
+      images `[batch, height, width, channels]` uint8. The labels can be any
+      numbers, as the positions of the images.
+    batch_size: Images per call of `apply`, a multiple of the devices.
+    mesh: Mesh of the devices, see `parallel.make_mesh`.
 
   Returns:
     `(features [n, feature_dim], embeddings [n, dim], labels [n])` on the host,
     float32 and int32.
 
   Raises:
-    ValueError: if the batch size does not fit the devices.
+    ValueError: If the batch size does not fit the devices.
   """
   columns = ([], [], [])
   for outputs, labels in applied(
@@ -104,37 +105,36 @@ def linear_probe(
   hold_out: bool = True,
   seed: int = 0,
 ) -> dict[str, float | None]:
-  r"""Multinomial logistic regression on frozen features, by L-BFGS.
+  r"""Measures frozen features by multinomial logistic regression, by L-BFGS.
 
   .. math:: \min_{W, b}
     \frac{1}{n} \sum_i -\log \mathrm{softmax}(W x_i + b)_{y_i} +
     \frac{\alpha}{2} \|W\|_F^2
 
-  `x` is standardized with the training features' mean and deviation. `alpha` is
-  the strength with the best top-1 on a held-out, stratified tenth of the
-  training features (the larger one on a tie); the probe is then fitted on all
-  of them.
+  `x` is standardized by the mean and the deviation of the training features.
+  `alpha` is the strength with the best top-1 on a held-out, stratified tenth of
+  them (the larger one on a tie). The probe is then fitted on all of them.
 
   Args:
-    train_features: `[n, feature_dim]`.
-    train_labels: `[n]` in `[0, num_classes)`.
-    test_features: `[m, feature_dim]`.
-    test_labels: `[m]`.
-    num_classes: number of classes.
-    l2_strengths: candidates for `alpha`.
-    max_iterations: of L-BFGS.
-    hold_out: False takes the largest strength unexamined, for too few examples
-      to hold some out.
-    seed: of the held-out tenth.
+    train_features: Features `[n, feature_dim]`.
+    train_labels: Labels `[n]` in `[0, num_classes)`.
+    test_features: Features `[m, feature_dim]`.
+    test_labels: Labels `[m]`.
+    num_classes: Number of classes.
+    l2_strengths: Candidates for `alpha`.
+    max_iterations: Largest number of L-BFGS iterations.
+    hold_out: False takes the largest strength, for too few examples to hold any
+      out.
+    seed: Seed of the held-out tenth.
 
   Returns:
-    `top1`, `top5` (in [0, 1], on the test features), `l2` and `held_out_top1`
+    `top1` and `top5` in [0, 1] on the test features, `l2`, and `held_out_top1`
     (None without `hold_out`).
 
   Raises:
-    ValueError: if a label is out of range, or no strength can be chosen (no
-      candidate, or no class of two examples).
-    FloatingPointError: if the features are not finite.
+    ValueError: If a label is out of range, or no strength can be chosen because
+      there is no candidate or no class of two examples.
+    FloatingPointError: If the features are not finite.
   """
   if not l2_strengths:
     raise ValueError('l2_strengths must hold at least one strength, got none')
@@ -142,7 +142,7 @@ def linear_probe(
   _check_labels(num_classes, train=train_labels, test=test_labels)
   mean = train_features.mean(axis=0)
   deviation = train_features.std(axis=0)
-  # A dead feature stays 0 and is not blown up by its rounding errors.
+  # A dead feature stays 0 instead of amplifying its rounding errors.
   scale = np.where(deviation > 1e-6, 1 / np.maximum(deviation, 1e-6), 0.0)
   train_x = jnp.asarray((train_features - mean) * scale, jnp.float32)
   test_x = jnp.asarray((test_features - mean) * scale, jnp.float32)
@@ -175,7 +175,7 @@ def linear_probe(
 
 @functools.partial(jax.jit, static_argnames=('num_classes', 'steps'))
 def _fit(x, y, weights, strength, *, num_classes, steps):
-  """Minimizes the weighted objective; the weights select the examples."""
+  """Returns the minimum of the objective; weights 0 and 1 select examples."""
   optimizer = optax.lbfgs()
 
   def objective(params):
@@ -220,15 +220,14 @@ def _top_k(params, x, y, ks):
 def top_k(
   logits: jax.Array, labels: jax.Array, ks: Sequence[int]
 ) -> list[float]:
-  """Shares of examples whose label is among the `k` best, for each `k`.
+  """Returns the share of examples with their label among the `k` best.
 
-  Ties and NaN count against: a classifier that says the same of all classes, or
-  nothing, is not right.
+  Ties and NaN count as wrong.
 
   Args:
-    logits: `[n, num_classes]`.
-    labels: `[n]` in `[0, num_classes)`.
-    ks: values of `k`.
+    logits: Logits `[n, num_classes]`.
+    labels: Labels `[n]` in `[0, num_classes)`.
+    ks: Values of `k`, each of which has a share.
   """
   own = jnp.take_along_axis(logits, labels[:, None], axis=1)
   others = jnp.sum(~(logits < own), axis=1) - 1
@@ -236,7 +235,7 @@ def top_k(
 
 
 def stratified_tenth(labels: np.ndarray, seed: int) -> np.ndarray:
-  """`[n]` bool: a tenth of each class, at least one, but never all of it."""
+  """Returns a mask `[n]` of a tenth of each class: at least one, never all."""
   rng = np.random.default_rng(seed)
   chosen = np.zeros(labels.size, bool)
   for label in np.unique(labels):
@@ -257,27 +256,27 @@ def knn(
   temperature: float = 0.1,
   chunk_size: int = 1024,
 ) -> dict[int, float]:
-  r"""Weighted nearest-neighbour accuracy by cosine similarity.
+  r"""Measures features by weighted nearest neighbours and cosine similarity.
 
   .. math:: \hat y = \arg\max_c \sum_{j \in N_k(x)}
     \exp(\cos(x, x_j) / T)\, [y_j = c]
 
   Args:
-    bank_features: `[n, feature_dim]`.
-    bank_labels: `[n]` in `[0, num_classes)`.
-    features: `[m, feature_dim]` to classify.
-    labels: `[m]`.
-    num_classes: number of classes.
-    neighbours: values of `k`; one beyond the bank is cut to its size.
-    temperature: `T`.
-    chunk_size: rows of `features` at one time: no `n x m` matrix exists.
+    bank_features: Features `[n, feature_dim]` of the neighbours.
+    bank_labels: Labels `[n]` in `[0, num_classes)`.
+    features: Features `[m, feature_dim]` to classify.
+    labels: Labels `[m]`.
+    num_classes: Number of classes.
+    neighbours: Values of `k`, each at most `n` in effect.
+    temperature: Temperature `T`.
+    chunk_size: Rows of `features` at one time, to avoid an `n x m` matrix.
 
   Returns:
     Top-1 accuracy in [0, 1] for each `k`.
 
   Raises:
-    ValueError: if a label is out of range.
-    FloatingPointError: if the features are not finite.
+    ValueError: If a label is out of range.
+    FloatingPointError: If the features are not finite.
 
   Reference:
     Wu et al., "Unsupervised feature learning via non-parametric instance
@@ -285,7 +284,7 @@ def knn(
   """
   _check_finite(bank=bank_features, test=features)
   _check_labels(num_classes, bank=bank_labels, test=labels)
-  bank = _unit(jnp.asarray(bank_features))
+  bank = linalg.normalize(jnp.asarray(bank_features))
   bank_y = jnp.asarray(bank_labels)
   ks = tuple(min(k, len(bank_labels)) for k in neighbours)
   correct = np.zeros(len(ks))
@@ -303,19 +302,18 @@ def knn(
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _nearest(bank, bank_labels, x, ks, num_classes, temperature):
-  """Predicted classes `[len(ks), rows]`."""
-  cosines = jnp.matmul(_unit(x), bank.T, precision=_PRECISION)
-  # The barrier keeps the slices below apart from those of the search: merged
-  # with them it is no top_k to XLA any more but a sort of all, over 40 times
-  # slower on a CPU at k = 200 of 50,000.
+  """Returns the predicted classes `[len(ks), rows]`."""
+  cosines = jnp.matmul(linalg.normalize(x), bank.T, precision=_PRECISION)
+  # Without the barrier XLA merges the slices below into the search and sorts
+  # everything, over 40 times slower on a CPU at k = 200 of 50,000.
   nearest, index = lax.optimization_barrier(lax.top_k(cosines, max(ks)))
-  # Relative to the nearest one: exp(1 / T) need not fit a float.
+  # Relative to the nearest one, as exp(1 / T) may overflow.
   votes = jnp.exp((nearest - nearest[:, :1]) / temperature)
   voters = jnp.arange(len(votes), dtype=index.dtype)[:, None]
   classes = bank_labels[index]
 
   def predict(k):
-    # Summed where they belong: one-hot votes would take `k` times the memory.
+    # One-hot votes would take `k` times the memory.
     totals = jnp.zeros((len(votes), num_classes), votes.dtype)
     totals = totals.at[voters, classes[:, :k]].add(votes[:, :k])
     return jnp.argmax(totals, axis=-1)
@@ -323,15 +321,10 @@ def _nearest(bank, bank_labels, x, ks, num_classes, temperature):
   return jnp.stack([predict(k) for k in ks])
 
 
-def _unit(x):
-  norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-  return x / jnp.where(norm == 0, 1.0, norm)
-
-
 def _check_finite(**splits):
   for name, x in splits.items():
     if not np.isfinite(x).all():
-      # The training diverged: nothing that the caller passed was wrong.
+      # Not a ValueError: the training diverged.
       raise FloatingPointError(
         f'{name}_features must be finite, got NaN or infinity'
       )

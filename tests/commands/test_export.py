@@ -320,7 +320,7 @@ def test_a_file_that_is_there_is_replaced_only_if_asked(run, tmp_path):
   out = tmp_path / 'w.safetensors'
   export.export(run, str(out), which='3')
   before = out.read_bytes()
-  with pytest.raises(ValueError, match=r'is there already; .*--overwrite'):
+  with pytest.raises(ValueError, match=r'already exists; .*--overwrite'):
     export.export(run, str(out))
   assert out.read_bytes() == before
   export.export(run, str(out), overwrite=True)
