@@ -229,7 +229,7 @@ def test_commands_have_flags_and_fields_that_exist(name, complaints):
 
 def test_a_wrong_flag_or_field_would_be_seen(complaints):
   flag, field, grid, right = (complaints.get(str(x)) for x in PROBES)
-  assert 'wrokdir' in flag and "'los'" in field and "'los'" in grid
+  assert 'wrokdir' in flag and 'config.los.x' in field and "'los'" in grid
   assert not right
 
 
