@@ -36,6 +36,7 @@ from clop_jax.evaluation import probe
 from clop_jax.experiment import inputs
 from clop_jax.experiment import restored
 from clop_jax.experiment import workdir as workdir_lib
+from clop_jax.runtime import extras
 from clop_jax.runtime import files
 from clop_jax.runtime import parallel
 from clop_jax.runtime import remote
@@ -292,6 +293,8 @@ def _check_out(out, overwrite):
     endings = ' or *'.join(_ENDINGS)
     raise ValueError(f'--out must be a file *{endings}, got {out or "none"}')
   remote.check_local('--out', out)
+  if out.endswith('.parquet'):
+    extras.check(f'--out={out}', 'export', 'pyarrow')
   parent = os.path.dirname(os.path.abspath(out))
   if not os.path.isdir(parent):
     raise ValueError(f'--out={out}: there is no folder {parent}')

@@ -26,6 +26,7 @@ from clop_jax.data import images as images_lib
 from clop_jax.experiment import restored
 from clop_jax.experiment import workdir as workdir_lib
 from clop_jax.models import torchvision
+from clop_jax.runtime import extras
 from clop_jax.runtime import files
 
 ENDINGS = ('.safetensors', '.stablehlo')
@@ -76,6 +77,9 @@ def export(
       f'--out={out} already exists; choose another name or pass --overwrite'
     )
   serves = ending == '.stablehlo'
+  # jax.export needs flatbuffers.
+  module = 'flatbuffers' if serves else 'safetensors'
+  extras.check(f'--out={out}', 'export', module)
   folder = os.path.dirname(out) or '.'
   if '://' not in out and not os.path.isdir(folder):
     raise ValueError(f'--out={out}: there is no folder {folder}; make it first')

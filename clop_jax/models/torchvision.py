@@ -203,9 +203,13 @@ def read(path: str) -> tuple[dict[str, np.ndarray], str]:
 
 
 def _safetensors(data):
-  import safetensors
-  import safetensors.numpy
-
+  try:
+    import safetensors
+    import safetensors.numpy
+  except ImportError as error:
+    raise ValueError(
+      "reading it needs safetensors: pip install 'clop-jax[export]'"
+    ) from error
   try:
     return safetensors.numpy.load(data)
   except safetensors.SafetensorError as error:

@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 import clop_jax
+from clop_jax.data import sources
 from tests import small
 
 COMMANDS = sorted(
@@ -105,6 +106,8 @@ def test_every_command_tells_what_it_is_for(installed, alone):
 def test_the_core_trains_and_extras_do_the_rest(
   installed, wheel, alone, digits_dir
 ):
+  # Preparing the set needs scikit-learn; reading it does not.
+  sources.load('digits', 'train', digits_dir)
   code = 'import clop_jax; print(clop_jax.__file__)'
   files = run(installed, '-c', code, **alone)
   assert pathlib.Path(files.strip()).is_relative_to(installed.parents[1])
