@@ -59,10 +59,11 @@ def _obey(reader):
     if os.read(reader, 1)[0] != signal.SIGTERM:
       continue
     if _notice is None:
-      _end()
-    if _notice is noticed:  # the second one
+      _end()  # returns only if the handler is ending the process already
+    elif _notice is noticed:  # the second one
       os._exit(EXIT_CODE)
-    noticed = _notice
+    else:
+      noticed = _notice
 
 
 def _end():
