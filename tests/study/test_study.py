@@ -97,9 +97,9 @@ def test_a_wrong_cell_is_found_before_any_starts(digits_dir, changes, message):
 def test_cells_that_differ_in_numbers_are_traced_once(digits_dir, monkeypatch):
   traced, check_step = [], cell._check_step
 
-  def recorded(config, source, labels):
+  def recorded(config, source):
     traced.append(config.seed)
-    return check_step(config, source, labels)
+    return check_step(config, source)
 
   monkeypatch.setattr(cell, '_check_step', recorded)
   cells = {str(seed): digits(digits_dir, seed=seed) for seed in range(3)}
