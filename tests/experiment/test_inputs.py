@@ -14,6 +14,7 @@ from clop_jax.data import arrays
 from clop_jax.data import loader
 from clop_jax.data import sources
 from clop_jax.experiment import inputs
+from clop_jax.experiment import setup
 from clop_jax.runtime import parallel
 from tests import small
 
@@ -44,10 +45,10 @@ def test_loaders_and_dispatches_train_alike(digits_dir, tmp_path):
 
 
 def test_chunks_end_where_something_is_due():
-  chunks = train.split_steps(3, 14, 4, (5, 6))
+  chunks = setup.split_steps(3, 14, 4, (5, 6))
   ends = [(steps.start, steps.stop) for steps in chunks]
   assert ends == [(3, 5), (5, 6), (6, 10), (10, 12), (12, 14)]
-  assert train.split_steps(4, 4, 2, (3,)) == []
+  assert setup.split_steps(4, 4, 2, (3,)) == []
 
 
 def test_the_loader_is_chosen_by_size(digits_dir):
@@ -112,7 +113,7 @@ def test_fifty_thousand_glyphs_train_from_the_npz(tmp_path, monkeypatch):
     steps_per_epoch.append(steps)
     return 4
 
-  monkeypatch.setattr(train, 'count_steps', few)
+  monkeypatch.setattr(setup, 'count_steps', few)
   log = train_on(config, tmp_path / 'glyphs')
   assert steps_per_epoch == [50_000 // 256]
   assert [entry['step'] for entry in log] == [1, 2, 3, 4]
