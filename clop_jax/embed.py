@@ -352,9 +352,10 @@ def _npz(path, step, capacity):
 def _reserved(path, dtype, shape):
   """Returns an array in a file, whose space on the disk is reserved."""
   array = np.lib.format.open_memmap(path, 'w+', dtype, shape)
-  with open(path, 'r+b') as file:
-    # Writing to a mapped file would kill the process on a full disk.
-    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+  if hasattr(os, 'posix_fallocate'):  # not on macOS
+    with open(path, 'r+b') as file:
+      # Writing to a mapped file would kill the process on a full disk.
+      os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
   return array
 
 

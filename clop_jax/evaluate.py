@@ -124,7 +124,7 @@ class _Job:
 
 def _draw(path, names, results):
   arrays = [result.arrays for result in results]
-  figures.embedding_figure(
+  drawn = figures.embedding_figure(
     path,
     names,
     [a['embeddings'] for a in arrays],
@@ -132,7 +132,8 @@ def _draw(path, names, results):
     [a['spectrum'] for a in arrays],
     [result.complete['effective_rank'] for result in results],
   )
-  print(f'figure: {path}')
+  if drawn:
+    print(f'figure: {path}')
 
 
 def _name(path):

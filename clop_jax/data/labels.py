@@ -17,7 +17,7 @@ _NOISE_KINDS = ('symmetric', 'asymmetric')
 # Each policy draws from its own stream, [seed, class, purpose]. With a shared
 # one, the second policy's choice would follow from the first one's.
 # `keep_fraction` has [seed, class]. The purpose stands last and is never 0, as
-# NumPy seeds [1, 2, 0] and [1, 2] alike.
+# NumPy draws the same numbers for the seeds [1, 2] and [1, 2, 0].
 _NOISE, _COUNT, _CLASS_FRACTIONS, _LONG_TAIL = [1], [2], [3], [4]
 
 

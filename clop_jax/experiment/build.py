@@ -367,10 +367,9 @@ def _create_state(
 
 
 def numbers_of(config: ml_collections.ConfigDict) -> dict[str, float]:
-  """The numbers of a config that a compiled step can take as arguments.
+  """Returns the numbers of a config that the compiled step takes as arguments.
 
-  Runs that differ in these (and in the seed) alone are one program: it is
-  compiled once, and can be mapped over them.
+  Runs that differ only in these and in the seed share one compiled program.
   """
   return {
     'learning_rate': optimizer.scaled_learning_rate(

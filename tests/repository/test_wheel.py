@@ -139,7 +139,8 @@ def test_the_core_trains_and_extras_do_the_rest(
     assert result.returncode == 1, command
     (line,) = result.stderr.splitlines()
     assert f'clop-jax[{extra}]' in line
-  run(installed, *evaluate, **alone)
+  printed = run(installed, *evaluate, **alone)
+  assert '| digits' in printed and 'figure' not in printed
   assert (workdir / 'eval.json').exists()
   run(installed, *embed, **alone)
   with np.load(alone['cwd'] / 'embeddings.npz') as file:
