@@ -130,7 +130,6 @@ def test_the_core_trains_and_extras_do_the_rest(
     (export, 'export'),
     (study, 'report'),
     ([*evaluate, '--figure=f.png'], 'report'),
-    ([*embed, '--out=e.parquet'], 'export'),
     ([*train, '--wandb=offline'], 'wandb'),
   ):
     result = subprocess.run(
