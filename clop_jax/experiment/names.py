@@ -1,0 +1,49 @@
+"""Names in a config: one of ours, or `package.module:attribute`."""
+
+from collections.abc import Mapping
+import importlib
+from typing import Any
+
+
+def resolve(field: str, name: str, ours: Mapping[str, Any]) -> Any:
+  """Returns the object that a config field names.
+
+  Args:
+    field: Name of the field, for errors.
+    name: A key of `ours`, or `package.module:attribute` of anything that
+      Python can import.
+    ours: Objects of this package by name.
+
+  Returns:
+    The object, always callable.
+
+  Raises:
+    ValueError: If the name is unknown, or cannot be imported or called.
+  """
+  if name in ours:
+    return ours[name]
+  where = f'config.{field}={name!r}'
+  module_name, colon, attribute = name.partition(':')
+  if not colon:
+    raise ValueError(
+      f"config.{field} must be one of {[*ours]} or 'package.module:attribute', "
+      f'got {name!r}'
+    )
+  try:
+    value = importlib.import_module(module_name)
+  except Exception as error:
+    missing = isinstance(error, ModuleNotFoundError)
+    advice = '; run in its folder, or add that to PYTHONPATH' if missing else ''
+    raise ValueError(
+      f'{where}: cannot import {module_name} ({type(error).__name__}: {error})'
+      f'{advice}'
+    ) from error
+  for part in attribute.split('.'):
+    if not hasattr(value, part):
+      raise ValueError(f'{where}: {module_name} has no attribute {attribute!r}')
+    value = getattr(value, part)
+  if not callable(value):
+    raise ValueError(
+      f'{where} must be callable, got {type(value).__name__}'
+    )
+  return value
