@@ -5,8 +5,8 @@ import os
 import jax
 import pytest
 
+from clop_jax import export
 from clop_jax.runtime import compilation_cache
-from tests import forked
 from tests import small
 
 
@@ -59,16 +59,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path, config, capsys):
   assert 'JAX_COMPILATION_CACHE_DIR' in capsys.readouterr().err
 
 
-def test_a_command_caches_its_programs(tmp_path):
-  environment = small.environment() | {'XDG_CACHE_HOME': str(tmp_path)}
-  del environment['JAX_COMPILATION_CACHE_DIR']
-  process = forked.Process(
-    [
-      *('-m', 'clop_jax.preview', '--config=configs/synthetic.py'),
-      f'--out={tmp_path / "preview.png"}',
-    ],
-    environment=environment,
-  )
-  _, errors = process.communicate()
-  assert process.returncode == 0, errors
-  assert os.listdir(tmp_path / 'clop_jax/compiled')
+def test_commands_enable_the_cache(tmp_path, config):
+  small.refused(export, f'--workdir={tmp_path}/none', f'--out={tmp_path}/x')
+  folder = config.jax_compilation_cache_dir
+  assert folder == str(tmp_path / '.cache/clop_jax/compiled')
