@@ -84,7 +84,7 @@ class _Job:
     try:
       part.write(self.folder, newest=newest)
       if part.complete is not None and newest:
-        name = files.as_text(os.path.basename(self.request.workdir))
+        name = self.name.rpartition('/')[2]
         _draw(os.path.join(self.folder, _FIGURE), [name], [part])
     except OSError as error:
       # Not raised, so that the table still has the results.
@@ -130,9 +130,13 @@ def _workdirs(paths):
     for workdir in trained:
       place = workdir if '://' in workdir else os.path.abspath(workdir)
       workdirs.setdefault(place.rstrip('/'), workdir)
-  # The parts of the paths that the runs do not share.
+  # A name is what a path does not share with the others.
   parts = [place.split('/') for place in workdirs]
-  shared = len(os.path.commonprefix([x[:-1] for x in parts]))
+  shared = 0
+  while len({tuple(x[: shared + 1]) for x in parts}) == 1 and all(
+    len(x) > shared + 1 for x in parts
+  ):
+    shared += 1
   names = [files.as_text('/'.join(x[shared:])) for x in parts]
   return dict(zip(names, workdirs.values(), strict=True))
 

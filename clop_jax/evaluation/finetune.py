@@ -164,6 +164,7 @@ class Trainer:
     mesh: Mesh,
     seed: int,
   ):
+    """Compiles nothing yet; the seed is that of the augmentation."""
     shape = (1, recipe.size, recipe.size, channels)
     features = jax.eval_shape(
       functools.partial(backbone.apply, train=False),
@@ -251,6 +252,15 @@ class FineTuning:
     readers: Mapping[str, reader_lib.Reader],
     mesh: Mesh,
   ):
+    """Loads the training split if it fits the devices.
+
+    Args:
+      config: Config with a known `data.num_classes`.
+      backbone: Module from images to features.
+      variables: Variables of the backbone, which do not change.
+      readers: Readers of 'train' and 'test', see `protocol.readers`.
+      mesh: Mesh of the devices.
+    """
     fields = config.eval
     try:
       parallel.check_batch_size(fields.finetune_batch_size, mesh)
