@@ -130,15 +130,12 @@ def _workdirs(paths):
     for workdir in trained:
       place = workdir if '://' in workdir else os.path.abspath(workdir)
       workdirs.setdefault(place.rstrip('/'), workdir)
-  # A name is what a path does not share with the others.
-  parts = [place.split('/') for place in workdirs]
-  shared = 0
-  while len({tuple(x[: shared + 1]) for x in parts}) == 1 and all(
-    len(x) > shared + 1 for x in parts
-  ):
-    shared += 1
-  names = [files.as_text('/'.join(x[shared:])) for x in parts]
-  return dict(zip(names, workdirs.values(), strict=True))
+  try:
+    shared = os.path.commonpath(map(os.path.dirname, workdirs))
+    names = [os.path.relpath(place, shared) for place in workdirs]
+  except ValueError:  # remote and local paths
+    names = list(workdirs)
+  return dict(zip(map(files.as_text, names), workdirs.values(), strict=True))
 
 
 def _is_trained(workdir):
