@@ -7,7 +7,7 @@ by SGD with momentum and a cosine learning rate. Batch normalization is in
 training mode. The backbone starts from a checkpoint, the head from zeros.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 from typing import Any
@@ -241,6 +241,15 @@ class Trainer:
     return functools.partial(self._apply, state)
 
 
+def choose(
+  learning_rates: Sequence[float], accuracy_at: Callable[[float], float]
+) -> tuple[float, float]:
+  """Returns the best learning rate, the lowest on a tie, and its accuracy."""
+  accuracies = {rate: accuracy_at(rate) for rate in sorted(learning_rates)}
+  best = max(accuracies, key=accuracies.__getitem__)
+  return best, accuracies[best]
+
+
 class FineTuning:
   """Fine-tuning by the protocol; all fractions share one `Trainer`."""
 
@@ -305,14 +314,24 @@ class FineTuning:
     Raises:
       FloatingPointError: If the fit diverged.
     """
-    config = self._config
-    rate, held_out_top1 = self._choose(chosen)
+    config, train = self._config, self._readers['train']
+    rates = sorted(config.eval.finetune_learning_rates)
+    held_out = probe.stratified_tenth(train.labels[chosen], config.seed)
+
+    def accuracy_at(rate):
+      state, loss = self._fit(chosen[~held_out], rate)
+      if not np.isfinite(loss):
+        return -1.0
+      return self._accuracy(state, train.subset(chosen[held_out]), (1,))[0]
+
+    rate, held_out_top1 = rates[(len(rates) - 1) // 2], None
+    if len(rates) > 1 and held_out.any():
+      rate, held_out_top1 = choose(rates, accuracy_at)
     state, loss = self._fit(chosen, rate)
     if not np.isfinite(loss):
       raise FloatingPointError(
         f'fine-tuning diverged (loss {loss}) at learning rate {rate}, the best '
-        'of config.eval.finetune_learning_rates='
-        f'{tuple(config.eval.finetune_learning_rates)}; try lower ones'
+        f'of config.eval.finetune_learning_rates={rates}; try lower ones'
       )
     ks = (1, min(5, config.data.num_classes))
     top1, top5 = self._accuracy(state, self._readers['test'], ks)
@@ -324,24 +343,6 @@ class FineTuning:
       'finetune_steps': int(state['step']),
       'finetune_protocol_version': PROTOCOL_VERSION,
     }
-
-  def _choose(self, chosen):
-    """Returns the learning rate and its held-out accuracy or None."""
-    rates = sorted(self._config.eval.finetune_learning_rates)
-    train = self._readers['train']
-    held_out = probe.stratified_tenth(train.labels[chosen], self._config.seed)
-    if len(rates) == 1 or not held_out.any():
-      return rates[(len(rates) - 1) // 2], None
-    accuracies = {}
-    for rate in rates:
-      state, loss = self._fit(chosen[~held_out], rate)
-      accuracies[rate] = -1.0
-      if np.isfinite(loss):
-        (accuracies[rate],) = self._accuracy(
-          state, train.subset(chosen[held_out]), (1,)
-        )
-    best = max(accuracies, key=accuracies.__getitem__)
-    return best, accuracies[best]
 
   def _fit(self, chosen, rate):
     fields, size = self._config.eval, self._config.eval.finetune_batch_size
