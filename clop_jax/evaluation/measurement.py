@@ -242,9 +242,7 @@ class _Subject:
     self._run = restored.load(
       workdir, which=request.which, devices=request.devices
     )
-    self._fingerprint = probe.fingerprint(
-      (self._run.variables['params'], self._run.variables['batch_stats'])
-    )
+    self._fingerprint = self._hash()
     self._read(request.modes)
     # Rows of the features, without images that cannot be decoded.
     self._rows = {
@@ -261,6 +259,10 @@ class _Subject:
         self._readers,
         self._mesh,
       )
+
+  def _hash(self):
+    variables = self._run.variables
+    return probe.fingerprint((variables['params'], variables['batch_stats']))
 
   def _read(self, modes):
     """Extracts features if a mode needs them, else only decodes the images."""
@@ -314,6 +316,8 @@ class _Subject:
         )
     except FloatingPointError as error:
       raise FloatingPointError(f'{error} at step {self._run.step}') from error
+    if self._hash() != self._fingerprint:
+      raise RuntimeError('the parameters changed during the evaluation')
     return {
       'mode': mode,
       **accuracies,
