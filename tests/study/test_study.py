@@ -254,7 +254,7 @@ def test_another_config_or_a_used_folder_is_refused(tmp_path, monkeypatch):
   changed.train.num_epochs = 3
   with pytest.raises(ValueError, match='num_epochs is 20 there and 3 here'):
     run.study(str(tmp_path), changed, GRID)
-  with pytest.raises(ValueError, match='local folder.* gs://b/x'):
+  with pytest.raises(ValueError, match=r'local folder.* gs://b/x'):
     run.study('gs://b/x', changed, GRID)
   with pytest.raises(ValueError, match='--config must name'):
     run.study(str(tmp_path / 'new'), None, GRID)
