@@ -188,6 +188,7 @@ def test_a_probe_prevented_by_preemption_is_made_up_for(
   config = small.digits_config(
     digits_dir,
     train__steps_per_dispatch=4,
+    train__log_every_steps=10,
     train__checkpoint_every_epochs=2,
     watch__probe_every_epochs=1,  # of 5 steps; dispatches end at 4, 8 and 10
   )
