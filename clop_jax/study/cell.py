@@ -111,18 +111,21 @@ def run(values: dict, workdir: str, **record) -> None:
   config = ml_collections.ConfigDict(values).lock()
   outcome: dict[str, Any] = {'status': 'done', 'error': None}
   times = [time.monotonic()]
-  with _printing_to(os.path.join(workdir, LOG)):
-    try:
-      train.train(config, workdir, watched=False)
-      times.append(time.monotonic())
-      evaluate.evaluate(evaluate.Request(workdir)).write(workdir)
-    except preemption.PreemptionError:
-      raise
-    except Exception as error:
-      traceback.print_exc()
-      diverged = isinstance(error, FloatingPointError)
-      outcome['status'] = 'diverged' if diverged else 'failed'
-      outcome['error'] = _cause(error)
+  try:
+    with _printing_to(os.path.join(workdir, LOG)):
+      try:
+        train.train(config, workdir, watched=False)
+        times.append(time.monotonic())
+        evaluate.evaluate(evaluate.Request(workdir)).write(workdir)
+      except Exception:
+        traceback.print_exc()
+        raise
+  except preemption.PreemptionError:
+    raise
+  except Exception as error:
+    diverged = isinstance(error, FloatingPointError)
+    outcome['status'] = 'diverged' if diverged else 'failed'
+    outcome['error'] = _cause(error)
   times.append(time.monotonic())
   outcome['train_seconds'] = round(times[1] - times[0], 2)
   done = outcome['status'] == 'done'

