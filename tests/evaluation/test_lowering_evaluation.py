@@ -11,7 +11,6 @@ from clop_jax.experiment import inputs
 from clop_jax.experiment import restored
 from clop_jax.runtime import parallel
 from clop_jax.tracking import contact_sheet
-from clop_jax.tracking import pictures
 from tests import lowering
 from tests import small
 from tests.commands import test_export
@@ -128,10 +127,6 @@ def test_fine_tuning_lowers(changes):
   }
   lowering.check(trainer._step, state, shared, data.structure(1))
   lowering.check(trainer._apply, state, images_of(config))
-
-
-def test_pictures_of_embeddings_lower():
-  lowering.check(pictures._measures, floats(256, 128))
 
 
 @pytest.mark.parametrize('path', test_configs.PATHS, ids=lambda path: path.stem)
