@@ -1,6 +1,7 @@
 """Pictures of a running training: its embeddings and its views."""
 
 from collections.abc import Callable, Sequence
+from concurrent import futures
 import functools
 import os
 import tempfile
@@ -46,6 +47,9 @@ class Pictures:
       ),
       host_crops=setup.config.data.host_crops,
     )
+    # The training does not wait for matplotlib.
+    self._thread = futures.ThreadPoolExecutor(1)
+    self._drawings: list[tuple[int, futures.Future]] = []
 
   def draw(self, step: int, variables: Any, sinks: Sequence) -> bool:
     """Draws pictures after a step; every process must call it.
@@ -68,14 +72,16 @@ class Pictures:
     if not parallel.is_main():
       return finite
     index = self._setup.data.indices(step - 1)[:_SHOWN]
-    pictures = {'pictures/views': self._sheets.draw(step - 1, index)}
+    views = self._sheets.draw(step - 1, index)
+    self.deliver(sinks)
     if finite:
       unit = np.asarray(collapse.normalize(jnp.asarray(embeddings)))
       spectrum = np.linalg.svd(unit, compute_uv=False)
       rank = float(collapse.effective_rank_of_spectrum(jnp.asarray(spectrum)))
-      pictures['pictures/embeddings'] = embedding_picture(
-        unit, labels, spectrum, rank, f'step {step}'
+      drawing = self._thread.submit(
+        embedding_picture, unit, labels, spectrum, rank, f'step {step}'
       )
+      self._drawings.append((step, drawing))
       # The mean square of unit embeddings is 1. These squares are the shares
       # that the directions have of it.
       values = spectrum / np.sqrt(len(unit))
@@ -83,9 +89,15 @@ class Pictures:
         sink.scalars(step, {'embeddings/effective_rank': rank})
         sink.histogram(step, 'embeddings/singular_values', values)
     for sink in sinks:
-      for tag, picture in pictures.items():
-        sink.picture(step, tag, picture)
+      sink.picture(step, 'pictures/views', views)
     return finite
+
+  def deliver(self, sinks: Sequence) -> None:
+    """Waits for the pictures of embeddings, and logs them."""
+    while self._drawings:
+      step, drawing = self._drawings.pop(0)
+      for sink in sinks:
+        sink.picture(step, 'pictures/embeddings', drawing.result())
 
 
 def _sample(setup):

@@ -149,6 +149,8 @@ class Watch(callback.Callback):
     with self._closing as closing:
       for sink in self._sinks:
         closing.callback(sink.close, failed=failed)
+      if self._images_every:
+        self._pictures.deliver(self._sinks)
 
   def _draw(self, step, state):
     finite, reason = True, None
