@@ -81,13 +81,14 @@ def run(
     sys.stdout.reconfigure(errors='backslashreplace')
   sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
   define_flags()
-  flags.DEFINE_bool('traceback', False, 'Print the traceback of an error.')
-  if joins:
-    _define_process_flags()
+  _define_common_flags(joins)
   app.run(lambda _: _guarded(main, joins), flags_parser=_parse)
 
 
-def _define_process_flags():
+def _define_common_flags(joins):
+  flags.DEFINE_bool('traceback', False, 'Print the traceback of an error.')
+  if not joins:
+    return
   flags.DEFINE_string(
     'coordinator_address', None, 'HOST:PORT of process 0 (several processes).'
   )
