@@ -129,6 +129,7 @@ def test_imports_have_no_cycle():
       'grain orbax tensorflow_datasets tensorflow ml_collections sklearn',
     ),
   ],
+  ids=['loss', 'train_step', 'benchmarks'],
 )
 def test_light_imports_load_no_heavy_library(statement, unwanted):
   code = f'{statement}\nimport sys\nprint(" ".join(sys.modules))'

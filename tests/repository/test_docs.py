@@ -14,19 +14,17 @@ import itertools
 import re
 import runpy
 import shlex
+import shutil
 import types
 import warnings
 
 from absl import flags
 import jax
-import numpy as np
 import pdoc.__main__
 import pytest
 
 from clop_jax import cli
 from clop_jax import defaults
-from clop_jax.experiment import build
-from clop_jax.experiment import workdir as workdir_lib
 from clop_jax.study import grid
 from tests import small
 from tests.repository import test_architecture
@@ -224,18 +222,10 @@ def test_tests_in_the_text_exist(name):
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory, digits_dir):
-  """Returns a folder with an untrained run `runs/digits`."""
+def run(tmp_path_factory, digits_run):
+  """Returns a folder with the run `runs/digits`."""
   folder = tmp_path_factory.mktemp('docs')
-  workdir = str(folder / 'runs' / 'digits')
-  config = small.digits_config(digits_dir)
-  built = build.build(config, total_steps=10, steps_per_epoch=5)
-  labels = np.zeros(10, np.int32)
-  with (
-    workdir_lib.claim(config, workdir, labels, labels),
-    workdir_lib.open_checkpoints(config, workdir) as checkpoints,
-  ):
-    checkpoints.save(jax.jit(built.create_state)(), 0)
+  shutil.copytree(digits_run, folder / 'runs' / 'digits')
   return folder
 
 
@@ -263,6 +253,8 @@ WITH_PYTHON = [
 @pytest.mark.parametrize('name', WITH_PYTHON)
 def test_python_blocks_run_and_print_their_output(name, run, monkeypatch):
   monkeypatch.chdir(run)
+  one = jax.devices()[:1]  # faster than eight
+  monkeypatch.setattr(jax, 'devices', lambda: one)
   namespace = {}
   for code, expected in python_blocks(read(name)):
     output = io.StringIO()
