@@ -56,12 +56,11 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def installed(wheel, tmp_path_factory):
-  """Returns the interpreter of an environment with the core alone."""
+  """Returns the interpreter of an environment without extras."""
   folder = tmp_path_factory.mktemp('empty')
   venv.create(folder, with_pip=True)
   python = folder / 'bin' / 'python'
   pip = [python, '-m', 'pip', '--disable-pip-version-check', '--quiet']
-  # Most of what is installed is not run here, and needs no bytecode.
   run(*pip, 'install', '--no-compile', wheel)
   run(*pip, 'check')
   return python
@@ -69,14 +68,14 @@ def installed(wheel, tmp_path_factory):
 
 @pytest.fixture
 def alone(tmp_path):
-  """Returns the options of a process that does not see the checkout."""
+  """Returns options of a process that cannot import the checkout."""
   environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-  # As in conftest.py: compiled fast rather than well, but for one device.
+  # As in conftest.py, but for one device.
   quick = '--xla_backend_optimization_level=0'
   return {'cwd': tmp_path, 'env': environment | {'XLA_FLAGS': quick}}
 
 
-def test_the_wheel_has_the_package_and_the_configs_and_no_more(wheel):
+def test_wheel_has_only_the_package_and_the_configs(wheel):
   assert wheel.name == f'clop_jax-{clop_jax.__version__}-py3-none-any.whl'
   names = zipfile.ZipFile(wheel).namelist()
   expected = {
@@ -91,7 +90,7 @@ def test_the_wheel_has_the_package_and_the_configs_and_no_more(wheel):
   assert any(name.endswith('licenses/LICENSE') for name in names)
 
 
-def test_every_command_tells_what_it_is_for(installed, alone):
+def test_every_command_has_help(installed, alone):
   assert {'clop_jax.train', 'clop_jax.evaluate', 'clop_jax.study'} < {*COMMANDS}
   for command in COMMANDS:
     printed = run(installed, '-m', command, '--help', **alone)
@@ -103,10 +102,10 @@ def test_every_command_tells_what_it_is_for(installed, alone):
       assert f'--{flag}' in printed or f'--[no]{flag}' in printed
 
 
-def test_the_core_trains_and_extras_do_the_rest(
+def test_core_trains_and_extras_add_the_rest(
   installed, wheel, alone, digits_dir
 ):
-  # Preparing the set needs scikit-learn; reading it does not.
+  # Preparing digits needs scikit-learn, reading does not.
   sources.load('digits', 'train', digits_dir)
   code = 'import clop_jax; print(clop_jax.__file__)'
   files = run(installed, '-c', code, **alone)
