@@ -2,9 +2,9 @@
 
 python docs/examples/shard_map.py
 
-As pmap.py, with one important difference. With `check_vma=True` the gradient for
-replicated parameters is already global and must not be averaged. Output on a
-CPU (jax 0.10.2):
+As pmap.py, with one important difference: with `check_vma=True` the gradient
+for replicated parameters is already global and must not be averaged. Output on
+a CPU (jax 0.10.2):
 
 labels of each device: [14, 13, 7, 4, 4, 5, 2, 0]
 loss on 8 devices 6.092193, on one 6.092193
