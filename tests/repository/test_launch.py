@@ -6,6 +6,7 @@ records how it was started. Stubs of srun, scontrol and gcloud are on PATH.
 
 import configparser
 import contextlib
+import copy
 import inspect
 import json
 import os
@@ -340,7 +341,6 @@ def test_tpu_workers_run_the_flags_in_a_fresh_checkout(checkout):
 
 
 def test_jobset_fits_the_schema_and_the_image():
-  validator = pytest.importorskip('kubernetes_validate')
   text = (LAUNCH / 'gke_jobset.yaml').read_text()
   spec = yaml.safe_load(text)['spec']
   (replicated,) = spec['replicatedJobs']
@@ -348,7 +348,7 @@ def test_jobset_fits_the_schema_and_the_image():
   pod = job['template']['spec']
   (container,) = pod['containers']
   resource = {'apiVersion': 'batch/v1', 'kind': 'Job', 'spec': job}
-  validator.validate(resource, '1.30', strict=True)
+  on_gpus = copy.deepcopy(resource)
   # The index of the pod is the index of the process. Preempted pods are
   # replaced; after a failure all pods restart together.
   assert (replicated['replicas'], job['completionMode']) == (1, 'Indexed')
@@ -365,7 +365,9 @@ def test_jobset_fits_the_schema_and_the_image():
   container.update(change.pop('containers')[0])
   pod.update(change)
   assert 'google.com/tpu' in container['resources']['limits']
-  validator.validate(resource, '1.30', strict=True)
+  validator = pytest.importorskip('kubernetes_validate')
+  for one in (on_gpus, resource):
+    validator.validate(one, '1.30', strict=True)
 
 
 def test_image_has_the_files_of_an_installation():
