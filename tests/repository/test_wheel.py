@@ -35,11 +35,16 @@ SMALL = [
 ]
 
 
-def run(*arguments, **options):
+# Neither pip nor the commands may find the checkout.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+
+
+def run(*arguments, env=ENVIRONMENT, **options):
   result = subprocess.run(
     [str(argument) for argument in arguments],
     capture_output=True,
     text=True,
+    env=env,
     **options,
   )
   assert result.returncode == 0, result.stdout + result.stderr
@@ -69,10 +74,9 @@ def installed(wheel, tmp_path_factory):
 @pytest.fixture
 def alone(tmp_path):
   """Returns options of a process that cannot import the checkout."""
-  environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
   # As in conftest.py, but for one device.
   quick = '--xla_backend_optimization_level=0'
-  return {'cwd': tmp_path, 'env': environment | {'XLA_FLAGS': quick}}
+  return {'cwd': tmp_path, 'env': ENVIRONMENT | {'XLA_FLAGS': quick}}
 
 
 def test_wheel_has_only_the_package_and_the_configs(wheel):
