@@ -366,7 +366,7 @@ def test_tiny_imagenet_is_prepared_from_the_official_zip(tmp_path):
     assert part in result.stdout
   assert '200 classes' in result.stdout
   again = prepare('--name=tiny_imagenet', f'--data_dir={tmp_path}')
-  assert 'tiny_imagenet was prepared before' in again.stdout
+  assert 'tiny_imagenet is already prepared' in again.stdout
   ordered = sorted(WNIDS)
   for split, count in (('train', 9), ('validation', 4), ('test', 2)):
     source = sources.load('tiny_imagenet', split, str(tmp_path))
