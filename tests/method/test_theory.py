@@ -320,7 +320,7 @@ def test_a_simplex_etf_exerts_no_common_force_anywhere():
 
 
 def test_at_the_mean_of_prototypes_the_clop_loss_has_a_minimum_of_equal_ones():
-  k = 10
+  k = 5
   c = jnp.eye(k, k + 2)
   mean = jnp.sum(c, axis=0) / math.sqrt(k)
 
@@ -329,7 +329,7 @@ def test_at_the_mean_of_prototypes_the_clop_loss_has_a_minimum_of_equal_ones():
     return loss.clop_loss(every, jnp.arange(k), c)
 
   assert float(shared(mean)) == pytest.approx(1 - 1 / math.sqrt(k), abs=1e-6)
-  np.testing.assert_allclose(jax.grad(shared)(mean), 0, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(jax.grad(shared))(mean), 0, atol=1e-6)
   spectrum = stationary.hessian_spectrum(shared, mean)
   np.testing.assert_allclose(spectrum, 1 / math.sqrt(k), atol=1e-5)
 
@@ -404,6 +404,8 @@ def test_invalid_arguments(call, message):
 @pytest.mark.parametrize('make', [tables.hessians, tables.opposite_views])
 def test_docs_theory_has_the_tables_of_its_script(make, monkeypatch):
   rows = []
+  # Only the column that is not compared needs the spectrum.
+  monkeypatch.setattr(stationary, 'hessian_spectrum', lambda *_: 0.0)
   monkeypatch.setattr(tables, 'table', lambda *table: rows.extend(table[2]))
   make()
   page = (small.ROOT / 'docs' / 'theory.md').read_text()
