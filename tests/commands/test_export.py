@@ -430,7 +430,7 @@ def test_a_run_starts_from_a_file_s_weights_and_goes_on_without_it(
     ),
     (
       {'model__width_multiplier': 0.5},
-      r'layer1\.0\.conv1\.weight \(4, 4, 3, 3\), must be \(8, 8, 3, 3\)',
+      r'conv1\.weight \(4, 1, 3, 3\), must be \(8, 1, 3, 3\)',
     ),
     ({'model__initial_weights': 'no.safetensors'}, 'there is no such file'),
     ({'model__initial_weights': 'no.npz'}, r'must end in \.safetensors or'),
