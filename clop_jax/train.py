@@ -75,9 +75,11 @@ def train(
     OSError: If something cannot be written.
 
   Example:
+    >>> from clop_jax import defaults
     >>> from clop_jax import train
-    >>> from clop_jax.configs import digits
-    >>> train.train(digits.get_config(), 'runs/digits')  # doctest: +SKIP
+    >>> config = defaults.get_config()
+    >>> config.data.name = 'synthetic'
+    >>> train.train(config, 'runs/synthetic')  # doctest: +SKIP
   """
   callbacks: list[callback.Callback] = []
   if profile_steps is not None:
