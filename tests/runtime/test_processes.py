@@ -210,12 +210,11 @@ def final_arrays(workdir, step):
     str(pathlib.Path(workdir, 'checkpoints')), read_only=True
   ) as checkpoints:
     assert checkpoints.steps()[-1] == step
-    restored, fault = checkpoints._read(
-      step,
-      checkpoint.ocp.args.StandardRestore(fallback_sharding=checkpoint._here()),
-    )
+    (device, *_) = jax.local_devices()
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    state, fault = checkpoints._read(step, sharding)
   assert fault is None
-  return jax.tree.map(np.asarray, restored['state'])
+  return jax.tree.map(np.asarray, state)
 
 
 def last_step(workdir):
