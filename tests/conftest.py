@@ -43,8 +43,6 @@ if 'CLOP_TEST_PLATFORM' not in os.environ:
 import jax
 import pytest
 
-from clop_jax.data import reader
-
 _COMPARE_NETWORKS = {
   'test_fast_paths',
   'test_finetune',
@@ -119,12 +117,6 @@ def compilation_cache(tmp_path_factory):
   folder = str(folder / 'jax_cache')
   jax.config.update('jax_compilation_cache_dir', folder)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = folder  # for subprocesses
-
-
-@pytest.fixture(autouse=True)
-def nothing_was_reported(monkeypatch):
-  # Each test sees the warnings that a process gives once.
-  monkeypatch.setattr(reader, '_reported', set())
 
 
 @pytest.fixture(autouse=True)

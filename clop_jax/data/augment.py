@@ -229,8 +229,8 @@ def resize(
   return jnp.clip(resized, 0.0, 1.0) if method == 'cubic' else resized
 
 
-# All random numbers of a view, uniform in [0, 1), from one call of the generator:
-# XLA would derive a key per operation again in each fused kernel, which took ten
+# All random numbers of a view, uniform in [0, 1), from one generator call: XLA
+# would derive a key per operation again in each fused kernel, which took ten
 # times as long to compile. Switching an operation off does not change the
 # numbers of the others.
 _DRAWS = {

@@ -128,7 +128,7 @@ class Loader:
 
   def structure(self, steps: int) -> dict:
     """Returns shapes, dtypes and shardings of the batches of N steps."""
-    types = {'index': ((), np.int32)}
+    types: dict = {'index': ((), np.int32)}
     if self._image_shape is not None:
       types |= {'image': (self._image_shape, np.uint8), 'label': ((), np.int32)}
     sharding = parallel.split(self._mesh, axis=1)
