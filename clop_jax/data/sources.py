@@ -1,8 +1,8 @@
 """Random-access sources of labelled images, by name.
 
-A source is an object with `__len__` and `__getitem__`; see `Source`. Optional are
-`labels` (integers `[n]`, which saves reading every image), `num_classes`, and a
-method `name_of(index)` that names an example in errors, such as its path.
+A source is an object with `__len__` and `__getitem__`; see `Source`. Optional
+are `labels` (integers `[n]`, which saves reading every image), `num_classes`,
+and a method `name_of(index)` that names an example in errors, as by its path.
 """
 
 from collections.abc import Callable, Sequence

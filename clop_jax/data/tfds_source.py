@@ -1,6 +1,5 @@
 """Data sets of TFDS, prepared once and read at random without TensorFlow."""
 
-from collections.abc import Mapping
 import contextlib
 import difflib
 import errno
@@ -170,7 +169,8 @@ def builder(name: str, data_dir: str | None = None):
       "'clop-jax[prepare]'"
     ) from error
   features = made.info.features
-  features = dict(features) if isinstance(features, Mapping) else {}
+  is_dict = isinstance(features, tfds.features.FeaturesDict)
+  features = dict(features.items()) if is_dict else {}
   if not (
     isinstance(features.get('image'), tfds.features.Image)
     and isinstance(features.get('label'), tfds.features.ClassLabel)
