@@ -164,9 +164,9 @@ def _suffixes():
 
 
 def _first(skipped):
-  return f' (skipped {len(skipped)} files, such as {skipped[0]})' * bool(
-    skipped
-  )
+  if not skipped:
+    return ''
+  return f' (skipped {len(skipped)} files, such as {skipped[0]})'
 
 
 def _note(root, skipped):
