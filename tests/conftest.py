@@ -32,8 +32,6 @@ if 'CLOP_TEST_PLATFORM' not in os.environ:
 import jax
 import pytest
 
-from clop_jax.data import reader
-
 _COMPARE_NETWORKS = {
   'test_fast_paths',
   'test_finetune',
@@ -77,12 +75,6 @@ def compilation_cache(tmp_path_factory):
   folder = str(folder / 'jax_cache')
   jax.config.update('jax_compilation_cache_dir', folder)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = folder  # for subprocesses
-
-
-@pytest.fixture(autouse=True)
-def no_earlier_warnings(monkeypatch):
-  # Some warnings are printed once per process.
-  monkeypatch.setattr(reader, '_reported', set())
 
 
 @pytest.fixture(autouse=True)
