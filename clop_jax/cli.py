@@ -1,4 +1,4 @@
-"""How every command starts and ends: flags in, one clear line out on error."""
+"""Start and end of every command: flags, config and one-line errors."""
 
 import ast
 from collections.abc import Callable
@@ -26,8 +26,7 @@ from clop_jax.runtime import parallel
 from clop_jax.runtime import preemption
 from clop_jax.runtime import remote
 
-# What a user can cause: wrong values, files and folders, a diverged run, a
-# damaged checkpoint. Anything else is our own fault and keeps its traceback.
+# Errors that a user can cause. All others are bugs and keep their traceback.
 _USER_ERRORS = (
   ValueError,
   OSError,
@@ -36,17 +35,17 @@ _USER_ERRORS = (
 )
 
 _FIELD = re.compile(r'--?(?:no)?config\.([\w.]+)')
-# absl has no None, and ml_collections adds no entries to a config.
+# Overrides that absl (None) or ml_collections (new entries) cannot parse.
 _LATE = re.compile(
   r'--?config\.(?:[\w.]+=None$|data\.(?:class_fractions|options)\.\w+=)'
 )
 
-# Flags whose files cannot be remote.
+# Flags whose files must be local.
 _LOCAL_FLAGS = ('figure', 'source', 'table')
 
 
 class _PathParser(flags.ArgumentParser):
-  """Parses a path, in which a leading `~` is the home folder."""
+  """Parses a path and expands a leading `~`."""
 
   syntactic_help = 'a path'
 
@@ -67,49 +66,50 @@ def run(
   *,
   joins: bool = True,
 ) -> None:
-  """Parses the flags, joins the other processes if any, and calls `main`.
+  """Parses the flags, joins the other processes and calls `main`.
 
-  A user's error becomes one line and exit code 1. A run that was preempted and
-  has saved exits with `preemption.EXIT_CODE`.
+  A user's error becomes one line and exit code 1. A preempted run that saved a
+  checkpoint exits with `preemption.EXIT_CODE`.
 
   Args:
-    main: Function without arguments; it reads the flags.
+    main: Function that runs the command; it reads the flags.
     define_flags: Function that defines the flags of the command.
-    joins: False for a command that always runs in one process.
+    joins: If false, the command always runs in one process.
   """
-  # Names of files need not be UTF-8. Standard error escapes them by itself.
+  # File names need not be UTF-8. Standard error escapes them by itself.
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')
   sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
   define_flags()
-  flags.DEFINE_bool('traceback', False, 'Print the traceback of an error.')
-  if joins:
-    _define_process_flags()
+  _define_common_flags(joins)
   app.run(lambda _: _guarded(main, joins), flags_parser=_parse)
 
 
-def _define_process_flags():
+def _define_common_flags(joins):
+  flags.DEFINE_bool('traceback', False, 'Print the traceback of an error.')
+  if not joins:
+    return
   flags.DEFINE_string(
     'coordinator_address', None, 'HOST:PORT of process 0 (several processes).'
   )
   flags.DEFINE_integer('num_processes', None, 'Number of processes.')
-  flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
+  flags.DEFINE_integer('process_id', None, 'Index of this process, from 0.')
   flags.DEFINE_integer(
     'peer_timeout_seconds',
     60,
-    'Seconds without a sign after which a process counts as dead.',
+    'Seconds without a heartbeat after which a process counts as dead.',
     lower_bound=1,
   )
   flags.DEFINE_integer(
     'join_timeout_seconds',
     300,
-    'Seconds to wait for the other processes at the start.',
+    'Seconds to wait for the other processes at startup.',
     lower_bound=1,
   )
 
 
 class _Output:
-  """A stream whose reader may leave, as in `train ... | head`."""
+  """A stream that ignores a closed pipe, as after `train ... | head`."""
 
   def __init__(self, stream):
     self._stream = stream
@@ -118,32 +118,29 @@ class _Output:
     return getattr(self._stream, name)
 
   def write(self, text):
-    try:
-      return self._stream.write(text)
-    except BrokenPipeError:
-      self._discard()
-      return len(text)
+    with self._discarding():
+      self._stream.write(text)
+    return len(text)
 
   def flush(self):
-    try:
+    with self._discarding():
       self._stream.flush()
-    except BrokenPipeError:
-      self._discard()
 
-  def _discard(self):
-    # Replaces the file descriptor, which libraries write to as well. Python
-    # flushes what it still holds when it exits.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, self._stream.fileno())
-    os.close(nowhere)
+  @contextlib.contextmanager
+  def _discarding(self):
+    try:
+      yield
+    except BrokenPipeError:
+      # Libraries and Python's exit write to the file descriptor as well.
+      with open(os.devnull, 'w') as nowhere:
+        os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 def _guarded(main, joins):
   values = flags.FLAGS
   sys.unraisablehook = _report
   if not values['verbosity'].present:
-    # Orbax and TFDS log every file they touch, and the traceback of what they
-    # raise as well; --verbosity=0 shows it.
+    # Orbax and TFDS log every file and each traceback.
     logging.set_verbosity(logging.FATAL)
   try:
     _check_paths()
@@ -178,16 +175,22 @@ def _guarded(main, joins):
     )
 
 
+def _report(unraisable):
+  # After a failed save, TensorStore's threads use a loop that Orbax closed.
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
+
+
 def _message(error):
-  """Returns the line for a user's error, None for any other one."""
+  """Returns the line for a user's error, or None for a bug."""
   reason = f'{" ".join(str(error).split()):.200}'
   if memory.is_exhausted(error):
     advice = _advice(memory.device_advice)
     return f'the devices are out of memory ({reason}). {advice}'
   if parallel.is_lost_peer(error):
     return (
-      f'another process of this run has ended or cannot be reached ({reason}); '
-      'start all processes again: training resumes from the last checkpoint'
+      f'another process of this run ended or cannot be reached ({reason}); '
+      'restart all processes to resume from the last checkpoint'
     )
   if isinstance(error, MemoryError):
     details = f' ({reason})' if reason else ''
@@ -197,42 +200,16 @@ def _message(error):
     return None
   number = error.errno if isinstance(error, OSError) else None
   if number in (errno.ENOSPC, errno.EDQUOT):
-    return f'{error}; free some space and run the same command again'
+    return f'{error}; free some space and rerun the same command'
   if isinstance(error, checkpoint.SaveError) and number != errno.ENOENT:
-    return f'{error}; make the folder writable and run the same command again'
+    return f'{error}; make the folder writable and rerun the same command'
   return str(error)
 
 
-def _check_paths():
-  """Checks the remote paths among the flags and the fields of the config."""
-  for name, value in _texts():
-    if name in _LOCAL_FLAGS:
-      remote.check_local(f'--{name}', value)
-    elif name != 'coordinator_address':
-      remote.check(f'--{name}', value)
-
-
-def _texts():
-  """Yields `(flag or field, text)` for all texts given by the user."""
-  values = flags.FLAGS
-  for name in values:
-    # ml_collections makes a flag of each field that is given as one.
-    if values[name].present and not name.startswith('config'):
-      value = values[name].value
-      for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str):
-          yield name, text
-  config = values['config'].value if 'config' in values else None
-  # The source itself checks its options.
-  for name, value in fields.flat(config or {}, defaults.FIELDS).items():
-    if isinstance(value, str):
-      yield f'config.{name}', value
-
-
 def _advice(advise):
-  """Returns advice for the config of the command, if it has one."""
+  """Returns advice on memory for the config or the flags of the command."""
   values = flags.FLAGS
-  if 'label_fraction' in values:  # evaluate, whose config is the run's
+  if 'label_fraction' in values:  # evaluate reads the config of the run
     return 'Lower the batch size, for example --config.eval.batch_size=64'
   if 'config' in values and values['config'].value is not None:
     return advise(values['config'].value)
@@ -241,42 +218,47 @@ def _advice(advise):
   return 'Use a machine with more memory'
 
 
-def _report(unraisable):
-  """Reports all but the errors of TensorStore's threads after a failed save.
-
-  They still use an event loop that Orbax has closed.
-  """
-  if str(unraisable.exc_value) != 'Event loop is closed':
-    sys.__unraisablehook__(unraisable)
+def _check_paths():
+  """Checks the remote paths among the flags and the fields of the config."""
+  values = flags.FLAGS
+  # ml_collections defines a flag for each overridden field.
+  given = {
+    name: values[name].value
+    for name in values
+    if values[name].present and not name.startswith('config')
+  }
+  config = values['config'].value if 'config' in values else None
+  # The source checks its own options.
+  for name, value in fields.flat(config or {}, defaults.FIELDS).items():
+    given[f'config.{name}'] = value
+  given.pop('coordinator_address', None)
+  for name, value in given.items():
+    check = remote.check_local if name in _LOCAL_FLAGS else remote.check
+    for text in value if isinstance(value, list) else [value]:
+      if isinstance(text, str):
+        check(f'--{name}', text)
 
 
 def _parse(argv):
   if {'-h', '-help', '--help'} & {*argv[1:]}:
     _print_help()
     sys.exit(0)
-  # ml_collections warns of what becomes an error below.
+  # ml_collections warns about what becomes an error below.
   logging.set_verbosity(logging.FATAL)
-  argv = [_packaged(_expanded(argument)) for argument in argv]
-  for argument in argv:
-    path = re.match(r'--?config=([^:]*)', argument)
-    if path and not os.path.exists(path[1]):
-      _fail(
-        f'--config={path[1]}: there is no such file; the package has '
-        + ', '.join(f'configs/{name}' for name in _own_configs())
-      )
-  late = [argument for argument in argv if _LATE.match(argument)]
   try:
+    argv = [_with_config_path(argument) for argument in argv]
+    late = [argument for argument in argv if _LATE.match(argument)]
     for argument in argv:
       if (name := _FIELD.match(argument)) and argument not in late:
         fields.check_name(name[1], defaults.FIELDS, where='--config.')
-    # ml_collections also reads sys.argv, whatever it is passed.
-    sys.argv = argv = [a for a in argv if a not in late]
+    # ml_collections reads sys.argv as well.
+    sys.argv = argv = [x for x in argv if x not in late]
     rest = flags.FLAGS(argv)
     config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
     for override in late:
       _set(config, override)
     if rest[1:]:
-      _fail(
+      raise ValueError(
         f'unexpected argument {rest[1]!r}; flags begin with --, as '
         f'--{rest[1].lstrip("-")}'
       )
@@ -291,13 +273,55 @@ def _parse(argv):
   except (flags.Error, ValueError, TypeError, OSError) as error:
     _fail(str(error))
   except Exception as error:
-    # Anything else comes from the config file, which is Python.
-    path = ' '.join(a for a in argv if re.match('--?config=', a))
+    # Config files are Python and can raise anything.
+    path = ' '.join(x for x in argv if re.match('--?config=', x))
     _fail(f'{path} cannot be loaded ({type(error).__name__}: {error})')
 
 
+def _with_config_path(argument):
+  """Expands `~` in `--config=` and finds the configs of the package."""
+  match = re.fullmatch(r'(--?config=)([^:]*)(.*)', argument, re.DOTALL)
+  if not match:
+    return argument
+  flag, path, rest = match.groups()
+  path = files.expanded(path)
+  if not os.path.exists(path):
+    # In a checkout, the configs are beside the package.
+    package = pathlib.Path(__file__).parent
+    folder = package / 'configs'
+    folder = folder if folder.exists() else package.parent / 'configs'
+    own = {f'configs/{x.name}': str(x) for x in sorted(folder.glob('*.py'))}
+    if path not in own:
+      raise ValueError(
+        f'--config={path} does not exist; the package has {", ".join(own)}'
+      )
+    path = own[path]
+  return flag + path + rest
+
+
+def _set(config, override):
+  """Sets a field to None, or a new entry of a group."""
+  name, _, text = override.lstrip('-').removeprefix('config.').partition('=')
+  path, _, last = name.rpartition('.')
+  if text == 'None' and path not in defaults.FIELDS:
+    fields.check_name(name, defaults.FIELDS, where='--config.')
+    if not defaults.FIELDS[name].optional:
+      expected = defaults.FIELDS[name].expected()
+      raise ValueError(f'--config.{name} must be {expected}, got None')
+  group = config
+  for part in filter(None, path.split('.')):
+    group = group[part]
+  value = {'true': True, 'false': False}.get(text.lower(), text)
+  with contextlib.suppress(ValueError, SyntaxError):
+    value = ast.literal_eval(text)
+  # Config files may use an integer as the key.
+  last = next((key for key in group if str(key) == last), last)
+  with config.unlocked():
+    group[last] = value
+
+
 def _print_help():
-  """Prints the docstring of the command, its flags and the config's fields."""
+  """Prints the docstring and flags of the command, and the config fields."""
   main = sys.modules['__main__']
   print((main.__doc__ or '').strip(), end='\n\n')
   print(
@@ -316,55 +340,10 @@ def _print_help():
   print('--helpfull shows the flags of all libraries too.')
 
 
-def _expanded(argument):
-  """Expands the home folder in `--config=~/mine.py`."""
-  match = re.fullmatch(r'(--?config=)(~.*)', argument, re.DOTALL)
-  return match[1] + files.expanded(match[2]) if match else argument
-
-
-def _packaged(argument):
-  """Replaces a missing `configs/NAME.py` by the one of the package."""
-  match = re.fullmatch(r'(--?config=)configs/(\w+\.py)', argument)
-  if not match or os.path.exists(argument.removeprefix(match[1])):
-    return argument
-  found = _own_configs().get(match[2])
-  return match[1] + str(found) if found else argument
-
-
-def _own_configs():
-  """Returns the package's configs by name; in a checkout they are beside it."""
-  package = pathlib.Path(__file__).parent
-  for folder in (package / 'configs', package.parent / 'configs'):
-    if (folder / 'digits.py').exists():
-      return {path.name: path for path in sorted(folder.glob('*.py'))}
-  return {}
-
-
-def _set(config, override):
-  """Sets a field to None, or an entry of a group that any name may have."""
-  name, _, text = override.lstrip('-').removeprefix('config.').partition('=')
-  path, _, last = name.rpartition('.')
-  if text == 'None' and path not in defaults.FIELDS:
-    fields.check_name(name, defaults.FIELDS, where='--config.')
-    if not defaults.FIELDS[name].optional:
-      expected = defaults.FIELDS[name].expected()
-      raise ValueError(f'--config.{name} must be {expected}, got None')
-  group = config
-  for part in filter(None, path.split('.')):
-    group = group[part]
-  value = {'true': True, 'false': False}.get(text.lower(), text)
-  with contextlib.suppress(ValueError, SyntaxError):
-    value = ast.literal_eval(text)
-  # A config file may have written class 3 as an integer.
-  last = next((key for key in group if str(key) == last), last)
-  with config.unlocked():
-    group[last] = value
-
-
 def _fail(message, code=1, at_once=False):
   message = ' '.join(message.split())
   if at_once or parallel.is_joined():
-    # Python's exit waits for threads that may hang, and JAX's for processes
+    # Python's exit waits for threads that may hang, JAX's exit for processes
     # that may be dead.
     parallel.end(message, code)
   print(f'error: {message}', file=sys.stderr, flush=True)

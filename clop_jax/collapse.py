@@ -1,17 +1,17 @@
-"""Measures of collapse and of class geometry, as pure functions of jax alone.
+"""Measures of collapse and of class geometry, as pure functions.
 
-`embeddings` are `[..., dim]`; the leading axes are examples (and views).
-`labels` are integers of the leading shape; measures of classes leave out rows
-with label -1 and are NaN for a class without an example. Measures of directions
-normalize the embeddings and say so; the others use them as they are. Results
-are float32.
+Conventions of all measures:
 
-The measures stay accurate to at least three digits for collapsed embeddings:
-tiny differences between long vectors are computed before anything is rounded.
-
-With `axis_name`, each device passes its part of the examples and gets the
-measure of all of them, as with the losses. Nothing larger than `[dim, dim]` is
-reduced, and no embedding leaves its device.
+* `embeddings` are `[..., dim]` numbers. The leading axes are examples (and
+  views). Measures of directions normalize them and say so.
+* `labels` are integers of the leading shape, `num_classes` is their number, and
+  `prototypes` are `[num_classes, dim]`. Rows with label -1 are left out.
+* `axis_name` is the mapped axis over which the examples are split, or None.
+  With it every device gets the measure of all examples. Nothing larger than
+  `[dim, dim]` is reduced, and no embedding leaves its device.
+* Results are float32 and accurate to at least three digits for collapsed
+  embeddings: differences of close vectors are taken before anything is rounded.
+* An invalid shape, dtype or label raises a `ValueError` while tracing.
 """
 
 import itertools
@@ -26,16 +26,12 @@ from clop_jax import linalg
 
 _PRECISION = lax.Precision.HIGHEST
 
-# Singular values below this share of the largest count as zero: in float32 they
-# are rounding.
+# Singular values below this share of the largest are rounding in float32.
 _RANK_TOLERANCE = 1e-5
 
 
 def normalize(embeddings: jax.Array) -> jax.Array:
   """Unit vectors along the last axis; the zero vector stays 0.
-
-  Args:
-    embeddings: `[..., dim]`.
 
   Returns:
     `[..., dim]` float32.
@@ -61,11 +57,11 @@ def singular_values(
   Args:
     embeddings: `[..., dim]`, flattened to `n` rows.
     center: True to subtract the mean embedding first.
-    axis_name: Mapped axis over which the examples are spread, or None.
+    axis_name: Mapped axis of the examples.
 
   Returns:
-    `[min(n, dim)]`; with `axis_name` `[dim]`. See `linalg.singular_values` for
-    the method and its error.
+    `[min(n, dim)]`, with `axis_name` `[dim]`. `linalg.singular_values` has the
+    method and its error.
 
   Example:
     >>> import jax.numpy as jnp
@@ -93,14 +89,13 @@ def effective_rank(
   .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad
     p_i = \sigma_i / \sum_j \sigma_j
 
-  1 if all embeddings lie on one line, `dim` if they fill all directions
-  equally, 0 for all zeros.
+  It is 1 if all embeddings lie on one line, `dim` if they fill all directions
+  equally, and 0 if all are 0.
 
   Args:
     embeddings: `[..., dim]`.
-    center: True to subtract the mean embedding first. If False, embeddings that
-      are all equal have effective rank 1.
-    axis_name: Mapped axis over which the examples are spread, or None.
+    center: True to subtract the mean embedding first.
+    axis_name: Mapped axis of the examples.
 
   Returns:
     A scalar in [0, min(n, dim)].
@@ -121,7 +116,7 @@ def effective_rank(
 
 
 def effective_rank_of_spectrum(spectrum: jax.Array) -> jax.Array:
-  """Effective rank from singular values, see `effective_rank`.
+  """Effective rank from singular values.
 
   Args:
     spectrum: `[n]` singular values of any scale, floating.
@@ -136,7 +131,6 @@ def effective_rank_of_spectrum(spectrum: jax.Array) -> jax.Array:
     >>> print(f'{collapse.effective_rank_of_spectrum(spectrum):.3f}')
     2.000
   """
-  # Entropy from two sums: log T - sum(s log s) / T.
   total = jnp.sum(spectrum)
   logs = jnp.log(jnp.where(spectrum == 0.0, 1.0, spectrum))
   divisor = jnp.where(total == 0.0, 1.0, total)
@@ -151,12 +145,6 @@ def embedding_variance(embeddings: jax.Array) -> jax.Array:
 
   For unit embeddings it is `1 - ||mean||^2`: 0 if all are equal, 1 if their
   mean is 0.
-
-  Args:
-    embeddings: `[..., dim]`.
-
-  Returns:
-    A scalar.
 
   Example:
     >>> import jax.numpy as jnp
@@ -177,14 +165,12 @@ def embedding_std(
 
   .. math:: \frac{1}{d} \sum_j \mathrm{std}_i(z_{ij} / \|z_i\|)
 
-  About `1 / sqrt(dim)` for embeddings spread over the sphere, 0 for equal ones.
+  It is about `1 / sqrt(dim)` for embeddings spread over the sphere, and 0 for
+  equal ones.
 
   Args:
-    embeddings: `[..., dim]`.
-    axis_name: Mapped axis over which the examples are spread, or None.
-
-  Returns:
-    A scalar.
+    embeddings: `[..., dim]`, normalized inside.
+    axis_name: Mapped axis of the examples.
 
   Example:
     >>> import jax.numpy as jnp
@@ -196,7 +182,10 @@ def embedding_std(
     Chen and He, "Exploring simple siamese representation learning", arXiv
     2011.10566, section 4.1.
   """
-  return _std_of_directions(_rows(embeddings), axis_name)
+  rows = _rows(embeddings)
+  difference = _difference_of_directions(rows, _origin(rows, axis_name)[None])
+  difference = difference - _mean(difference, axis_name)[None]
+  return jnp.mean(jnp.sqrt(_mean(difference**2, axis_name)))
 
 
 def class_means(
@@ -206,13 +195,8 @@ def class_means(
 
   .. math:: m_k = \frac{1}{n_k} \sum_{i:\, y_i = k} z_i
 
-  Args:
-    embeddings: `[..., dim]`.
-    labels: Integers of the leading shape; -1 is left out.
-    num_classes: Number of classes.
-
   Returns:
-    `[num_classes, dim]`; a row of zeros for a class without an example.
+    `[num_classes, dim]`, zeros for a class without an example.
 
   Example:
     >>> import jax.numpy as jnp
@@ -235,20 +219,20 @@ def class_mean_cosines(
 ) -> jax.Array:
   r"""Cosines between the class means.
 
-  .. math:: \cos(m_a, m_b), \qquad m_k \to m_k - \bar z
-    \text{ first, if centred}
+  .. math:: \cos(m_a, m_b) \quad\text{or, centred,}\quad
+    \cos(m_a - \bar m,\, m_b - \bar m)
 
-  CLOP aims at 0 between classes (not centred); a simplex ETF has `-1/(k-1)`.
+  CLOP aims at 0 between classes (not centred). A simplex ETF has `-1/(k-1)`.
 
   Args:
     embeddings: `[..., dim]`.
-    labels: Integers of the leading shape; -1 is left out.
+    labels: Integers of the leading shape.
     num_classes: Number of classes.
     center: True to subtract the mean of the class means first, as in neural
       collapse (NC2).
 
   Returns:
-    `[num_classes, num_classes]`.
+    `[num_classes, num_classes]`, NaN for a class without an example.
 
   Example:
     >>> import jax.numpy as jnp
@@ -283,18 +267,12 @@ def within_between_ratio(
     \Sigma_W = \tfrac{1}{n} \sum_i (z_i - m_{y_i})(z_i - m_{y_i})^\top, \quad
     \Sigma_B = \tfrac{1}{k} \sum_k (m_k - \bar m)(m_k - \bar m)^\top
 
-  0 if every class has collapsed to its mean, large if classes overlap, NaN with
-  fewer than two classes. The pseudo-inverse drops directions in which the class
-  means differ by less than 1e-5 of their largest difference. If all class means
-  are equal, the result is 0.
-
-  Args:
-    embeddings: `[..., dim]`.
-    labels: Integers of the leading shape; -1 is left out.
-    num_classes: Number of classes.
+  It is 0 if every class has collapsed to its mean, large if classes overlap.
+  The pseudo-inverse drops directions in which the class means differ by less
+  than 1e-5 of their largest difference, so equal class means give 0.
 
   Returns:
-    A scalar.
+    A scalar, NaN with fewer than two classes.
 
   Example:
     >>> import jax.numpy as jnp
@@ -314,8 +292,8 @@ def within_between_ratio(
   # The measure has no scale, but the squares below could overflow.
   scale = jnp.maximum(jnp.max(jnp.abs(within)), jnp.max(jnp.abs(between)))
   scale = linalg.magnitude(scale)
-  # Sigma_B has rank k - 1 at most: its pseudo-inverse comes from the singular
-  # vectors of the k centred means, without inverting a dim x dim matrix.
+  # The singular vectors of the k centred means give the pseudo-inverse of
+  # Sigma_B, which has rank k - 1 at most, without a dim x dim matrix.
   _, sigma, vt = linalg.svd(between / scale)
   in_range = (sigma > _RANK_TOLERANCE * sigma[0]) & (
     jnp.arange(len(sigma), dtype=jnp.float32) < k - 1
@@ -337,10 +315,7 @@ def alignment(views: jax.Array, *, alpha: float = 2.0) -> jax.Array:
     alpha: Power of the distance, must be positive.
 
   Returns:
-    A scalar in [0, 2^alpha]; 0 is perfect alignment (and full collapse).
-
-  Raises:
-    ValueError: If there are fewer than two views.
+    A scalar in [0, 2^alpha]. 0 is perfect alignment (and full collapse).
 
   Example:
     >>> import jax.numpy as jnp
@@ -372,10 +347,7 @@ def uniformity(embeddings: jax.Array, *, t: float = 2.0) -> jax.Array:
     t: Inverse width of the Gaussian kernel, must be positive.
 
   Returns:
-    A scalar: 0 if all are equal, about -2 t if they are spread out.
-
-  Raises:
-    ValueError: If there are fewer than two rows.
+    A scalar, 0 if all are equal and about -2 t if they are spread out.
 
   Example:
     >>> import jax.numpy as jnp
@@ -398,7 +370,7 @@ def uniformity(embeddings: jax.Array, *, t: float = 2.0) -> jax.Array:
   squared = length[:, None] + length[None, :] - 2 * product
   itself = jnp.eye(n, dtype=bool)
   exponents = -t * jnp.where(itself, 0.0, jnp.maximum(squared, 0.0))
-  # At collapse the mean is near 1, and its logarithm would lose all digits.
+  # At collapse the mean is near 1, and its logarithm needs the difference.
   below_one = jnp.sum(jnp.expm1(exponents)) / (n * (n - 1.0))
   is_close = below_one > -0.5
   near = jnp.log1p(jnp.where(is_close, below_one, 0.0))
@@ -418,13 +390,13 @@ def prototype_cosine(
   .. math:: \frac{1}{n} \sum_{i:\, y_i \ge 0} \cos(z_i, c_{y_i})
 
   Args:
-    embeddings: `[..., dim]`.
-    labels: Integers of the leading shape; -1 is left out.
+    embeddings: `[..., dim]`, normalized inside.
+    labels: Integers of the leading shape.
     prototypes: `[num_classes, dim]`.
-    axis_name: Mapped axis over which the examples are spread, or None.
+    axis_name: Mapped axis of the examples.
 
   Returns:
-    A scalar in [-1, 1]; 0 without a labelled example.
+    A scalar in [-1, 1], 0 without a labelled example.
 
   Example:
     >>> import jax.numpy as jnp
@@ -437,7 +409,14 @@ def prototype_cosine(
     One minus the CLOP loss, arXiv 2403.18699.
   """
   rows, labels, prototypes = _against_prototypes(embeddings, labels, prototypes)
-  return _own_cosine(linalg.normalize(rows), labels, prototypes, axis_name)
+  unit = linalg.normalize(rows)
+  own = linalg.normalize(prototypes)[jnp.maximum(labels, 0)]
+  known = (labels >= 0) & (labels < len(prototypes))
+  cosines = jnp.where(known, jnp.sum(unit * own, axis=-1), 0.0)
+  total = jnp.stack([jnp.sum(cosines), jnp.sum(known.astype(jnp.float32))])
+  if axis_name is not None:
+    total = lax.psum(total, axis_name)
+  return total[0] / jnp.maximum(total[1], 1.0)
 
 
 def batch_measures(
@@ -447,15 +426,9 @@ def batch_measures(
   *,
   axis_name: str | None = None,
 ) -> dict[str, jax.Array]:
-  """The measures that a training step logs, sharing one normalization.
+  """Returns the measures that a training step logs.
 
-  Each equals the function of the same name, of the normalized embeddings.
-
-  Args:
-    embeddings: `[..., dim]`.
-    labels: Integers of the leading shape; -1 is left out.
-    prototypes: `[num_classes, dim]`.
-    axis_name: Mapped axis over which the examples are spread, or None.
+  Each equals the function of the same name for the normalized embeddings.
 
   Returns:
     A dict of the scalars `effective_rank`, `embedding_std` and
@@ -469,14 +442,14 @@ def batch_measures(
     >>> print(*(f'{name} {x:.1f}' for name, x in measures.items()))
     effective_rank 2.0 embedding_std 0.5 prototype_cosine 1.0
   """
-  rows, labels, prototypes = _against_prototypes(embeddings, labels, prototypes)
-  unit = linalg.normalize(rows)
+  unit = linalg.normalize(_rows(embeddings))
+  spectrum = linalg.singular_values(unit, axis_name=axis_name)
   return {
-    'effective_rank': effective_rank_of_spectrum(
-      linalg.singular_values(unit, axis_name=axis_name)
+    'effective_rank': effective_rank_of_spectrum(spectrum),
+    'embedding_std': embedding_std(embeddings, axis_name=axis_name),
+    'prototype_cosine': prototype_cosine(
+      embeddings, labels, prototypes, axis_name=axis_name
     ),
-    'embedding_std': _std_of_directions(rows, axis_name),
-    'prototype_cosine': _own_cosine(unit, labels, prototypes, axis_name),
   }
 
 
@@ -490,13 +463,8 @@ def prototype_energy_share(
 
   Unlike the mean cosine, it ignores the sign.
 
-  Args:
-    embeddings: `[..., dim]`.
-    labels: Integers of the leading shape; -1 is left out.
-    prototypes: `[num_classes, dim]`.
-
   Returns:
-    A scalar in [0, 1]; 0 without a labelled example.
+    A scalar in [0, 1], 0 without a labelled example.
 
   Example:
     >>> import jax.numpy as jnp
@@ -508,8 +476,7 @@ def prototype_energy_share(
     0.800
 
   Reference:
-    The claim of CLOP (arXiv 2403.18699) that classes lie in orthogonal
-    subspaces, as a ratio of energies.
+    CLOP, arXiv 2403.18699, claims that classes lie in orthogonal subspaces.
   """
   rows, labels, prototypes = _against_prototypes(embeddings, labels, prototypes)
   rows = jnp.where((labels >= 0)[:, None], rows, 0.0)
@@ -535,30 +502,20 @@ def principal_angles(
 
   where the columns of `V_a` are the first `subspace_dim` right singular vectors
   of the (not centred) embeddings of class `a`. All angles are pi/2 if classes
-  lie in orthogonal subspaces.
-
-  Small angles come from their sines, `sigma((I - V_a V_a^T) V_b)`, as the
-  cosine of an angle below 3e-4 is 1 in float32. The error is about 1e-6 rad
-  times the ratio of the largest singular value of a class to that of the
-  direction.
-
-  A class that spans fewer than `subspace_dim` directions (singular values above
-  1e-5 of the largest) has NaN for the angles that do not exist. If its last
-  singular value equals the next one, its subspace is not unique, and the angles
-  depend on rounding.
+  lie in orthogonal subspaces. The error is about 1e-6 rad times the ratio of
+  the largest singular value of a class to that of the direction. The subspace
+  of a class is not unique if its last singular value equals the next one.
 
   Args:
     embeddings: `[..., dim]`.
-    labels: Integers of the leading shape; -1 is left out.
+    labels: Integers of the leading shape.
     num_classes: Number of classes.
     subspace_dim: Dimension of the subspace of each class, at most `dim`.
 
   Returns:
     `[num_classes, num_classes, subspace_dim]` radians in [0, pi/2], smallest
-    angle first.
-
-  Raises:
-    ValueError: If `subspace_dim` is not in [1, dim].
+    angle first. Angles are NaN beyond the number of directions that a class
+    spans (singular values above 1e-5 of the largest).
 
   Example:
     >>> import jax.numpy as jnp
@@ -582,7 +539,7 @@ def principal_angles(
   rows = rows / linalg.magnitude(jnp.where(labelled, rows, 0.0))
 
   def basis(label):
-    """`V` `[dim, subspace_dim]`, zero beyond the rank, and the rank."""
+    """Returns `V` `[dim, subspace_dim]`, zero beyond the rank, and the rank."""
     members = jnp.where((labels == label)[:, None], rows, 0.0)
     # QR, as second moments would square the singular values.
     factor = jnp.linalg.qr(members, mode='r')
@@ -606,10 +563,11 @@ def principal_angles(
     _, sines, _ = linalg.svd(jnp.concatenate([outside, absent]))
     sines = jnp.clip(sines[::-1], 0.0, 1.0)
     cosines = jnp.clip(cosines, 0.0, 1.0)
+    # The cosine of an angle below 3e-4 is 1 in float32.
     is_small = sines < math.sqrt(0.5)
     return jnp.where(is_small, jnp.arcsin(sines), jnp.arccos(cosines))
 
-  # One class at a time against all: there may be thousands.
+  # One class at a time: there may be thousands.
   to_all = jax.vmap(angles, in_axes=(None, 0, 0))
   result = lax.map(lambda a: to_all(a, bases, ranks), bases)
   smaller = jnp.minimum(ranks[:, None], ranks[None, :])
@@ -617,53 +575,33 @@ def principal_angles(
   return jnp.where(exists, result, jnp.nan)
 
 
-def _std_of_directions(rows, axis_name):
-  origin = _origin(rows, axis_name)
-  difference = _difference_of_directions(rows, origin[None])
-  difference = difference - _mean(difference, axis_name)[None]
-  return jnp.mean(jnp.sqrt(_mean(difference**2, axis_name)))
-
-
 def _difference_of_directions(a, b):
-  r"""`a / |a| - b / |b|`, of relative precision also where `a` is almost `b`.
+  r"""Returns `a / |a| - b / |b|` with relative precision even for `a` near `b`.
 
   .. math:: \frac{d}{|a|} - \frac{b}{|b|}
     \frac{d \cdot (a + b)}{|a| (|a| + |b|)}, \qquad d = a - b
   """
-  a, b = jnp.broadcast_arrays(a, b)
   unit_a, unit_b = linalg.normalize(a), linalg.normalize(b)
   difference = a - b
-  largest = jnp.max(jnp.abs(a), axis=-1, keepdims=True)
-  near = jnp.max(jnp.abs(difference), axis=-1, keepdims=True) <= 0.5 * largest
-  # Powers of two scale without rounding.
-  _, exponent = jnp.frexp(largest)
-  scaled_a = jnp.where(near, jnp.ldexp(a, -exponent), 1.0)
-  scaled_b = jnp.where(near, jnp.ldexp(b, -exponent), 1.0)
-  difference = jnp.where(near, jnp.ldexp(difference, -exponent), 0.0)
-  length_a = jnp.linalg.norm(scaled_a, axis=-1, keepdims=True)
-  length_b = jnp.linalg.norm(scaled_b, axis=-1, keepdims=True)
-  # Two zero vectors have no difference.
-  length_a = jnp.where(length_a == 0.0, 1.0, length_a)
-  longer = jnp.sum(
-    difference * (scaled_a + scaled_b), axis=-1, keepdims=True
-  ) / (length_a * (length_a + length_b))
-  exact = difference / length_a - unit_b * longer
+  largest = jnp.max(jnp.maximum(abs(a), abs(b)), axis=-1, keepdims=True)
+  scale = jnp.where(largest == 0.0, 1.0, largest)
+  a, b, difference = a / scale, b / scale, difference / scale
+  near = jnp.max(jnp.abs(difference), axis=-1, keepdims=True) <= 0.5
+
+  def dot(a, b):
+    return jnp.sum(a * b, axis=-1, keepdims=True)
+
+  def length(x):
+    squared = dot(x, x)
+    return jnp.sqrt(jnp.where(squared == 0.0, 1.0, squared))
+
+  longer = dot(difference, a + b) / (length(a) * (length(a) + length(b)))
+  exact = difference / length(a) - unit_b * longer
   return jnp.where(near, exact, unit_a - unit_b)
 
 
-def _own_cosine(unit, labels, prototypes, axis_name):
-  """Mean cosine of unit rows to the prototype of their class."""
-  own = linalg.normalize(prototypes)[jnp.maximum(labels, 0)]
-  known = (labels >= 0) & (labels < len(prototypes))
-  cosines = jnp.where(known, jnp.sum(unit * own, axis=-1), 0.0)
-  total = jnp.stack([jnp.sum(cosines), jnp.sum(known.astype(jnp.float32))])
-  if axis_name is not None:
-    total = lax.psum(total, axis_name)
-  return total[0] / jnp.maximum(total[1], 1.0)
-
-
 def _class_means(rows, one_hot):
-  """Means of the rows of each class, 0 for a class without a row."""
+  """Means of the rows of each class, zeros for a class without a row."""
   rows = jnp.where(jnp.max(one_hot, axis=1, keepdims=True) > 0, rows, 0.0)
   sums = jnp.matmul(one_hot.T, rows, precision=_PRECISION)
   return sums / jnp.maximum(jnp.sum(one_hot, axis=0), 1.0)[:, None]
@@ -673,9 +611,10 @@ def _within_and_between(rows, labels, one_hot):
   """Deviations of rows from their class means, and of these from their mean.
 
   `[n, dim]`, 0 for unlabelled rows, and `[num_classes, dim]`, 0 for classes
-  without a row. A row of the class, or of another class, is subtracted first:
-  the difference of two close numbers is exact, that of rounded means is not.
+  without a row.
   """
+  # Subtract a row before the mean: the difference of two close numbers is
+  # exact, the difference of rounded means is not.
   present = jnp.max(one_hot, axis=0)
   first = rows[jnp.argmax(one_hot, axis=0)]
   own = jnp.maximum(labels, 0)
@@ -692,19 +631,19 @@ def _within_and_between(rows, labels, one_hot):
 
 def _centred(rows, axis_name=None):
   """Rows minus their mean, exactly 0 if all are equal."""
-  # The mean of equal numbers need not be that number after rounding.
+  # The rounded mean of equal numbers may differ from them.
   rows = rows - _origin(rows, axis_name)[None]
   return rows - _mean(rows, axis_name)[None]
 
 
 def _origin(rows, axis_name):
-  """A vector close to all rows if they are close to each other."""
+  """A vector that is close to all rows if they are close to each other."""
   first = lax.stop_gradient(rows[0])
   return first if axis_name is None else lax.pmax(first, axis_name)
 
 
 def _mean(rows, axis_name):
-  """Mean over the rows of all devices, which have equally many."""
+  """Mean over the rows of all devices."""
   mean = jnp.mean(rows, axis=0)
   return mean if axis_name is None else lax.pmean(mean, axis_name)
 
@@ -734,5 +673,4 @@ def _against_prototypes(embeddings, labels, prototypes):
 
 
 def _one_hot(labels, num_classes):
-  """`[n, num_classes]`, 0 for -1."""
   return jax.nn.one_hot(labels, num_classes, dtype=jnp.float32)

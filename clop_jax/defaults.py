@@ -1,7 +1,7 @@
-"""Every field of a config: default, type, range, unit and meaning.
+"""All config fields: default, type, range, unit and meaning.
 
-A file of `configs/` takes the defaults and sets what its experiment differs in;
-nothing else gives a field a default. The defaults train on `digits`.
+A file in `configs/` starts from these defaults and overrides what differs in
+its experiment. The defaults train on `digits`.
 """
 
 import ml_collections
@@ -12,547 +12,427 @@ choice, switch, text = fields.choice, fields.switch, fields.text
 real, reals, share = fields.real, fields.reals, fields.share
 whole = fields.whole
 
-# No run has more of anything; a slip of the finger does.
-_MANY = 10**9
-_LARGE = 1e6
 _PIXELS = 4096
-_BATCH = 1 << 20
+_BATCH = 2**20
 
-# What a group of fields is about, or some of a group from one field on.
+# Text above the table of a group in docs/config.md, or above one of its fields.
 NOTES = {
   'data.unlabelled_classes': (
-    'Which training labels are used, in the order in which the fields apply; '
-    'see clop_jax/data/labels.py. The choice depends on the seed alone.'
+    'These fields choose the training labels. They apply in this order, see '
+    'clop_jax/data/labels.py, and the choice depends on the seed only.'
   ),
   'watch.tensorboard': (
-    'Nothing in this group changes what is trained, and a run may resume with '
-    'other values than it began with; see docs/watching.md.'
+    'This group does not affect training: a run can resume with other values. '
+    'See docs/watching.md.'
   ),
   'eval.batch_size': (
-    'Nothing in this group changes what is trained, and a run may resume with '
-    'other values than it began with; `evaluate` takes `--config.eval.*`, too.'
+    'This group does not affect training: a run can resume with other values, '
+    'and `evaluate` accepts `--config.eval.*`.'
   ),
 }
 
-FIELDS = {
-  'seed': whole(0, 'Seed of everything random.', 0, 2**31 - 1),
-  # data
-  'data.name': text(
+FIELDS = {'seed': whole(0, 'Random seed.', 0, 2**31 - 1)}
+
+FIELDS |= fields.group(
+  'data',
+  name=text(
     'digits',
-    'Source of the images: folder, npz, synthetic, digits, tiny_imagenet or a '
-    'data set of TFDS.',
+    'Image source: folder, npz, synthetic, digits, tiny_imagenet or the name '
+    'of a TFDS data set.',
   ),
-  'data.data_dir': text(
+  data_dir=text(
     None,
-    "The folder of images, the npz file, or the folder of TFDS's data sets "
-    "(None is TFDS's own default).",
+    'Folder of images, npz file, or folder of TFDS data sets (None is the '
+    'default of TFDS).',
     is_path=True,
   ),
-  'data.options': fields.Field(
+  options=fields.Field(
     {}, 'Keyword arguments of the source; see clop_jax/data/sources.py.', dict
   ),
-  'data.train_split': text(
-    'train', 'Split for training, and for fitting the probe.'
+  train_split=text('train', 'Split for training and for fitting the probe.'),
+  test_split=text(
+    'test', 'Split for evaluation; empty for none.', may_be_empty=True
   ),
-  'data.test_split': text(
-    'test', 'Split for evaluation; empty if there is none.', may_be_empty=True
+  unlabelled_split=text(
+    None, 'Split of additional training images, used without labels.'
   ),
-  'data.unlabelled_split': text(
+  num_classes=whole(
+    10, 'Number of classes; 0 takes it from the source.', 0, 100_000
+  ),
+  channels=choice((1, 3), 'Image channels; grey images are repeated over 3.'),
+  image_size=whole(
     None,
-    'Further training images, whose labels are not used; None for none.',
-  ),
-  'data.num_classes': whole(
-    10, 'Number of classes; 0 takes the number from the source.', 0, 100_000
-  ),
-  'data.channels': choice(
-    1, 'Channels of the images; grey images are repeated over 3.', 1, 3
-  ),
-  'data.image_size': whole(
-    None,
-    'Images are cropped to the middle square and resized to this side; None '
-    'takes them as they are, all of one size.',
+    'Side to which the central square of an image is resized; None keeps the '
+    'images, which must then have one size.',
     1,
     _PIXELS,
     unit='px',
   ),
-  'data.host_crops': switch(
+  host_crops=switch(
     False,
-    'Workers cut the two random crops out of the image at full size. '
-    'image_size does not apply then, and the loader must be stream.',
+    'Make the two random crops on the host, from the image at full size. '
+    'image_size is then ignored in training, and the loader must be stream.',
   ),
-  'data.skip_corrupt': switch(
-    False, 'Skips images that cannot be decoded, instead of an error.'
+  skip_corrupt=switch(False, 'Skip images that cannot be decoded.'),
+  loader=choice(
+    ('auto', 'resident', 'stream'),
+    'resident keeps the whole data set on every device; stream reads it in '
+    'worker processes; auto is resident up to resident_limit_gib.',
   ),
-  'data.loader': choice(
-    'auto',
-    'resident keeps the whole set on every device, stream reads it by worker '
-    'processes; auto is resident up to resident_limit_gib.',
-    'auto',
-    'resident',
-    'stream',
+  resident_limit_gib=real(
+    4.0, 'Largest data set (as uint8) that auto makes resident.', unit='GiB'
   ),
-  'data.resident_limit_gib': real(
-    4.0, 'Limit of auto, as uint8 images.', 0, _LARGE, unit='GiB'
+  num_workers=whole(
+    -1, 'Worker processes of stream; 0 uses threads, -1 all CPUs.', -1, 1024
   ),
-  'data.num_workers': whole(
-    -1, 'Processes of stream; 0 uses threads, -1 one per CPU core.', -1, 1024
+  prefetch=whole(
+    2, 'Batches prepared ahead by each worker and the device.', 1, 1024
   ),
-  'data.prefetch': whole(
-    2, 'Batches that each worker and the device hold ready.', 1, 1024
+  unlabelled_classes=reals(
+    (), 'Classes without any labels.', 0, 10**9, lengths=(0, 10_000), kind=int
   ),
-  'data.unlabelled_classes': reals(
-    (), 'Classes that lose all labels.', 0, _MANY, length=(0, 10_000), kind=int
-  ),
-  'data.imbalance_factor': real(
+  imbalance_factor=real(
     1.0,
-    'The first class keeps all labels, the last one 1 / imbalance_factor.',
+    'Ratio of labels kept in the first class to the last. The first class '
+    'keeps all labels, the last one 1 / imbalance_factor.',
     1,
-    _LARGE,
   ),
-  'data.class_fractions': fields.Field(
+  class_fractions=fields.Field(
     {},
-    'Shares of labels kept of single classes: class_fractions.3=0.5 keeps half '
-    'of class 3.',
+    'Fraction of labels kept in single classes: class_fractions.3=0.5 keeps '
+    'half of class 3.',
     dict,
-    low=0,
-    high=1,
+    0,
+    1,
   ),
-  'data.label_fraction': share(1.0, "Share kept of each class's labels."),
-  'data.labels_per_class': whole(
-    None, 'Labels kept of each class, instead of label_fraction.', 0, _MANY
+  label_fraction=share(1.0, 'Fraction of labels kept in each class.'),
+  labels_per_class=whole(
+    None, 'Number of labels kept in each class; replaces label_fraction.', 0
   ),
-  'data.label_noise': share(
-    0.0, 'Share of the kept labels that are made wrong.'
+  label_noise=share(0.0, 'Fraction of the kept labels made wrong.'),
+  label_noise_kind=choice(
+    ('symmetric', 'asymmetric'),
+    'Wrong label: any other class (symmetric) or the next one (asymmetric).',
   ),
-  'data.label_noise_kind': choice(
-    'symmetric',
-    'symmetric takes any other class, asymmetric the next one.',
-    'symmetric',
-    'asymmetric',
+)
+
+FIELDS |= fields.group(
+  'augment',
+  size=whole(8, 'Height and width of a view.', 1, _PIXELS, unit='px'),
+  mean=reals(
+    (0.305,), 'Mean of each channel, images in [0, 1].', 0, 1, lengths=(1, 3)
   ),
-  # augment
-  'augment.size': whole(
-    8, 'Height and width of a view.', 1, _PIXELS, unit='px'
-  ),
-  'augment.mean': reals(
-    (0.305,), 'Mean of each channel, of images in [0, 1].', 0, 1, length=(1, 3)
-  ),
-  'augment.std': reals(
+  std=reals(
     (0.376,),
-    'Standard deviation of each channel, of images in [0, 1].',
+    'Standard deviation of each channel, images in [0, 1].',
     0,
     100,
     above=True,
-    length=(1, 3),
+    lengths=(1, 3),
   ),
-  'augment.crop_probability': share(
-    1.0, 'Probability of a random box instead of the whole image.'
-  ),
-  'augment.crop_area': reals(
+  crop_probability=share(1.0, 'Probability of a random crop.'),
+  crop_area=reals(
     (0.4, 1.0),
-    "Share of the image's area that a box has, least and most.",
+    'Minimum and maximum area of a crop, as a fraction of the image.',
     0,
     1,
     above=True,
-    length=2,
+    lengths=(2, 2),
     ascending=True,
   ),
-  'augment.crop_aspect': reals(
+  crop_aspect=reals(
     (3 / 4, 4 / 3),
-    'Width over height of a box, least and most.',
+    'Minimum and maximum width / height of a crop.',
     0.01,
     100,
-    length=2,
+    lengths=(2, 2),
     ascending=True,
   ),
-  'augment.interpolation': choice(
-    'bilinear',
-    'How images and crops are resized, in training and evaluation; always '
-    'antialiased.',
-    'bilinear',
-    'bicubic',
+  interpolation=choice(
+    ('bilinear', 'bicubic'),
+    'Interpolation of images and crops, always antialiased.',
   ),
-  'augment.flip_probability': share(
-    0.0, 'Probability of a mirror image. (A mirrored digit is another one.)'
+  flip_probability=share(0.0, 'Probability of a horizontal flip.'),
+  jitter_probability=share(0.8, 'Probability of colour jitter.'),
+  brightness=share(0.4, 'Jitter: brightness factor in 1 ± this value.'),
+  contrast=share(0.4, 'Jitter: contrast factor in 1 ± this value.'),
+  saturation=share(
+    0.0, 'Jitter: saturation factor in 1 ± this value; colour images only.'
   ),
-  'augment.jitter_probability': share(
-    0.8, 'Probability of the four changes that follow.'
-  ),
-  'augment.brightness': share(0.4, 'Factor within 1 plus or minus this.'),
-  'augment.contrast': share(0.4, 'Factor within 1 plus or minus this.'),
-  'augment.saturation': share(
-    0.0, 'Factor within 1 plus or minus this; colour images only.'
-  ),
-  'augment.hue': real(
+  hue=real(
     0.0,
-    'Turn of the colour circle, plus or minus; colour images only.',
+    'Jitter: largest change of hue; colour images only.',
     0,
     0.5,
     unit='turns',
   ),
-  'augment.grey_probability': share(
+  grey_probability=share(
     0.0, 'Probability of a grey view; colour images only.'
   ),
-  'augment.blur_probability': share(0.0, 'Probability of a Gaussian blur.'),
-  'augment.blur_sigma': reals(
+  blur_probability=share(0.0, 'Probability of a Gaussian blur.'),
+  blur_sigma=reals(
     (0.1, 2.0),
-    'Standard deviation of the blur, least and most.',
+    'Minimum and maximum standard deviation of the blur.',
     0,
     1000,
     above=True,
     unit='px',
-    length=2,
+    lengths=(2, 2),
     ascending=True,
   ),
-  'augment.solarize_probability': share(
-    0.0, 'Probability that what is bright is inverted.'
+  solarize_probability=share(0.0, 'Probability of solarization.'),
+  solarize_threshold=share(
+    0.5, 'Solarization inverts pixels from this value on, images in [0, 1].'
   ),
-  'augment.solarize_threshold': share(
-    0.5, 'Value from which solarization inverts, of images in [0, 1].'
+  randaugment_layers=whole(
+    0, 'Number of RandAugment operations on each view; 0 for none.', 0, 16
   ),
-  'augment.randaugment_layers': whole(
-    0, 'RandAugment operations on each view; 0 is off.', 0, 16
-  ),
-  'augment.randaugment_magnitude': real(
+  randaugment_magnitude=real(
     0.0, 'Magnitude of all RandAugment operations.', 0, 30
   ),
-  # model
-  'model.depth': choice(8, 'Layers of the ResNet.', 8, 18, 34, 50),
-  'model.stem': choice(
-    'cifar',
-    'First layers: cifar up to 64 px, or imagenet.',
-    'cifar',
-    'imagenet',
+)
+
+FIELDS |= fields.group(
+  'model',
+  depth=choice((8, 18, 34, 50), 'Number of layers of the ResNet.'),
+  stem=choice(
+    ('cifar', 'imagenet'), 'First layers: cifar for images up to 64 px.'
   ),
-  'model.width_multiplier': real(
-    1.0, 'Factor on the channels of all layers.', 1 / 64, 64
+  width_multiplier=real(
+    1.0, 'Factor of the number of channels in all layers.', 1 / 64, 64
   ),
-  'model.zero_init_last_bn': switch(
-    False, 'Residual blocks begin as the identity.'
+  zero_init_last_bn=switch(False, 'Initialize residual blocks as identity.'),
+  bn_scope=choice(
+    ('global', 'device'),
+    'Batch statistics over the global batch or over the batch of a device.',
   ),
-  'model.bn_scope': choice(
-    'global',
-    'Batch statistics over the global batch, or over that of a device.',
-    'global',
-    'device',
+  dtype=choice(
+    ('auto', 'float32', 'bfloat16'),
+    'Dtype of the networks; auto is bfloat16 on accelerators.',
   ),
-  'model.dtype': choice(
-    'auto',
-    'Type that networks compute in; auto is bfloat16 on accelerators.',
-    'auto',
-    'float32',
-    'bfloat16',
+  # The effective rank needs a matrix of this size squared.
+  embedding_dim=whole(
+    128, 'Dimension of embeddings and prototypes.', 1, 16_384
   ),
-  'model.embedding_dim': whole(
-    # The logged effective rank takes a matrix of this size squared.
-    128,
-    'Dimension of embeddings and prototypes.',
-    1,
-    16_384,
+  head_layers=whole(
+    2, 'Number of dense layers of the projection head; 0 for no head.', 0, 16
   ),
-  'model.head_layers': whole(
-    2, 'Dense layers of the projection head; 0 is no head.', 0, 16
-  ),
-  'model.head_hidden_dim': whole(
-    128, "Width of the head's hidden layers.", 1, 65_536
-  ),
-  'model.head_bn': switch(
-    True, "Batch normalization in the head's hidden layers."
-  ),
-  'model.initial_weights': text(
+  head_hidden_dim=whole(128, "Width of the head's hidden layers.", 1, 65_536),
+  head_bn=switch(True, "Batch normalization in the head's hidden layers."),
+  initial_weights=text(
     None,
-    "Weights that the backbone starts from, under torchvision's names: a "
-    '.safetensors file, or .pth where PyTorch is installed; None for random '
-    'ones.',
+    'File of initial backbone weights, named as in torchvision: .safetensors, '
+    'or .pth if PyTorch is installed. None for random weights.',
     is_path=True,
   ),
-  # loss
-  'loss.contrastive': choice(
-    'nt_xent',
-    'The contrastive loss.',
-    'nt_xent',
-    'supcon',
-    'dcl',
-    'vicreg',
-    'barlow_twins',
-    'none',
+)
+
+FIELDS |= fields.group(
+  'loss',
+  contrastive=choice(
+    ('nt_xent', 'supcon', 'dcl', 'vicreg', 'barlow_twins', 'none'),
+    'Contrastive loss.',
   ),
-  'loss.temperature': real(
-    0.5, 'Temperature of nt_xent, supcon and dcl.', 1e-4, 1e4
-  ),
-  'loss.block_size': whole(
+  temperature=real(0.5, 'Temperature of nt_xent, supcon and dcl.', 1e-4, 1e4),
+  block_size=whole(
     None,
-    'Rows of the similarity matrix at one time (nt_xent, supcon), over all '
-    'devices; None takes all, or 512 a device where `loss.choose_block_size` '
-    'says so.',
-    1,
-    _MANY,
+    'Rows of the similarity matrix computed at a time, over all devices '
+    '(nt_xent, supcon). None computes all rows, or 512 on each device if '
+    '`loss.choose_block_size` says so.',
   ),
-  'loss.supcon_variant': choice(
-    'out', 'Mean of logarithms, or logarithm of the mean.', 'out', 'in'
+  supcon_variant=choice(
+    ('out', 'in'), 'Mean of logarithms (out) or logarithm of the mean (in).'
   ),
-  'loss.vicreg_weights': reals(
+  vicreg_weights=reals(
     (25.0, 25.0, 1.0),
     'Weights of invariance, variance and covariance.',
-    0,
-    _LARGE,
-    length=3,
+    lengths=(3, 3),
   ),
-  'loss.barlow_weight': real(5e-3, 'Weight of the redundancy term.', 0, _LARGE),
-  'loss.clop_weight': real(
-    1.0, "The paper's lambda; 0 trains without CLOP.", 0, _LARGE
+  barlow_weight=real(5e-3, 'Weight of the redundancy term of barlow_twins.'),
+  clop_weight=real(
+    1.0,
+    'Weight of the CLOP loss (lambda in the paper). If 0, the loss is only '
+    'logged.',
   ),
-  'loss.clop_after_epochs': whole(
-    0, 'Epochs before the CLOP term begins.', 0, _MANY, unit='epochs'
+  clop_after_epochs=whole(0, 'Epochs before the CLOP loss is added.', 0),
+  clop_distance=choice(
+    ('cosine', 'euclidean', 'manhattan', 'softmax'),
+    'Distance between an embedding and its prototype.',
   ),
-  'loss.clop_distance': choice(
-    'cosine',
-    'Distance of an embedding to its prototype.',
-    'cosine',
-    'euclidean',
-    'manhattan',
-    'softmax',
+  clop_temperature=real(
+    0.1, 'Temperature of softmax and of pseudo-labels.', 1e-4, 1e4
   ),
-  'loss.clop_temperature': real(
-    0.1, 'Temperature of softmax, and of the pseudo-labels.', 1e-4, 1e4
+  clop_repulsion=real(
+    0.0, 'Weight of the repulsion from other prototypes; cosine only.'
   ),
-  'loss.clop_repulsion': real(
-    0.0,
-    'Weight of the repulsion from the other prototypes; cosine only.',
-    0,
-    _LARGE,
-  ),
-  'loss.pseudo_label_threshold': share(
+  pseudo_label_threshold=share(
     None,
-    'An unlabelled example gets the label of its nearest prototype in the CLOP '
-    'term where the softmax over the prototypes is at least so sure; None '
-    'leaves it unlabelled.',
+    'Softmax probability from which the nearest prototype labels an '
+    'unlabelled example in the CLOP loss; None for no pseudo-labels.',
     above=True,
   ),
-  'loss.pseudo_label_after_epochs': whole(
-    1,
-    'Epochs before pseudo-labels begin: a new network is sure of wrong ones.',
-    0,
-    _MANY,
-    unit='epochs',
+  pseudo_label_after_epochs=whole(
+    1, 'Epochs before pseudo-labels are used; early ones are often wrong.', 0
   ),
-  # prototypes
-  'prototypes.kind': choice(
-    'orthonormal',
+)
+
+FIELDS |= fields.group(
+  'prototypes',
+  kind=choice(
+    ('orthonormal', 'simplex_etf', 'random', 'learned', 'aligned'),
     'orthonormal, simplex_etf and random (not orthogonal) are fixed; learned '
-    'follow the gradient and stay orthonormal; aligned are set to suit the '
-    'class means.',
-    'orthonormal',
-    'simplex_etf',
-    'random',
-    'learned',
-    'aligned',
+    'prototypes follow the gradient and stay orthonormal; aligned prototypes '
+    'are fitted to the class means.',
   ),
-  'prototypes.learning_rate': real(
+  learning_rate=real(
     0.1,
-    'Learning rate of learned prototypes, for the CLOP loss unweighted.',
-    0,
-    _LARGE,
+    'Learning rate of learned prototypes, for the unweighted CLOP loss.',
     above=True,
   ),
-  'prototypes.align_after_epochs': whole(
-    1,
-    'Epochs before aligned prototypes are set; until then no CLOP term.',
-    1,
-    _MANY,
-    unit='epochs',
+  align_after_epochs=whole(
+    1, 'Epochs before prototypes are aligned and the CLOP loss is added.'
   ),
-  'prototypes.align_every_epochs': whole(
-    None,
-    'Epochs from one alignment to the next; None aligns once.',
-    1,
-    _MANY,
-    unit='epochs',
+  align_every_epochs=whole(
+    None, 'Epochs between alignments; None aligns once.'
   ),
-  'prototypes.align_by': choice(
-    'procrustes',
+  align_by=choice(
+    ('procrustes', 'assignment'),
     'procrustes takes the nearest orthonormal set, assignment the best order '
-    'of the present prototypes.',
-    'procrustes',
-    'assignment',
+    'of the current prototypes.',
   ),
-  # optimizer
-  'optimizer.name': choice('sgd', 'The optimizer.', 'sgd', 'lars', 'adamw'),
-  'optimizer.learning_rate': real(
-    # To see a run diverge is a purpose, too.
-    0.2,
-    'Base learning rate; see scaling.',
-    0,
-    1e30,
+)
+
+FIELDS |= fields.group(
+  'optimizer',
+  name=choice(('sgd', 'lars', 'adamw'), 'Optimizer.'),
+  # High enough to make a run diverge on purpose.
+  learning_rate=real(0.2, 'Base learning rate; see scaling.', 0, 1e30),
+  scaling=choice(
+    ('linear', 'sqrt', 'none'),
+    'Learning rate: base * batch / 256 (linear), base * sqrt(batch) (sqrt) or '
+    'base (none).',
   ),
-  'optimizer.scaling': choice(
-    'linear',
-    'linear: base * batch / 256; sqrt: base * sqrt(batch); none: base.',
-    'linear',
-    'sqrt',
-    'none',
+  warmup_epochs=real(
+    0.0, 'Epochs of linear warmup, followed by a cosine schedule to 0.'
   ),
-  'optimizer.warmup_epochs': real(
-    0.0,
-    'Epochs of a linear warm-up from 0; then a cosine to 0.',
-    0,
-    _LARGE,
-    unit='epochs',
+  momentum=real(0.9, 'Momentum; b1 of adamw.', 0, 1, below=True),
+  weight_decay=real(1e-6, 'Weight decay of kernels.', 0, 100),
+  trust_coefficient=real(
+    0.001, 'Trust coefficient of lars, for kernels.', 0, 1000, above=True
   ),
-  'optimizer.momentum': real(0.9, 'Momentum; for adamw b1.', 0, 1, below=True),
-  'optimizer.weight_decay': real(
-    1e-6, 'Weight decay, of kernels only.', 0, 100
-  ),
-  'optimizer.trust_coefficient': real(
-    0.001, 'Of lars, for kernels only.', 0, 1000, above=True
-  ),
-  'optimizer.rate_in_momentum': switch(
+  rate_in_momentum=switch(
     True,
-    'For lars: the learning rate multiplies a step before it enters the '
-    "momentum, as in SimCLR's code; false multiplies the momentum, as VICReg's "
-    'code, solo-learn and lightly do.',
+    'lars: apply the learning rate before momentum, as the code of SimCLR '
+    'does. If false, apply it after, as VICReg, solo-learn and lightly do.',
   ),
-  'optimizer.clip_norm': real(
+  clip_norm=real(
     None,
     'Largest global norm of the gradient; None does not clip.',
     0,
     1e30,
     above=True,
   ),
-  # train
-  'train.batch_size': whole(
-    128, 'Images over all devices.', 1, _BATCH, unit='images'
-  ),
-  'train.num_micro_batches': whole(
+)
+
+FIELDS |= fields.group(
+  'train',
+  batch_size=whole(128, 'Global batch size.', 1, _BATCH, unit='images'),
+  num_micro_batches=whole(
     1,
-    'Parts in which a device processes its images: memory for one part, at the '
-    'cost of one more forward pass. The losses stay those of the whole batch; '
-    'batch statistics become those of one part, over all devices or one device '
-    'as model.bn_scope says.',
-    1,
-    _MANY,
+    'Number of parts that a device processes one after the other. More parts '
+    'need less memory, at the cost of one more forward pass. Losses are still '
+    'those of the whole batch, but batch statistics are those of one part.',
   ),
-  'train.num_epochs': whole(
-    20, 'Passes over the training images.', 1, _MANY, unit='epochs'
-  ),
-  'train.steps_per_dispatch': whole(
+  num_epochs=whole(20, 'Number of training epochs.'),
+  steps_per_dispatch=whole(
     1,
-    'Steps that the device makes by itself at a time; fewer where a log line '
-    'or a checkpoint is due.',
+    'Steps in one call of the compiled program; fewer before a log line or a '
+    'checkpoint.',
     1,
     100_000,
   ),
-  'train.log_every_steps': whole(
-    10,
-    'Steps between two lines of metrics.jsonl, with diagnostics.',
-    1,
-    _MANY,
-    unit='steps',
+  log_every_steps=whole(10, 'Steps between log lines in metrics.jsonl.'),
+  checkpoint_every_epochs=whole(
+    5, 'Epochs between checkpoints. The last step always has one.'
   ),
-  'train.checkpoint_every_epochs': whole(
-    5,
-    'Epochs between two checkpoints; there is one at the end, too.',
-    1,
-    _MANY,
-    unit='epochs',
-  ),
-  'train.keep_checkpoints': whole(
-    3, 'How many of the newest checkpoints stay.', 1, _MANY
-  ),
-  'train.keep_best': text(
+  keep_checkpoints=whole(3, 'Number of latest checkpoints to keep.'),
+  keep_best=text(
     None,
-    'Also keeps the best checkpoint by this metric of metrics.jsonl, as its '
-    'mean since the last checkpoint; None keeps none.',
+    'Metric of metrics.jsonl, averaged since the last checkpoint, by which the '
+    'best checkpoint is also kept; None for none.',
   ),
-  'train.keep_best_mode': choice(
-    'max', 'Whether a high or a low metric is better.', 'max', 'min'
+  keep_best_mode=choice(
+    ('max', 'min'), 'max if higher values of keep_best are better, else min.'
   ),
-  # watch
-  'watch.tensorboard': switch(
+)
+
+FIELDS |= fields.group(
+  'watch',
+  tensorboard=switch(
     True,
-    "Writes event files in the workdir's tensorboard/, if tensorboardX is "
-    'installed.',
+    'Write event files to <workdir>/tensorboard/ if tensorboardX is installed.',
   ),
-  'watch.images_every_epochs': whole(
+  images_every_epochs=whole(
     10,
-    'Epochs between two pictures of embeddings, their spectrum and some '
-    'augmented images (one at the end of a shorter run); 0 is never.',
+    'Epochs between pictures of embeddings, their spectrum and augmented '
+    'images; 0 for never. Shorter runs have one set at the end.',
     0,
-    _MANY,
-    unit='epochs',
   ),
-  'watch.probe_every_epochs': whole(
+  probe_every_epochs=whole(
     0,
-    'Epochs between two probes by the evaluation protocol, which read the '
-    'whole training split and the test split; 0 is never.',
+    'Epochs between probes with the evaluation protocol, which read the whole '
+    'training and test splits; 0 for never.',
     0,
-    _MANY,
-    unit='epochs',
   ),
-  'watch.probe': choice('knn', 'Which probe.', 'knn', 'linear', 'both'),
-  'watch.collapse_share': share(
+  probe=choice(('knn', 'linear', 'both'), 'Probe to run.'),
+  collapse_share=share(
     0.5,
-    'Warns when the effective rank stays below this share of the largest that '
-    'is to be expected, min(num_classes, embedding_dim, 2 * batch_size); 0 is '
-    'never.',
+    'Warn if the effective rank is below this fraction of its expected '
+    'maximum, min(num_classes, embedding_dim, 2 * batch_size); 0 for never.',
   ),
-  'watch.collapse_patience': whole(
-    5, 'Logged steps in a row before that warning.', 1, _MANY
+  collapse_patience=whole(
+    5, 'Consecutive log lines below collapse_share before the warning.'
   ),
-  # eval
-  'eval.batch_size': whole(
-    512, 'Images over all devices.', 1, _BATCH, unit='images'
-  ),
-  'eval.crop_share': share(
+)
+
+FIELDS |= fields.group(
+  'eval',
+  batch_size=whole(512, 'Global batch size.', 1, _BATCH, unit='images'),
+  crop_share=share(
     1.0,
-    "Side of the middle square that is shown, of the image's shorter side.",
+    "Side of the central crop, as a fraction of the image's shorter side.",
     above=True,
   ),
-  'eval.knn_neighbours': reals(
+  knn_neighbours=reals(
     (20, 200),
-    'Numbers of neighbours; the first one gives knn_top1.',
+    'Numbers of neighbours; knn_top1 uses the first.',
     1,
-    _MANY,
+    10**9,
     kind=int,
   ),
-  'eval.knn_temperature': real(
-    0.1, 'Temperature of the votes by cosine.', 1e-4, 1e4
+  knn_temperature=real(
+    0.1, 'Temperature of the cosine-weighted votes of kNN.', 1e-4, 1e4
   ),
-  'eval.probe_l2': reals(
-    (1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
-    "Candidates for the linear probe's L2 strength.",
-    0,
-    _LARGE,
+  probe_l2=reals(
+    (1e-5, 1e-4, 1e-3, 1e-2, 1e-1), 'L2 strengths tried by the linear probe.'
   ),
-  'eval.probe_iterations': whole(
-    200, 'Iterations of L-BFGS, at most.', 1, _MANY
-  ),
-  'eval.finetune_learning_rates': reals(
+  probe_iterations=whole(200, 'Maximum number of L-BFGS iterations.'),
+  finetune_learning_rates=reals(
     (0.001, 0.01, 0.1),
-    'For evaluate --mode=finetune: candidates for the peak learning rate.',
-    0,
-    _LARGE,
+    'Peak learning rates tried by evaluate --mode=finetune.',
     above=True,
   ),
-  'eval.finetune_batch_size': whole(
-    128, 'Images over all devices.', 1, _BATCH, unit='images'
+  finetune_batch_size=whole(
+    128, 'Global batch size of fine-tuning.', 1, _BATCH, unit='images'
   ),
-  'eval.finetune_epochs': whole(
-    30,
-    'Passes over the labelled examples, but at least finetune_min_steps.',
-    1,
-    _MANY,
-    unit='epochs',
+  finetune_epochs=whole(30, 'Epochs of fine-tuning, over the labelled images.'),
+  finetune_min_steps=whole(200, 'Minimum number of fine-tuning steps.', 0),
+  finetune_augment=switch(
+    True, 'Random crops and flips in fine-tuning, as in augment.'
   ),
-  'eval.finetune_min_steps': whole(
-    200, 'Updates, at least.', 0, _MANY, unit='steps'
-  ),
-  'eval.finetune_augment': switch(
-    True, 'Random crops and flips as in augment, and nothing else.'
-  ),
-}
+)
 
-# Fields that hold a path, in which commands expand a leading `~`.
+# Commands expand a leading `~` in these fields.
 PATHS = tuple(name for name, field in FIELDS.items() if field.is_path)
 
 
@@ -560,28 +440,18 @@ def get_config() -> ml_collections.ConfigDict:
   """Returns all fields with their defaults, unlocked."""
   config = ml_collections.ConfigDict()
   for name, field in FIELDS.items():
-    group = config
-    *path, last = name.split('.')
-    for part in path:
-      if part not in group:
-        group[part] = ml_collections.ConfigDict()
-      group = group[part]
-    group[last] = _value(field)
+    group, _, last = name.rpartition('.')
+    value = field.default
+    if field.kind is dict:
+      value = ml_collections.ConfigDict()
+    elif value is None:
+      value = ml_collections.config_dict.placeholder(field.kind)
+    if group and group not in config:
+      config[group] = ml_collections.ConfigDict()
+    (config[group] if group else config)[last] = value
   return config
 
 
-def _value(field):
-  if field.kind is dict:
-    return ml_collections.ConfigDict()
-  if field.default is None:
-    return ml_collections.config_dict.placeholder(field.kind)
-  return field.default
-
-
 def check(config: ml_collections.ConfigDict) -> None:
-  """Checks the type and the range of every field.
-
-  Raises:
-    ValueError: If a field is missing, unknown or out of range.
-  """
+  """Raises ValueError if a field is missing, unknown or out of range."""
   fields.check(config, FIELDS)

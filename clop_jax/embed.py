@@ -1,4 +1,4 @@
-r"""Features and embeddings of images, by a checkpoint, into one file.
+r"""Writes features and embeddings of images into one file.
 
 python -m clop_jax.embed --workdir=runs/digits --out=digits.npz
 python -m clop_jax.embed --workdir=runs/digits --source=PHOTOS \\
@@ -6,8 +6,8 @@ python -m clop_jax.embed --workdir=runs/digits --source=PHOTOS \\
 python -m clop_jax.embed --workdir=runs/digits --source=cifar10 --split=test \\
   --out=cifar10.npz --what=features
 
-Images are read, embedded and written batch by batch, so that memory does not
-grow with their number. docs/embed.md describes the file.
+Images are read, embedded and written batch by batch, so memory does not grow
+with their number. docs/embed.md describes the file.
 """
 
 import collections
@@ -18,11 +18,11 @@ import os
 import sys
 import tempfile
 import time
+from typing import Any
 import zipfile
 
 from absl import flags
 import jax
-import ml_collections
 import numpy as np
 import tqdm
 
@@ -43,30 +43,30 @@ from clop_jax.runtime import remote
 
 WHAT = ('features', 'embeddings')
 _ENDINGS = ('.npz', '.parquet')
-_AHEAD = 2  # batches on the devices while the host writes one
-_ROW_GROUP = 4096  # rows of a Parquet file that are in memory at one time
+_AHEAD = 2  # batches that the devices compute while the host writes one
+_ROW_GROUP = 4096  # rows of a Parquet file that are in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Images to embed, and the file to write.
+  """Arguments of `embed`.
 
   Attributes:
     workdir: Workdir of a run.
-    out: Path of the file, `*.npz` or `*.parquet`.
-    source: Name of a source, see `find`; or a source object.
-    split: Split, see `find`.
-    data_dir: Folder or file of a data set, see `find`.
-    root: Folder that the names of a source object's files begin at; None
-      numbers the examples.
+    out: File to write, `*.npz` or `*.parquet`.
+    source: Folder, npz file, name of a data set, or a source object. If None,
+      the run's own data.
+    split: Split of the data set, the npz file or the folder. If None, 'test',
+      the only split of the npz file, or all images in the folder.
+    data_dir: Folder or file of the data set, as in `config.data.data_dir`.
     which: Checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
-    what: Columns, of 'features' and 'embeddings'.
-    batch_size: Images per batch; None is `config.eval.batch_size`.
-    num_workers: Processes that read; None is the value of the run's config.
-    skip_corrupt: True leaves out images that cannot be decoded, with a warning;
-      None is the value of the run's config.
-    overwrite: True replaces an existing file.
-    devices: Devices, by default all of all processes.
+    what: Columns: 'features' and 'embeddings'.
+    batch_size: Images per batch. If None, the run's `eval.batch_size`.
+    num_workers: Processes that read. If None, as in the run's config.
+    skip_corrupt: If True, images that cannot be decoded are left out with a
+      warning. If None, as in the run's config.
+    overwrite: If True, an existing file is replaced.
+    devices: Devices. If None, all devices of all processes.
   """
 
   workdir: str
@@ -74,7 +74,6 @@ class Request:
   source: str | sources.Source | None = None
   split: str | None = None
   data_dir: str | None = None
-  root: str | None = None
   which: str = 'latest'
   what: Sequence[str] = WHAT
   batch_size: int | None = None
@@ -87,29 +86,30 @@ class Request:
 def embed(request: Request) -> int:
   """Writes features and embeddings of all images of a source.
 
-  The columns are `name` (the path below the root, or the example's number),
-  `label` (-1 is unknown), and `features` and `embeddings` (float32, not
-  normalized). The step of the checkpoint is the array `step` of a npz file, and
-  metadata of a Parquet file. The file appears when it is complete.
+  The columns are `name` (the path in the folder, or the number of the example),
+  `label` (-1 if unknown), and `features` and `embeddings` (float32, not
+  normalized). The step of the checkpoint is the array `step` of an npz file,
+  and metadata of a Parquet file. The file appears when it is complete.
 
   Args:
-    request: Request.
+    request: Workdir, images and file.
 
   Returns:
     The number of rows.
 
   Raises:
-    ValueError: If the workdir is missing or holds no run or no such checkpoint,
-      `out` exists or cannot be written, or an image does not fit or cannot be
-      decoded. No file is written then.
+    ValueError: If the workdir holds no run or no such checkpoint, `out` exists
+      or cannot be written, or an image cannot be decoded.
     OSError: If the system refuses to write `out`.
-    FloatingPointError: If an output is not finite: the training diverged.
+    FloatingPointError: If an output is not finite because training diverged.
     checkpoint.DamagedCheckpointError: If no checkpoint can be restored.
   """
-  _check_what(request.what)
-  _check_out(request.out, request.overwrite)
+  _check_request(request)
   config = workdir_lib.load_config(request.workdir)
-  reading, source, root = _source(config, request)
+  source, root = _source(config, request)
+  reading = config
+  if request.source is not None:
+    reading = inputs.on_other_data(config, 'other')
   size = request.batch_size
   size = config.eval.batch_size if size is None else size
   parallel.check_batch_size(size, parallel.make_mesh(request.devices))
@@ -129,51 +129,127 @@ def embed(request: Request) -> int:
     if workers is None:
       workers = inputs.num_workers(reading, reader)
     batches = loader.in_order(reader, batch_size=size, num_workers=workers)
-    name_of, longest = _names(source, root)
-    rows = 0
-    bar = tqdm.tqdm(
-      total=len(reader), desc='embedding', disable=not sys.stderr.isatty()
-    )
-    with (
-      _writer(request.out, run.step, len(reader)) as write,
-      contextlib.closing(batches),
-      bar,
-    ):
-      for positions, columns in _embedded(run, batches, size, request.what):
-        if parallel.is_main():
-          names = np.array([name_of(x) for x in positions], f'<U{longest}')
-          labels = reader.labels[positions]
-          write({'name': names, 'label': labels} | columns)
-        rows += len(positions)
-        bar.update(len(positions))
-    return rows
+    with contextlib.closing(batches):
+      return _write(request, run, reader, batches, size, _names(source, root))
   except images_lib.CorruptImageError as error:
     reason = str(error).split(';')[0]
     raise ValueError(
-      f'{reason}; repair or remove it, or leave such images out with '
-      '--skip_corrupt'
+      f'{reason}; repair or remove it, or pass --skip_corrupt'
     ) from error
 
 
-def _source(config, request):
-  """Returns the config to read with, the source, and the root of its names."""
-  source, root = request.source, request.root
-  if source is None or isinstance(source, str):
-    source, root = find(
-      config, source, split=request.split, data_dir=request.data_dir
+def _check_request(request):
+  what, out = request.what, request.out
+  unknown = [repr(name) for name in what if name not in WHAT]
+  if unknown or not what:
+    got = unknown[0] if unknown else 'none'
+    raise ValueError(f'--what must be some of {", ".join(WHAT)}; got {got}')
+  if not out or not out.endswith(_ENDINGS):
+    endings = ' or *'.join(_ENDINGS)
+    raise ValueError(f'--out must be a file *{endings}, got {out or "none"}')
+  remote.check_local('--out', out)
+  if out.endswith('.parquet'):
+    extras.check(f'--out={out}', 'export', 'pyarrow')
+  parent = os.path.dirname(os.path.abspath(out))
+  if not os.path.isdir(parent):
+    raise ValueError(f'--out={out}: folder {parent} does not exist')
+  if os.path.exists(out) and not request.overwrite:
+    raise ValueError(
+      f'--out={out} already exists; choose another name or pass --overwrite'
     )
-  else:
-    source = inputs.fitted(config, source)
-  if request.source is not None:
-    config = inputs.on_other_data(config, 'other')
-  return config, source, root
+  parallel.by_main(lambda: files.check_writable(out, f'--out={out}'))
+
+
+def _source(config, request):
+  """Returns the source, and the folder that its names are relative to."""
+  name, split, data_dir = request.source, request.split, request.data_dir
+  if name is None:
+    if data_dir is not None:
+      raise ValueError(
+        f'--data_dir={data_dir} needs --source=NAME, got no --source'
+      )
+    split = split or config.data.test_split
+    if not split:
+      raise ValueError(
+        "--split must name a split of the run's data, got none: the run has no "
+        'test split'
+      )
+    is_folder = config.data.name == 'folder'
+    root = config.data.data_dir if is_folder else None
+    return inputs.source(config, split), root
+  root, source = None, name
+  try:
+    if not isinstance(name, str):
+      pass
+    elif os.path.isdir(name) and data_dir is None:
+      root = name
+      source = folder.Folder(split, name) if split else folder.Tree(name)
+    elif name.endswith('.npz') and not os.path.exists(name):
+      raise ValueError('the file does not exist')
+    elif name.endswith('.npz'):
+      source = arrays.load_npz(split or _only_split(name), name)
+    elif os.path.isfile(name):
+      raise ValueError('it is a file, expected a folder, *.npz or a name')
+    else:
+      source = sources.load(name, split or 'test', data_dir)
+      root = data_dir if name == 'folder' else None
+  except ValueError as error:
+    reason = sources.in_flags(error, '--source').replace(
+      '--source must be', 'no such folder exists; a name must be'
+    )
+    raise ValueError(f'--source={name}: {reason}') from error
+  return inputs.fitted(config, source), root
+
+
+def _only_split(path):
+  """Returns the split of an npz file if it has one, else 'test'."""
+  try:
+    with zipfile.ZipFile(path) as file:
+      names = [name.removesuffix('.npy') for name in file.namelist()]
+  except (OSError, zipfile.BadZipFile):
+    return 'test'  # load_npz reports the error
+  splits = [x.removesuffix('_images') for x in names if x.endswith('_images')]
+  return splits[0] if len(splits) == 1 else 'test'
+
+
+def _names(source, root):
+  """Returns a function from positions to an array of names."""
+
+  def name_of(position):
+    if root is None:
+      return str(position)
+    name = os.path.relpath(sources.name_of(source, position), root)
+    # Bytes that are no text become \udc..., as in repr.
+    return name.encode('utf-8', 'backslashreplace').decode('utf-8')
+
+  # All batches need one width.
+  last = len(source) - 1
+  shown = range(len(source)) if root is not None else (last,)
+  dtype = f'<U{max(len(name_of(x)) for x in shown)}'
+  return lambda positions: np.array([name_of(x) for x in positions], dtype)
+
+
+def _write(request, run, reader, batches, size, names):
+  """Embeds and writes all batches; returns the number of rows."""
+  rows = 0
+  with (
+    _writer(request.out, run.step, len(reader)) as write,
+    tqdm.tqdm(
+      total=len(reader), desc='embedding', disable=not sys.stderr.isatty()
+    ) as bar,
+  ):
+    for positions, columns in _embedded(run, batches, size, request.what):
+      if parallel.is_main():
+        columns = {'label': reader.labels[positions], **columns}
+        write({'name': names(positions), **columns})
+      rows += len(positions)
+      bar.update(len(positions))
+  return rows
 
 
 def _embedded(run, batches, size, what):
-  """Yields the positions and the columns of each batch, on the host.
-
-  The devices compute the next batches while the host waits for this one.
-  """
+  """Yields the positions and the columns of each batch, on the host."""
+  # The devices compute the next batches while the host waits for the oldest.
   ready = collections.deque()
 
   def oldest():
@@ -184,8 +260,7 @@ def _embedded(run, batches, size, what):
         columns[name] = np.asarray(output, np.float32)[: len(positions)]
         if not np.isfinite(columns[name]).all():
           raise FloatingPointError(
-            f'the {name} are not finite at step {run.step}: the training '
-            'diverged'
+            f'{name} are not finite at step {run.step}: training diverged'
           )
     return positions, columns
 
@@ -199,117 +274,11 @@ def _embedded(run, batches, size, what):
     yield oldest()
 
 
-def find(
-  config: ml_collections.ConfigDict,
-  source: str | None = None,
-  *,
-  split: str | None = None,
-  data_dir: str | None = None,
-) -> tuple[sources.Source, str | None]:
-  """Returns the source of `--source`, and the folder of its files or None.
-
-  Args:
-    config: Config of the run.
-    source: Folder, npz file or name of a data set; None is the run's own data.
-    split: Split of the data set, the npz file or the folder (see
-      `folder.Folder`). None is 'test', the only split of the npz file, or all
-      images in the folder.
-    data_dir: Folder or file of the data set, as in `config.data.data_dir`.
-
-  Raises:
-    ValueError: If there is no such source.
-  """
-  if source is None:
-    if data_dir is not None:
-      raise ValueError(
-        f'--data_dir={data_dir} goes with --source=NAME, got no --source'
-      )
-    name = split or config.data.test_split
-    if not name:
-      raise ValueError(
-        "--split must name a split of the run's data, got none: it was trained "
-        'without a test split'
-      )
-    root = config.data.data_dir if config.data.name == 'folder' else None
-    return inputs.source(config, name), root
-  root = None
-  found: sources.Source
-  try:
-    if os.path.isdir(source) and data_dir is None:
-      root = source
-      found = folder.Folder(split, source) if split else folder.Tree(source)
-    elif source.endswith('.npz') and not os.path.exists(source):
-      raise ValueError('there is no such file')
-    elif source.endswith('.npz'):
-      found = arrays.load_npz(split or _only_split(source), source)
-    elif os.path.isfile(source):
-      raise ValueError('it is a file, expected a folder, *.npz or a name')
-    else:
-      found = sources.load(source, split or 'test', data_dir)
-      root = data_dir if source == 'folder' else None
-  except ValueError as error:
-    reason = sources.in_flags(error, '--source').replace(
-      '--source must be', 'there is no such folder; a name must be'
-    )
-    raise ValueError(f'--source={source}: {reason}') from error
-  return inputs.fitted(config, found), root
-
-
-def _only_split(path):
-  """Returns the split of a npz file if it has one, else 'test'."""
-  try:
-    with zipfile.ZipFile(path) as file:
-      names = [name.removesuffix('.npy') for name in file.namelist()]
-  except (OSError, zipfile.BadZipFile):
-    return 'test'  # reading the file reports what is wrong with it
-  splits = [x.removesuffix('_images') for x in names if x.endswith('_images')]
-  return splits[0] if len(splits) == 1 else 'test'
-
-
-def _names(source, root):
-  """Returns a function from positions to names, and the longest name."""
-
-  def name_of(position):
-    if root is None:
-      return str(position)
-    name = os.path.relpath(sources.name_of(source, position), root)
-    # A file's name need not be text; what is not shows as \udc..., as in repr.
-    return name.encode('utf-8', 'backslashreplace').decode('utf-8')
-
-  if root is None:
-    return name_of, len(str(len(source) - 1))
-  return name_of, max(len(name_of(x)) for x in range(len(source)))
-
-
-def _check_what(what):
-  wrong = [name for name in what if name not in WHAT]
-  if wrong or not what:
-    got = f'{wrong[0]!r}' if wrong else 'none'
-    raise ValueError(f'--what must be some of {", ".join(WHAT)}; got {got}')
-
-
-def _check_out(out, overwrite):
-  if not out or not out.endswith(_ENDINGS):
-    endings = ' or *'.join(_ENDINGS)
-    raise ValueError(f'--out must be a file *{endings}, got {out or "none"}')
-  remote.check_local('--out', out)
-  if out.endswith('.parquet'):
-    extras.check(f'--out={out}', 'export', 'pyarrow')
-  parent = os.path.dirname(os.path.abspath(out))
-  if not os.path.isdir(parent):
-    raise ValueError(f'--out={out}: there is no folder {parent}')
-  if os.path.exists(out) and not overwrite:
-    raise ValueError(
-      f'--out={out} already exists; choose another name or pass --overwrite'
-    )
-  parallel.by_main(lambda: files.check_writable(out, f'--out={out}'))
-
-
 @contextlib.contextmanager
 def _writer(out, step, capacity):
-  """Yields a function that adds rows of columns to a file.
+  """Yields a function that adds rows, given as columns by name.
 
-  The file appears when all is written; an error leaves an older one as it is.
+  The file is replaced when all rows are written. Only the main process writes.
   """
   if not parallel.is_main():
     yield None
@@ -327,7 +296,7 @@ def _writer(out, step, capacity):
 
 @contextlib.contextmanager
 def _npz(path, step, capacity):
-  """See `_writer`; the columns grow in files that are packed at the end."""
+  """See `_writer`. Each column is a file, packed into one at the end."""
   columns, rows = {}, 0
 
   def add(part):
@@ -350,18 +319,18 @@ def _npz(path, step, capacity):
 
 
 def _reserved(path, dtype, shape):
-  """Returns an array in a file, whose space on the disk is reserved."""
+  """Returns an array in a file whose disk space is reserved."""
   array = np.lib.format.open_memmap(path, 'w+', dtype, shape)
   if hasattr(os, 'posix_fallocate'):  # not on macOS
     with open(path, 'r+b') as file:
-      # Writing to a mapped file would kill the process on a full disk.
+      # On a full disk, writing to a mapped file would kill the process.
       os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
   return array
 
 
 @contextlib.contextmanager
 def _parquet(path, step, capacity):
-  """See `_writer`; a row group is written whenever it is full."""
+  """See `_writer`. Row groups are written as soon as they are full."""
   del capacity
   import pyarrow
   from pyarrow import parquet
@@ -374,23 +343,19 @@ def _parquet(path, step, capacity):
     waiting.clear()
     if writer is None:
       schema = table.schema.with_metadata({'step': str(step)})
-      # Looking for repeated floats would take time and find none.
+      # A dictionary of floats would cost time and save nothing.
       writer = parquet.ParquetWriter(path, schema, use_dictionary=['label'])
     writer.write_table(table)
 
   def add(part):
-    waiting.append(
-      pyarrow.table(
-        {
-          name: pyarrow.array(column)
-          if column.ndim == 1
-          else pyarrow.FixedSizeListArray.from_arrays(
-            pyarrow.array(column.ravel()), column.shape[1]
-          )
-          for name, column in part.items()
-        }
-      )
-    )
+    columns = {}
+    for name, values in part.items():
+      columns[name] = pyarrow.array(values.ravel())
+      if values.ndim == 2:
+        columns[name] = pyarrow.FixedSizeListArray.from_arrays(
+          columns[name], values.shape[1]
+        )
+    waiting.append(pyarrow.table(columns))
     if sum(map(len, waiting)) >= _ROW_GROUP:
       flush()
 
@@ -404,7 +369,7 @@ def _parquet(path, step, capacity):
 
 
 def define_flags() -> None:
-  """Defines the command's flags; importing this module defines none."""
+  """Defines the flags of the command."""
   flags.DEFINE(cli.PATH, 'workdir', None, 'Workdir of a run.')
   flags.DEFINE_string(
     'checkpoint', 'latest', 'latest, best (by train.keep_best) or a step.'
@@ -413,34 +378,32 @@ def define_flags() -> None:
     cli.PATH,
     'source',
     None,
-    'A folder of images, at any depth; a file *.npz with <split>_images; or a '
-    "data set's name. Default: the run's test split.",
+    'Folder of images, an npz file with <split>_images, or name of a data '
+    "set; default: the run's test split.",
   )
   flags.DEFINE_string(
-    'split', None, 'Of the data set, the npz file or FOLDER/<split>/<class>.'
+    'split',
+    None,
+    'Split of the data set or npz file; reads FOLDER/<split>/<class> in a '
+    'folder.',
   )
   flags.DEFINE(
-    cli.PATH,
-    'data_dir',
-    None,
-    'Of a data set in --source, as config.data.data_dir.',
+    cli.PATH, 'data_dir', None, 'Folder or file of a data set in --source.'
   )
-  flags.DEFINE(cli.PATH, 'out', None, 'The file to write: *.npz or *.parquet.')
-  flags.DEFINE_list('what', list(WHAT), 'features, embeddings or both.')
+  flags.DEFINE(cli.PATH, 'out', None, 'File to write: *.npz or *.parquet.')
+  flags.DEFINE_list('what', list(WHAT), 'Columns: features, embeddings.')
   flags.DEFINE_integer(
-    'batch_size',
-    None,
-    'Images at one time; default: eval.batch_size of the run.',
+    'batch_size', None, "Images per batch; default: the run's eval.batch_size."
   )
   flags.DEFINE_integer(
     'num_workers',
     None,
-    "Processes that read; 0: threads; default: as the run's config has it.",
+    "Processes that read, 0 for threads; default: as in the run's config.",
   )
   flags.DEFINE_bool(
     'skip_corrupt', None, 'Leave out images that cannot be decoded.'
   )
-  flags.DEFINE_bool('overwrite', False, 'Replace an existing --out.')
+  flags.DEFINE_bool('overwrite', False, 'Replace an existing file.')
 
 
 def main() -> None:
@@ -449,21 +412,9 @@ def main() -> None:
   if not values.workdir:
     raise ValueError('--workdir must name the folder of a run, got none')
   start = time.monotonic()
-  rows = embed(
-    Request(
-      values.workdir,
-      values.out,
-      source=values.source,
-      split=values.split,
-      data_dir=values.data_dir,
-      which=values.checkpoint,
-      what=values.what,
-      batch_size=values.batch_size,
-      num_workers=values.num_workers,
-      skip_corrupt=values.skip_corrupt,
-      overwrite=values.overwrite,
-    )
-  )
+  names = {field.name for field in dataclasses.fields(Request)} & {*values}
+  arguments: Any = {name: values[name].value for name in names}
+  rows = embed(Request(**arguments, which=values.checkpoint))
   if parallel.is_main():
     seconds = time.monotonic() - start
     print(

@@ -1,11 +1,11 @@
-"""Writes a trained run for PyTorch, or for serving.
+"""Exports a trained run to PyTorch, or for serving.
 
 python -m clop_jax.export --workdir=runs/cifar10 --out=backbone.safetensors
 python -m clop_jax.export --workdir=runs/cifar10 --out=network.stablehlo
 
-The suffix selects the content: the backbone's weights under torchvision's
-names, or the whole function from uint8 images to features and embeddings,
-including the weights, as StableHLO that JAX can call without this library. See
+A .safetensors file has the backbone's weights under torchvision's names. A
+.stablehlo file has the function from uint8 images to features and embeddings,
+including the weights, which JAX can call without this library. See
 docs/export.md.
 """
 
@@ -47,30 +47,49 @@ def export(
 
   Args:
     workdir: Workdir of the run.
-    out: Path of the file, ending in .safetensors or .stablehlo.
+    out: File to write, `*.safetensors` or `*.stablehlo`.
     which: Checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
-    with_head: True adds the projection head and the prototypes (.safetensors).
-    platforms: Platforms to run on, of `PLATFORMS` (.stablehlo). The default is
-      the platform of this process.
-    image_size: Height and width of the images that will be passed, in pixels
-      (.stablehlo). They are resized to the size of the run's views. The default
-      is `data.image_size`, or else the size of the views.
-    overwrite: True replaces an existing file.
+    with_head: If True, the projection head and the prototypes are included
+      (.safetensors).
+    platforms: Platforms to run on, from `PLATFORMS` (.stablehlo). If None, the
+      platform of this process.
+    image_size: Height and width in pixels of the images that callers will pass,
+      which are resized to the size of the run's views (.stablehlo). If None,
+      `data.image_size`, or else the size of the views.
+    overwrite: If True, an existing file is replaced.
 
   Returns:
     Lines that describe the file.
 
   Raises:
     ValueError: If an argument is wrong, the workdir holds no run or no such
-      checkpoint, or the format has no names for the network. Nothing is written
-      then.
+      checkpoint, or torchvision has no names for the network.
     checkpoint.DamagedCheckpointError: If the checkpoint cannot be restored.
     OSError: If the file cannot be written.
   """
-  ending = os.path.splitext(out)[1]
+  _check(out, with_head, platforms, image_size, overwrite)
+  # A function exported for several devices needs as many to be called.
+  run = restored.load(workdir, which=which, devices=jax.devices()[:1])
+  if out.endswith('.stablehlo'):
+    size = image_size or run.config.data.image_size or run.config.augment.size
+    data, lines = to_stablehlo(run, image_size=size, platforms=platforms)
+  else:
+    import safetensors.numpy
+
+    weights, metadata = to_weights(run, with_head=with_head)
+    data = safetensors.numpy.save(weights, metadata)
+    lines = _about_weights(out, weights, metadata)
+  files.write_whole(out, data)
+  size_text = f'{len(data) / 1e6:,.1f} MB'
+  return [f'{out}: step {run.step} of {workdir}, {size_text}', *lines]
+
+
+def _check(out, with_head, platforms, image_size, overwrite):
+  """Raises an error for wrong arguments, before any long work."""
+  ending = os.path.splitext(out or '')[1]
   if ending not in ENDINGS:
     raise ValueError(
-      f'--out must name a file ending in {" or ".join(ENDINGS)}, got {out!r}'
+      f'--out must be a file *{" or *".join(ENDINGS)}, got {out or "none"}'
     )
   if files.exists(out) and not overwrite:
     raise ValueError(
@@ -82,59 +101,42 @@ def export(
   extras.check(f'--out={out}', 'export', module)
   folder = os.path.dirname(out) or '.'
   if '://' not in out and not os.path.isdir(folder):
-    raise ValueError(f'--out={out}: there is no folder {folder}; make it first')
+    raise ValueError(f'--out={out}: folder {folder} does not exist')
   if serves and with_head:
     raise ValueError(
-      f'--with_head is for .safetensors, got --out={out}; StableHLO gives the '
-      'embeddings as they are'
+      f'--with_head needs *.safetensors, got --out={out}; StableHLO always '
+      'returns embeddings'
     )
   for flag, value in (('platforms', platforms), ('image_size', image_size)):
     if not serves and value is not None:
-      raise ValueError(f'--{flag} is for .stablehlo, got --out={out}')
+      raise ValueError(f'--{flag} needs *.stablehlo, got --out={out}')
   unknown = [name for name in platforms or () if name not in PLATFORMS]
   if unknown or (platforms is not None and not platforms):
     raise ValueError(
-      f'--platforms must be of {",".join(PLATFORMS)}, got '
+      f'--platforms must be some of {",".join(PLATFORMS)}, got '
       f'{",".join(unknown) or "none"}'
     )
   if image_size is not None:
     images_lib.check_size('--image_size', image_size)
   if jax.process_count() > 1:
     raise ValueError(
-      'export runs in one process, and this is one of several; start it '
+      f'export must run in one process, got {jax.process_count()}; start it '
       'without a cluster'
     )
   files.check_writable(out, f'--out={out}')
-  # A function exported for several devices could only be called on as many.
-  run = restored.load(workdir, which=which, devices=jax.devices()[:1])
-  if serves:
-    size = image_size or run.config.data.image_size or run.config.augment.size
-    data = to_stablehlo(run, image_size=size, platforms=platforms)
-    lines = _about_stablehlo(run, data, size)
-  else:
-    weights, metadata = to_weights(run, with_head=with_head)
-    data = _pack(weights, metadata)
-    lines = _about_weights(out, weights, metadata)
-  files.write_whole(out, data)
-  return [f'{out}: step {run.step} of {workdir}, {_megabytes(data)}', *lines]
 
 
 def to_weights(
   run, *, with_head: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Returns the backbone of a run under torchvision's names.
+  """Returns weights under torchvision's names, and metadata.
+
+  The metadata names the network, the step and the normalization of images.
 
   Args:
     run: Run, see `restored.Restored`.
-    with_head: True adds the projection head, as `projection_head.*`, and the
-      `prototypes` `[num_classes, dim]`.
-
-  Returns:
-    `(weights, metadata)`: arrays by name, and as texts what their user needs:
-    the network, the step, and the normalization of the images.
-
-  Raises:
-    ValueError: If torchvision has no names for the network.
+    with_head: If True, the projection head is included as `projection_head.*`,
+      and the prototypes `[num_classes, dim]` as `prototypes`.
   """
   config, variables = run.config, jax.device_get(run.variables)
 
@@ -157,7 +159,7 @@ def to_weights(
     width_multiplier=config.model.width_multiplier,
   )
   metadata = {
-    'format': 'pt',  # by which other libraries know PyTorch's names
+    'format': 'pt',  # tells other libraries that the names are PyTorch's
     'writer': f'clop_jax {clop_jax.__version__}',
     'step': run.step,
     'config_sha256': hashlib.sha256(text.encode()).hexdigest(),
@@ -179,33 +181,21 @@ def to_weights(
   }
 
 
-def _pack(weights, metadata):
-  import safetensors.numpy
-
-  return safetensors.numpy.save(weights, metadata)
-
-
 def to_stablehlo(
   run, *, image_size: int, platforms: Sequence[str] | None = None
-) -> bytes:
-  """Returns the network of a run as StableHLO, including its weights.
+) -> tuple[bytes, list[str]]:
+  """Returns the network as StableHLO, and lines that describe it.
 
-  Args:
-    run: Run on one device, see `restored.Restored`.
-    image_size: Height and width of the images that will be passed.
-    platforms: Platforms, see `export`.
-
-  Returns:
-    The argument of `jax.export.deserialize`: a function from uint8 images
-    `[batch, image_size, image_size, channels]` of any batch size to
-    `(features [batch, feature_dim], embeddings [batch, dim])`, see
-    `restored.Restored.pure`.
+  The function takes uint8 images `[batch, image_size, image_size, channels]` of
+  any batch size and returns `(features [batch, feature_dim], embeddings [batch,
+  dim])`. The weights are included.
   """
   from jax import export as jax_export
 
   variables: Any = jax.device_get(run.variables)
+  channels = run.config.data.channels
   (batch,) = jax_export.symbolic_shape('batch')
-  shape = (batch, image_size, image_size, run.config.data.channels)
+  shape = (batch, image_size, image_size, channels)
 
   @jax.jit
   def network(images):
@@ -214,70 +204,62 @@ def to_stablehlo(
   exported = jax_export.export(network, platforms=platforms)(
     jax.ShapeDtypeStruct(shape, jnp.uint8)
   )
-  return bytes(exported.serialize())
+  features, embeddings = exported.out_avals
+  line = (
+    f'uint8 images [batch, {image_size}, {image_size}, {channels}] to '
+    f'features [batch, {features.shape[-1]}] and embeddings [batch, '
+    f'{embeddings.shape[-1]}], on {",".join(exported.platforms)}, computed in '
+    f'{jnp.dtype(run.experiment.backbone.dtype).name}'
+  )
+  return bytes(exported.serialize()), [line]
 
 
 def _about_weights(out, weights, metadata):
-  lines = [f"{len(weights)} tensors under torchvision's names; in PyTorch:"]
-  if metadata['torchvision']:
-    lines += metadata['torchvision'].splitlines()
-  else:
+  lines = [
+    f"{len(weights)} tensors under torchvision's names; in PyTorch:",
+    *metadata['torchvision'].splitlines(),
+  ]
+  if not metadata['torchvision']:
     lines.append(
-      '# torchvision has no ResNet of depth '
-      f'{metadata["depth"]} and width multiplier '
-      f'{metadata["width_multiplier"]}: the names are of its kind, but model '
-      'is yours to write'
+      f'# torchvision has no ResNet of depth {metadata["depth"]} and width '
+      f'multiplier {metadata["width_multiplier"]}: write the model yourself, '
+      "with torchvision's names"
     )
-  lines.append(
-    f'model.load_state_dict(safetensors.torch.load_file({out!r}))'
-    if 'prototypes' not in weights
-    else f'weights = safetensors.torch.load_file({out!r})'
-  )
-  lines.append(
-    f'# images: {metadata["images"]}, mean {metadata["mean"]}, std '
-    f'{metadata["std"]}, {metadata["image_size"]} px'
-  )
-  return lines
-
-
-def _about_stablehlo(run, data, size):
-  from jax import export as jax_export
-
-  exported = jax_export.deserialize(bytearray(data))
-  features, embeddings = exported.out_avals
-  dtype = run.experiment.backbone.dtype
+  loaded = f'safetensors.torch.load_file({out!r})'
+  has_head = 'prototypes' in weights
   return [
-    f'uint8 images [batch, {size}, {size}, {run.config.data.channels}] to '
-    f'features [batch, {features.shape[-1]}] and embeddings [batch, '
-    f'{embeddings.shape[-1]}], on {",".join(exported.platforms)}, computed in '
-    f'{jnp.dtype(dtype).name}'
+    *lines,
+    f'weights = {loaded}' if has_head else f'model.load_state_dict({loaded})',
+    f'# images: {metadata["images"]}, mean {metadata["mean"]}, std '
+    f'{metadata["std"]}, {metadata["image_size"]} px',
   ]
 
 
-def _megabytes(data):
-  return f'{len(data) / 1e6:,.1f} MB'
-
-
 def define_flags() -> None:
-  """Defines the command's flags; importing this module defines none."""
-  flags.DEFINE(cli.PATH, 'workdir', None, 'Workdir of the run.')
+  """Defines the flags of the command."""
+  flags.DEFINE(cli.PATH, 'workdir', None, 'Workdir of a run.')
   flags.DEFINE_string(
     'checkpoint', 'latest', 'latest, best (by train.keep_best) or a step.'
   )
-  flags.DEFINE(cli.PATH, 'out', None, f'File to write: {" or ".join(ENDINGS)}.')
+  flags.DEFINE(
+    cli.PATH, 'out', None, f'File to write: *{" or *".join(ENDINGS)}.'
+  )
   flags.DEFINE_bool(
-    'with_head', False, '.safetensors: projection head and prototypes too.'
+    'with_head',
+    False,
+    'Include the projection head and the prototypes (.safetensors).',
   )
   flags.DEFINE_list(
     'platforms',
     None,
-    f'.stablehlo: of {",".join(PLATFORMS)}; default: where this runs.',
+    f'Some of {",".join(PLATFORMS)} (.stablehlo); default: the platform of '
+    'this process.',
   )
   flags.DEFINE_integer(
     'image_size',
     None,
-    '.stablehlo: height and width of the images that will be passed; default: '
-    "the run's.",
+    'Height and width of the images that callers will pass (.stablehlo); '
+    "default: the run's.",
   )
   flags.DEFINE_bool('overwrite', False, 'Replace an existing file.')
 
@@ -287,10 +269,6 @@ def main() -> None:
   values = flags.FLAGS
   if not values.workdir:
     raise ValueError('--workdir must name the folder of a run, got none')
-  if not values.out:
-    raise ValueError(
-      f'--out must name a file ending in {" or ".join(ENDINGS)}, got none'
-    )
   lines = export(
     values.workdir,
     values.out,

@@ -1,17 +1,15 @@
 """Declarations of config fields: type, range, unit and meaning in one place.
 
-The check of a config, its errors, `--help` and docs/config.md all come from the
+Config checks, their errors, `--help` and docs/config.md all read the
 declarations in `defaults`.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import difflib
-import functools
 import math
+import numbers
 from typing import Any
-
-import numpy as np
 
 _MANY = 10_000
 
@@ -19,76 +17,63 @@ _KINDS = {
   bool: 'true or false',
   int: 'a whole number',
   float: 'a number',
-  str: 'a text that is not empty',
+  str: 'a non-empty string',
+  dict: 'a group',
 }
+_TYPES = {bool: bool, str: str, int: numbers.Integral}
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """A field of a config.
-
-  Attributes:
-    default: Default value.
-    meaning: Description for the documentation.
-    kind: Type of the value, or of each number of a list.
-    unit: Unit of a number, as 'px'; '' for none.
-    low: Lowest value; for a group, of each entry.
-    high: Highest value; for a group, of each entry.
-    above: True if `low` itself is too low.
-    below: True if `high` itself is too high.
-    choices: All valid values; () for any.
-    lengths: Least and greatest length of a list; None for no list.
-    ascending: True if a list must be in ascending order.
-    optional: True if None is valid.
-    may_be_empty: True if an empty text is valid.
-    is_path: True for a path, in which commands expand a leading `~`.
-  """
+  """A field of a config."""
 
   default: Any
-  meaning: str
-  kind: type
-  unit: str = ''
-  low: float = -math.inf
+  meaning: str  # for the documentation
+  kind: type  # of the value, or of each number of a list
+  low: float = -math.inf  # of a number, or of each number of a list or group
   high: float = math.inf
-  above: bool = False
-  below: bool = False
-  choices: tuple = ()
-  lengths: tuple[int, int] | None = None
-  ascending: bool = False
-  optional: bool = False
-  may_be_empty: bool = False
-  is_path: bool = False
+  above: bool = False  # `low` itself is invalid
+  below: bool = False  # `high` itself is invalid
+  unit: str = ''
+  choices: tuple = ()  # all valid values; () for any
+  lengths: tuple[int, int] | None = None  # least and greatest; None: no list
+  ascending: bool = False  # a list must be in ascending order
+  optional: bool = False  # None is valid
+  may_be_empty: bool = False  # '' is valid
+  is_path: bool = False  # commands expand a leading `~`
 
   def range(self) -> str:
     """Returns the range for the documentation, '' if there is none."""
     if self.choices:
       return ', '.join(map(str, self.choices))
-    low, high = _number(self.low), _number(self.high)
-    if low and high and not self.above and not self.below:
-      limits = f'{low} to {high}'
-    else:
-      lower = low and f'{"above" if self.above else "at least"} {low}'
-      upper = high and f'{"below" if self.below else "at most"} {high}'
-      limits = ', '.join(filter(None, (lower, upper)))
-    return ' '.join(filter(None, (limits, self.unit)))
+    if math.isinf(self.low):
+      return ''
+    low, high = f'{self.low:.10g}', f'{self.high:.10g}'
+    if self.above:
+      return f'above {low}, at most {high} {self.unit}'.strip()
+    if self.below:
+      return f'at least {low}, below {high} {self.unit}'.strip()
+    return f'{low} to {high} {self.unit}'.strip()
 
   def expected(self) -> str:
-    """Describes the valid values, for an error."""
-    text = 'a text' if self.may_be_empty else _KINDS.get(self.kind, 'a group')
-    if self.kind is dict and self.range():
-      text += ' of numbers'
-    if self.lengths is not None:
+    """Returns the description of valid values for an error."""
+    limits = self.range()
+    limits = f' from {limits}' if ' to ' in limits else limits and f' {limits}'
+    if self.choices:
+      text = f'one of {list(self.choices)}'
+    elif self.lengths is not None:
       least, most = self.lengths
       count = f'{least}' if least == most else f'{least} to {most}'
       count = f'{least} or more' if most >= _MANY else count
-      numbers = 'whole numbers' if self.kind is int else 'numbers'
-      order = ' in ascending order' if self.ascending else ''
-      text = f'a list of {count} {numbers}{order}'
-      text += ', each' if self.range() else ''
-    limits = self.range()
-    text += f' {"from " if " to " in limits else ""}{limits}' if limits else ''
-    if self.choices:
-      text = f'one of {list(self.choices)}'
+      whole = 'whole ' * (self.kind is int)
+      order = ' in ascending order' * self.ascending
+      each = f', each{limits}' if limits else ''
+      text = f'a list of {count} {whole}numbers{order}{each}'
+    elif self.kind is dict and limits:
+      text = f'a group of numbers{limits}'
+    else:
+      text = _KINDS.get(self.kind, 'a group') + limits
+      text = 'a string' if self.may_be_empty else text
     return f'None or {text}' if self.optional else text
 
   def accepts(self, value: Any) -> bool:
@@ -110,20 +95,15 @@ class Field:
     )
 
   def _accepts_one(self, value):
-    types = {bool: bool, str: str, int: int | np.integer}.get(
-      self.kind, int | float | np.number
-    )
-    if not isinstance(value, types):
+    if isinstance(value, bool) != (self.kind is bool):
       return False
-    if isinstance(value, bool) and self.kind is not bool:
+    if not isinstance(value, _TYPES.get(self.kind, numbers.Real)):
       return False
     if self.choices:
       return value in self.choices
-    if self.kind is bool:
-      return True
     if self.kind is str:
       return self.may_be_empty or bool(value)
-    # A comparison with NaN is false.
+    # Comparisons with NaN are false.
     return (
       (value > self.low if self.above else value >= self.low)
       and (value < self.high if self.below else value <= self.high)
@@ -131,21 +111,22 @@ class Field:
     )
 
 
-def _number(x):
-  if abs(x) == math.inf:
-    return ''
-  return f'{int(x)}' if x == int(x) and abs(x) < 1e15 else f'{x:g}'
-
-
-def _bounded(kind, default, meaning, low, high, **more):
-  optional = default is None
+def whole(
+  default: int | None, meaning: str, low: int = 1, high: int = 10**9, **more
+) -> Field:
+  """Declares a whole number."""
   return Field(
-    default, meaning, kind, low=low, high=high, optional=optional, **more
+    default, meaning, int, low, high, optional=default is None, **more
   )
 
 
-whole = functools.partial(_bounded, int)
-real = functools.partial(_bounded, float)
+def real(
+  default: float | None, meaning: str, low: float = 0, high=1e6, **more
+) -> Field:
+  """Declares a number."""
+  return Field(
+    default, meaning, float, low, high, optional=default is None, **more
+  )
 
 
 def share(default: float | None, meaning: str, **more) -> Field:
@@ -156,31 +137,35 @@ def share(default: float | None, meaning: str, **more) -> Field:
 def reals(
   default: tuple,
   meaning: str,
-  low: float,
-  high: float,
+  low: float = 0,
+  high: float = 1e6,
   *,
-  length: int | tuple[int, int] = (1, _MANY),
+  lengths: tuple[int, int] = (1, _MANY),
   kind: type = float,
   **more,
 ) -> Field:
   """Declares a list of numbers."""
-  lengths = (length, length) if isinstance(length, int) else length
-  return _bounded(kind, default, meaning, low, high, lengths=lengths, **more)
+  return Field(default, meaning, kind, low, high, lengths=lengths, **more)
 
 
 def text(default: str | None, meaning: str, **more) -> Field:
-  """Declares a text."""
+  """Declares a string."""
   return Field(default, meaning, str, optional=default is None, **more)
 
 
-def choice(default: Any, meaning: str, *choices: Any) -> Field:
-  """Declares a text or a number that must be one of several."""
-  return Field(default, meaning, type(default), choices=choices)
+def choice(choices: tuple, meaning: str) -> Field:
+  """Declares a value that must be one of several; the first is the default."""
+  return Field(choices[0], meaning, type(choices[0]), choices=choices)
 
 
 def switch(default: bool, meaning: str) -> Field:
   """Declares a field that is true or false."""
   return Field(default, meaning, bool)
+
+
+def group(name: str, /, **declared: Field) -> dict[str, Field]:
+  """Returns the fields of a group by full name, as `loss.temperature`."""
+  return {f'{name}.{field}': value for field, value in declared.items()}
 
 
 def check(
@@ -202,11 +187,11 @@ def check(
     ValueError: If a field is missing, unknown or out of range.
   """
   end = f'; {fix}' if fix else ''
-  for group in {name.rpartition('.')[0] for name in fields} - {''}:
-    value = config.get(group, {})
+  for name in {name.rpartition('.')[0] for name in fields} - {''}:
+    value = config.get(name, {})
     if not hasattr(value, 'items'):
       raise ValueError(
-        f'{where}{group} must be a group of fields, got {value!r:.40}{end}'
+        f'{where}{name} must be a group of fields, got {value!r:.40}{end}'
       )
   values = flat(config, fields)
   for name in values:
@@ -214,35 +199,30 @@ def check(
   for name, field in fields.items():
     if name not in values:
       raise ValueError(f'{where}{name} is missing{end}')
-    if not field.accepts(values[name]):
+    value = values[name]
+    if not field.accepts(value):
+      value = value.to_dict() if hasattr(value, 'to_dict') else value
       raise ValueError(
-        f'{where}{name} must be {field.expected()}, got '
-        f'{_plain(values[name])!r:.100}{end}'
+        f'{where}{name} must be {field.expected()}, got {value!r:.100}{end}'
       )
 
 
 def check_name(
   name: str, fields: dict[str, Field], *, where: str = '', end: str = ''
 ) -> None:
-  """Raises ValueError, with the nearest names, if there is no such field."""
+  """Raises ValueError, naming similar fields, if the field does not exist."""
   if name in fields:
     return
   near = difflib.get_close_matches(name, fields, 1)
-  group = name.rpartition('.')[0]
-  known = [x for x in fields if group and x.rpartition('.')[0] == group]
+  start = name.rpartition('.')[0]
+  known = [x for x in fields if start and x.rpartition('.')[0] == start]
   known = known or sorted({x.partition('.')[0] for x in fields})
-  advice = f'did you mean {near[0]}?' if near else f'there are {known}'
-  raise ValueError(f'{where}{name} is no field of a config; {advice}{end}')
-
-
-def _plain(value):
-  return value.to_dict() if hasattr(value, 'to_dict') else value
+  advice = f'did you mean {near[0]}?' if near else f'expected one of {known}'
+  raise ValueError(f'{where}{name} is not a field of a config; {advice}{end}')
 
 
 def flat(
-  config: Mapping,
-  fields: dict[str, Field],
-  prefix: str = '',
+  config: Mapping, fields: dict[str, Field], prefix: str = ''
 ) -> dict[str, Any]:
   """Returns the values of a config by full name."""
   values = {}

@@ -1,19 +1,21 @@
-"""The training losses of CLOP and its neighbours, as pure functions.
+"""The CLOP loss and other contrastive losses, as pure functions.
 
-Conventions:
+Conventions of all losses:
 
-* `embeddings` are `[views, batch, dim]`, floating, of any precision. All
-  arithmetic is float32 and the result is a float32 scalar.
-* `labels` are `[batch]` integers of any kind, one for all views of an example.
-  A negative label (-1) means unlabelled.
-* The result is a mean over the *global* batch. Without `axis_name` the arrays
-  are the global batch (one device, or global arrays under `jax.jit`). With it
-  they are this device's part, and every device returns the same global value.
+* `embeddings` are `[views, batch, dim]` floats of any precision. All arithmetic
+  is float32, and the result is a float32 scalar.
+* `labels` are `[batch]` integers, one for all views of an example. A negative
+  label means unlabelled.
+* `axis_name` is the mapped axis over which the batch is split, or None. With it
+  the arrays are this device's part of the batch. The result is always the mean
+  over the *global* batch, the same on every device.
 * Under `jax.shard_map(..., check_vma=True)` the gradient for replicated
-  parameters is already the global gradient: do not average it again. Under
-  `jax.pmap`, average the gradients with `jax.lax.pmean`.
+  parameters is already global: do not average it again. Under `jax.pmap`,
+  average the gradients with `jax.lax.pmean`.
 * A NaN in the embeddings gives a NaN loss. A zero embedding has cosine 0 with
-  everything, and the gradient 0.
+  everything, and gradient 0.
+* An invalid shape, dtype, label or hyper-parameter raises a `ValueError` while
+  tracing.
 """
 
 import functools
@@ -28,12 +30,11 @@ from clop_jax import linalg
 
 DISTANCES = ('cosine', 'euclidean', 'manhattan', 'softmax')
 
-# Half of the lowest float32: exp(_MASKED - max) is exactly 0, and unlike -inf
-# it leaves no `inf - inf` in the gradient of a row whose every entry is masked.
+# Half of the lowest float32: exp(_MASKED - max) is exactly 0. Unlike -inf it
+# gives no `inf - inf` in the gradient of a fully masked row.
 _MASKED = float(jnp.finfo(jnp.float32).min) / 2
 
-# The matrix products of the losses feed exponentials. TPU and GPU defaults
-# (bfloat16, TF32) would cost up to three digits there.
+# The products feed exponentials, so TF32 or bfloat16 would lose three digits.
 _PRECISION = lax.Precision.HIGHEST
 
 # See `choose_block_size`.
@@ -41,8 +42,7 @@ _BLOCK_ROWS = 512
 _ROWS_OF_WHOLE_ON_CPU = 2048
 _LARGEST_WHOLE = 1 << 26
 
-# The id of an embedding is `view * _BATCH_STRIDE + example`: the same on every
-# device, and one remainder away from the number of the example.
+# The id of an embedding is `view * _BATCH_STRIDE + example`, on every device.
 _BATCH_STRIDE = 1 << 24
 
 
@@ -57,21 +57,19 @@ def clop_loss(
   class_weights: jax.Array | None = None,
   axis_name: str | None = None,
 ) -> jax.Array:
-  r"""CLOP: the mean distance of labelled embeddings to their class prototype.
+  r"""CLOP: mean distance of labelled embeddings to their class prototype.
 
   .. math::
     L = \frac{\sum_{v,i:\, y_i \ge 0} w_{y_i}\, d(z_{v,i}, c_{y_i})}
              {\sum_{v,i:\, y_i \ge 0} w_{y_i}}
 
   with `d(z, c) = 1 - cos(z, c)` ('cosine', the paper's), `||z - c||_2`
-  ('euclidean') or `||z - c||_1` ('manhattan'). Every distance normalizes the
-  embeddings first, as the authors' code does. The last two use the prototypes
-  as they are. Without a labelled example anywhere, the loss and its gradient
-  are exactly 0.
+  ('euclidean') or `||z - c||_1` ('manhattan'). Embeddings are normalized for
+  every distance, as in the authors' code. Prototypes are only normalized for
+  cosines. Without a labelled example, the loss and its gradient are exactly 0.
 
   Two options are not in the paper. Its cosine distance pulls embeddings that
-  are all equal to the mean of orthonormal prototypes, where the loss is `1 - 1
-  / sqrt(num_classes)`. These two do not:
+  are all equal to the mean of the prototypes. These two do not:
 
   .. math::
     d_{softmax}(z, c_y) = -\log \frac{\exp(\cos(z, c_y) / \tau)}
@@ -79,27 +77,20 @@ def clop_loss(
     d_{repulsion}(z, c_y) = 1 - \cos(z, c_y) +
       \frac{r}{k - 1} \sum_{j \ne y} \cos(z, c_j)
 
-  Repulsion with `r = 1` equals, up to a constant and a factor, the cosine
-  distance to the centred prototypes, a simplex ETF.
-
   Args:
     embeddings: `[views, batch, dim]` or `[batch, dim]`, floating.
-    labels: `[batch]` integers in `[-1, num_classes)`; -1 is unlabelled. A
-      traced label beyond the prototypes gives NaN.
+    labels: `[batch]` integers below `num_classes`. A traced label that is too
+      large gives NaN.
     prototypes: `[num_classes, dim]`, see `clop_jax.prototypes`.
     distance: 'cosine', 'euclidean', 'manhattan' or 'softmax'.
     temperature: Temperature of 'softmax', must be positive.
     repulsion: Weight `r` of the repulsion from the other prototypes, at least
       0. Only for 'cosine'.
-    class_weights: `[num_classes]` non-negative weights `w`; None is all ones.
-    axis_name: Mapped axis over which the batch is split, or None.
+    class_weights: `[num_classes]` non-negative weights `w`. None is all ones.
+    axis_name: Mapped axis of the batch.
 
   Returns:
     A float32 scalar, in [0, 2] for the cosine distance without repulsion.
-
-  Raises:
-    ValueError: If a shape, a dtype, `distance`, a number or a known label is
-      not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -148,8 +139,7 @@ def clop_loss(
     repulsion=repulsion,
   )
   weights = jnp.broadcast_to(weights[None], (views, batch))
-  # A product, not a selection: NaN times 0 is NaN, so a broken embedding shows
-  # even where its weight is 0.
+  # A product, not a selection, so that a NaN shows even where its weight is 0.
   return _mean(jnp.sum(distances * weights), jnp.sum(weights), axis_name)
 
 
@@ -162,22 +152,21 @@ def prototype_distances(
   temperature: float = 0.1,
   repulsion: float = 0.0,
 ) -> jax.Array:
-  """Distances of unit embeddings to the prototypes of their classes.
+  """Distances of unit embeddings to their prototypes, as in `clop_loss`.
 
-  `clop_loss` is their weighted mean and has the equations. This function checks
-  nothing and keeps the dtype.
+  Arguments are not checked, and the dtype is kept.
 
   Args:
     unit: `[..., dim]` unit embeddings, floating.
-    labels: Integers of the leading shape, or of its last axes. The distance of
-      an unlabelled embedding has no meaning.
+    labels: Integers of the leading shape, or of its last axes. Unlabelled
+      embeddings get the distance to some prototype.
     prototypes: `[num_classes, dim]`, floating.
-    distance: 'cosine', 'euclidean', 'manhattan' or 'softmax'.
-    temperature: Temperature of 'softmax'.
-    repulsion: Weight of the repulsion from the other prototypes, for 'cosine'.
+    distance: As for `clop_loss`.
+    temperature: As for `clop_loss`.
+    repulsion: As for `clop_loss`.
 
   Returns:
-    `[...]` distances; NaN for labels beyond the prototypes.
+    `[...]` distances, NaN for labels beyond the prototypes.
 
   Example:
     >>> import jax.numpy as jnp
@@ -187,8 +176,7 @@ def prototype_distances(
     [0. 1.]
   """
   unit, labels, prototypes = map(jnp.asarray, (unit, labels, prototypes))
-  # A gather clamps an index that is too large, which would silently pull the
-  # example to the wrong prototype.
+  # A gather would clamp a label that is too large to another class.
   exists = (labels < len(prototypes))[..., None]
   own = jnp.where(exists, prototypes[jnp.maximum(labels, 0)], jnp.nan)
   own = jnp.expand_dims(own, tuple(range(unit.ndim - own.ndim)))
@@ -196,8 +184,7 @@ def prototype_distances(
     return jnp.sum(jnp.abs(unit - own), axis=-1)
   if distance == 'euclidean':
     squared = jnp.sum(jnp.square(unit - own), axis=-1)
-    # The square root has no gradient at 0, where the distance has its minimum:
-    # 0 is a subgradient.
+    # The square root has no gradient at 0; use the subgradient 0.
     is_zero = squared == 0.0
     return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, squared)))
   own = linalg.normalize(own)
@@ -228,24 +215,17 @@ def nt_xent_loss(
              {\sum_{b \ne a} \exp(\cos(z_a, z_b) / \tau)}
 
   over all `V B` embeddings `a`, where `P(a)` are the other views of the same
-  example. With two views it is the published loss. With more, the logarithms of
-  the positives are averaged, as in SupCon's `L_out`.
+  example. With more than two views, the logarithms of the positives are
+  averaged, as in SupCon's `L_out`.
 
   Args:
     embeddings: `[views, batch, dim]` with at least two views, floating.
     temperature: Softmax temperature, must be positive.
-    block_size: Number of rows of the similarity matrix in memory at one time,
-      over all devices together (at least one on each). None holds the whole
-      matrix: memory grows with the square of the batch. With blocks it grows
-      with the batch. The value is the same. docs/scaling.md helps to choose it.
-      Blocks support reverse-mode differentiation only.
-    axis_name: Mapped axis over which the batch is split, or None.
-
-  Returns:
-    A float32 scalar.
-
-  Raises:
-    ValueError: If a shape, a dtype or a hyper-parameter is not as above.
+    block_size: Number of rows of the similarity matrix in memory at a time,
+      over all devices together (at least one on each). None computes the whole
+      matrix. Blocks give the same value, memory that grows linearly with the
+      batch, and no forward-mode derivative. See docs/scaling.md.
+    axis_name: Mapped axis of the batch.
 
   Example:
     >>> import jax.numpy as jnp
@@ -285,24 +265,21 @@ def supcon_loss(
 
   with `s = cos / temperature`. `P(a)` are the other views of the same example
   and, if it is labelled, all views of the examples with its label. `A` are the
-  embeddings with a positive; the others add nothing. If all labels are unique,
-  or all are -1, both forms equal `nt_xent_loss` at two views. (The authors'
-  code multiplies the loss by `temperature / 0.07`.)
+  embeddings with a positive. If all labels are unique, or all are -1, both
+  forms equal `nt_xent_loss` at two views. (The authors' code multiplies the
+  loss by `temperature / 0.07`.)
 
   Args:
     embeddings: `[views, batch, dim]`, floating. One view is enough where
       classes repeat.
-    labels: `[batch]` integers; negative is unlabelled.
+    labels: `[batch]` integers.
     temperature: Softmax temperature, must be positive.
     variant: 'out' (mean of logarithms) or 'in' (logarithm of the mean).
-    block_size: As in `nt_xent_loss`.
-    axis_name: Mapped axis over which the batch is split, or None.
+    block_size: As for `nt_xent_loss`.
+    axis_name: Mapped axis of the batch.
 
   Returns:
-    A float32 scalar; 0 if no embedding has a positive.
-
-  Raises:
-    ValueError: If a shape, a dtype or a hyper-parameter is not as above.
+    A float32 scalar, 0 if no embedding has a positive.
 
   Example:
     >>> import jax.numpy as jnp
@@ -331,10 +308,9 @@ def choose_block_size(
 ) -> int | None:
   """Returns the default `block_size` of training.
 
-  Blocks have 512 rows on each device. They are used where the whole matrix
-  would be slower or too large: on a CPU from 2,048 embeddings (they stay closer
-  to the caches), elsewhere above 2^26 entries (268 MB) per device, as a loss
-  needs two or three such matrices.
+  Blocks have 512 rows on each device. They are used on a CPU from 2,048
+  embeddings, where they are faster, and elsewhere above 2^26 matrix entries
+  (268 MB) per device. docs/performance.md has the measurements.
 
   Args:
     num_embeddings: Number of embeddings: all views, all devices.
@@ -350,9 +326,6 @@ def choose_block_size(
     None
     >>> loss.choose_block_size(131072, 8, platform='gpu')
     4096
-
-  Reference:
-    docs/performance.md, measured.
   """
   platform = platform or jax.default_backend()
   if platform == 'cpu':
@@ -368,7 +341,7 @@ def dcl_loss(
   temperature: float = 0.1,
   axis_name: str | None = None,
 ) -> jax.Array:
-  r"""Decoupled contrastive loss (DCL): NT-Xent with negatives alone below.
+  r"""Decoupled contrastive loss (DCL): NT-Xent without positives below.
 
   .. math::
     L = \frac{1}{VB} \sum_a \Big( -\frac{1}{V-1} \sum_{p \in P(a)} s_{ap} +
@@ -381,13 +354,7 @@ def dcl_loss(
     embeddings: `[views, batch, dim]`, floating, with at least two views and
       (over all devices) two examples.
     temperature: Softmax temperature, must be positive.
-    axis_name: Mapped axis over which the batch is split, or None.
-
-  Returns:
-    A float32 scalar.
-
-  Raises:
-    ValueError: If a shape, a dtype or a hyper-parameter is not as above.
+    axis_name: Mapped axis of the batch.
 
   Example:
     >>> import jax.numpy as jnp
@@ -424,10 +391,10 @@ def vicreg_loss(
     v = \tfrac{1}{d} \sum_j \max(0, 1 - \sqrt{Var(Z_{:j}) + 10^{-4}}), \quad
     c = \tfrac{1}{d} \sum_{i \ne j} Cov(Z)_{ij}^2
 
-  with the unbiased (n - 1) variance and covariance. With more than two views it
-  is the mean over the pairs of views. As in algorithm 1 of the paper, `s` is
-  also a mean over the dimensions (equation 5 sums them). The authors' code and
-  lightly halve the variance term: their weights 25, 25, 1 are 25, 12.5, 1 here.
+  with the unbiased (n - 1) variance and covariance, averaged over the pairs of
+  views. As in algorithm 1 of the paper, `s` is a mean over the dimensions
+  (equation 5 sums them). The authors' code and lightly halve the variance term:
+  their weights 25, 25, 1 are 25, 12.5, 1 here.
 
   Args:
     embeddings: `[views, batch, dim]`, floating, with at least two views and
@@ -435,13 +402,7 @@ def vicreg_loss(
     invariance_weight: Weight lambda of the invariance term.
     variance_weight: Weight mu of the variance term.
     covariance_weight: Weight nu of the covariance term.
-    axis_name: Mapped axis over which the batch is split, or None.
-
-  Returns:
-    A float32 scalar.
-
-  Raises:
-    ValueError: If a shape, a dtype or a weight is not as above.
+    axis_name: Mapped axis of the batch.
 
   Example:
     >>> import jax.numpy as jnp
@@ -470,8 +431,7 @@ def vicreg_loss(
   centred = _centred(embeddings, batch, axis_name)
   covariance = _cross_products(centred, centred, axis_name) / (batch - 1)
   variances = jnp.diagonal(covariance, axis1=1, axis2=2)
-  # Each view is in equally many pairs, so a mean over pairs of v(Z) + v(Z') is
-  # twice the mean over views.
+  # The mean over pairs of v(Z) + v(Z') is twice the mean over views.
   variance = 2 * jnp.mean(jax.nn.relu(1.0 - jnp.sqrt(variances + 1e-4)))
   off_diagonal = covariance * (1.0 - jnp.eye(dim, dtype=jnp.float32))[None]
   off_diagonal = 2 * jnp.sum(jnp.square(off_diagonal)) / (views * dim)
@@ -492,21 +452,15 @@ def barlow_twins_loss(
     C = \tfrac{1}{n} \hat{Z}^\top \hat{Z}'
 
   where each column of `Z` is standardized over the batch: mean 0 and divided by
-  `sqrt(variance + 1e-5)`, as batch normalization does. So a constant dimension
-  has correlation 0 and a finite gradient. With more than two views it is the
-  mean over the pairs of views. (solo-learn multiplies the loss by 0.025.)
+  `sqrt(variance + 1e-5)`, as in batch normalization. With more than two views
+  it is the mean over the pairs of views. (solo-learn multiplies the loss by
+  0.025.)
 
   Args:
     embeddings: `[views, batch, dim]`, floating, with at least two views and
       (over all devices) two examples.
     redundancy_weight: Weight lambda of the off-diagonal entries.
-    axis_name: Mapped axis over which the batch is split, or None.
-
-  Returns:
-    A float32 scalar.
-
-  Raises:
-    ValueError: If a shape, a dtype or the weight is not as above.
+    axis_name: Mapped axis of the batch.
 
   Example:
     >>> import jax.numpy as jnp
@@ -537,7 +491,7 @@ def barlow_twins_loss(
 def _contrastive(
   embeddings, labels, temperature, variant, block_size, axis_name
 ):
-  """SupCon and, with labels None, NT-Xent and DCL; dense or in blocks."""
+  """SupCon or, with labels None, NT-Xent or DCL; dense or in blocks."""
   temperature = arguments.number('temperature', temperature, above=0)
   if block_size is not None:
     block_size = arguments.count('block_size', block_size)
@@ -547,17 +501,17 @@ def _contrastive(
   if labels is not None:
     row_labels = jnp.tile(labels, views)
     column_labels = jnp.tile(_all_gather(labels, axis_name, axis=0), views)
-  numbered = (row_ids, row_labels), (column_ids, column_labels)
+  numbers = (row_ids, row_labels), (column_ids, column_labels)
   rows = rows / temperature
   num_rows, num_columns = rows.shape[0], columns.shape[0]
   if block_size is None or block_size >= num_columns:
-    total, count = _anchor_sum(rows, columns, *numbered, variant)
+    total, count = _anchor_sum(rows, columns, *numbers, variant)
   else:
-    # The columns come from all devices: a fixed number of rows would make a
-    # block grow with the number of devices.
-    rows_at_once = max(1, block_size * num_rows // num_columns)
+    # This device's share of `block_size`, so that a block does not grow with
+    # the number of devices.
+    block_rows = max(1, block_size * num_rows // num_columns)
     total, count = _blocked_anchor_sum(
-      rows, columns, *numbered, variant, rows_at_once
+      rows, columns, *numbers, variant, block_rows
     )
   return _mean(total, count, axis_name)
 
@@ -595,74 +549,52 @@ def _anchor_sum(rows, columns, row_numbers, column_numbers, variant):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _blocked_anchor_sum(
-  rows, columns, row_numbers, column_numbers, variant, block_size
-):
-  """`_anchor_sum` with no more than `block_size` rows of logits at one time."""
-
-  def add_block(sums, block):
-    block_rows, block_numbers = block
-    block_sums = _anchor_sum(
-      block_rows, columns, block_numbers, column_numbers, variant
-    )
-    return jax.tree.map(jnp.add, sums, block_sums), None
-
-  start = _zeros((jnp.float32(0), jnp.float32(0)), like=rows)
-  blocks = _blocks(rows, row_numbers, block_size)
-  return lax.scan(add_block, start, blocks)[0]
+def _blocked_anchor_sum(*operands):
+  """`_anchor_sum` with at most `block_rows` rows of logits at a time."""
+  return _blocked_anchor_sum_fwd(*operands)[0]
 
 
 def _blocked_anchor_sum_fwd(
-  rows, columns, row_numbers, column_numbers, variant, block_size
+  rows, columns, row_numbers, column_numbers, variant, block_rows
 ):
-  # Each block is differentiated while its logits exist: they are neither kept
-  # nor computed again. The cotangent, a scalar, only scales the result.
+  # Each block is differentiated while its logits exist, so they are neither
+  # kept nor computed again. The cotangent, a scalar, only scales the result.
   differentiate = jax.value_and_grad(_anchor_sum, argnums=(0, 1), has_aux=True)
 
   def add_block(sums, block):
-    block_rows, block_numbers = block
+    block, numbers = block
     (total, count), (d_rows, d_columns) = differentiate(
-      block_rows, columns, block_numbers, column_numbers, variant
+      block, columns, numbers, column_numbers, variant
     )
     return jax.tree.map(jnp.add, sums, (total, count, d_columns)), d_rows
 
-  start = _zeros((jnp.float32(0), jnp.float32(0), columns), like=rows)
-  blocks = _blocks(rows, row_numbers, block_size)
+  num_rows, dim = rows.shape
+  num_blocks = -(-num_rows // block_rows)
+  padding = num_blocks * block_rows - num_rows
+
+  def split(x, fill):
+    widths = [(0, padding)] + [(0, 0)] * (x.ndim - 1)
+    x = jnp.pad(x, widths, constant_values=fill)
+    return x.reshape(num_blocks, block_rows, *x.shape[1:])
+
+  ids, labels = row_numbers
+  labels = None if labels is None else split(labels, -1)
+  blocks = split(rows, 0.0), (split(ids, -1), labels)
+  # `lax.scan` needs zeros that vary over the same mapped axes as the rows.
+  zero = 0.0 * rows[0, 0]
+  start = zero, zero, zero + jnp.zeros_like(columns)
   (total, count, d_columns), d_rows = lax.scan(add_block, start, blocks)
-  d_rows = d_rows.reshape(-1, rows.shape[1])[: rows.shape[0]]
-  return (total, count), (d_rows, d_columns)
+  return (total, count), (d_rows.reshape(-1, dim)[:num_rows], d_columns)
 
 
-def _blocked_anchor_sum_bwd(variant, block_size, gradients, cotangents):
-  del variant, block_size
+def _blocked_anchor_sum_bwd(variant, block_rows, gradients, cotangents):
+  del variant, block_rows
   d_rows, d_columns = gradients
   d_total, _ = cotangents
   return d_total * d_rows, d_total * d_columns, None, None
 
 
 _blocked_anchor_sum.defvjp(_blocked_anchor_sum_fwd, _blocked_anchor_sum_bwd)
-
-
-def _blocks(rows, row_numbers, block_size):
-  """Rows and ids as `[blocks, block_size, ...]`, padded with id -1."""
-  num_blocks = -(-rows.shape[0] // block_size)
-  padding = num_blocks * block_size - rows.shape[0]
-
-  def split(x, fill):
-    widths = [(0, padding)] + [(0, 0)] * (x.ndim - 1)
-    x = jnp.pad(x, widths, constant_values=fill)
-    return x.reshape(num_blocks, block_size, *x.shape[1:])
-
-  row_ids, row_labels = row_numbers
-  if row_labels is not None:
-    row_labels = split(row_labels, 0)
-  return split(rows, 0.0), (split(row_ids, -1), row_labels)
-
-
-def _zeros(tree, like):
-  """Zeros that vary over the mapped axes of `like`, as `lax.scan` requires."""
-  never = like.ravel()[0] != like.ravel()[0]
-  return jax.tree.map(lambda x: jnp.where(never, 0.0, jnp.zeros_like(x)), tree)
 
 
 def _rows_and_columns(embeddings, axis_name):
@@ -702,7 +634,7 @@ def _centred(embeddings, global_batch, axis_name):
 
 
 def _cross_products(a, b, axis_name):
-  """`[views, dim, dim]` sums over the global batch of `a_i b_j`."""
+  """Sums of `a_i b_j` over the global batch, `[views, dim, dim]`."""
   local = jnp.einsum('vni,vnj->vij', a, b, precision=_PRECISION)
   return _psum(local, axis_name)
 
@@ -710,8 +642,8 @@ def _cross_products(a, b, axis_name):
 def _mean(total, count, axis_name):
   """Sum over devices divided by count over devices; 0 if the count is 0."""
   # Not a mean of local means: devices hold different numbers of labels. One
-  # collective, since the count alone may be constant, and `grad_cache` needs
-  # the collectives in the same order on all devices.
+  # collective, as the count alone may be constant and `grad_cache` needs the
+  # same order of collectives on all devices.
   total, count = _psum(jnp.stack([total, count]), axis_name)
   return total / jnp.where(count == 0.0, 1.0, count)
 
@@ -732,7 +664,7 @@ def _checked_embeddings(embeddings, min_views):
 
 
 def _checked_global_batch(embeddings, axis_name):
-  """The size of the global batch, at least two."""
+  """Returns the size of the global batch, at least two."""
   devices = 1 if axis_name is None else lax.axis_size(axis_name)
   batch = embeddings.shape[1] * devices
   if batch < 2:

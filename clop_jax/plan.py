@@ -1,11 +1,11 @@
-"""Reports what a training run will need, before any hardware is rented.
+"""Estimates memory, work and traffic of a training run on any hardware.
 
 python -m clop_jax.plan --config=configs/cifar100.py --topology=h100:8
 
-Compiles the training step ahead of time for devices that are not attached and
-reads memory, work and traffic from the compiled program. Without --topology it
-plans for the devices at hand. The estimate of speed is a roofline: no run can
-be faster, and most are slower.
+Compiles the training step for devices that need not be attached, and reads the
+figures from the compiled program. Without --topology it plans for the devices
+of this machine. The estimate of speed is a roofline: no run can be faster, and
+most are slower.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ from clop_jax.runtime import hlo
 from clop_jax.runtime import parallel
 from clop_jax.runtime import topologies
 
-# Training images, their size and their classes, for data sets that need not be
-# on this machine. Theirs are known; all others are read.
+# Number of training images, their shape and classes, for data sets that need
+# not be on this machine. All others are read.
 _DATA_SETS = {
   'cifar10': (50_000, (32, 32, 3), 10),
   'cifar100': (50_000, (32, 32, 3), 100),
@@ -42,20 +42,17 @@ _DATA_SETS = {
   'imagenet2012': (1_281_167, (500, 375, 3), 1000),
 }
 _UNLABELLED = {'stl10': 100_000}
-# Seconds between two kernels of a GPU that follow each other.
+# Seconds between two consecutive kernels.
 _LAUNCH = {'cuda': 2e-6, 'tpu': 0.0}
-# Nothing is timed, since the device is not there to time it on.
+# The compiler cannot time its choices without the device.
 _COMPILER_OPTIONS = {'cuda': {'xla_gpu_autotune_level': 0}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Kernels and memory traffic of a part of the step, on one device.
+  """Kernels that a part of the step, one of `hlo.PARTS`, launches on a device.
 
-  Attributes:
-    name: One of `hlo.PARTS`.
-    kernels: Number of kernels that the device launches.
-    moved: Bytes that they read and write.
+  `moved` is the number of bytes that they read and write.
   """
 
   name: str
@@ -65,15 +62,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Needs of a run; numbers are for one step on one device.
+  """Needs of a run. Numbers are for one step on one device.
 
   Attributes:
-    config: Name of the data set and the backbone.
+    config: Names of the data set and the backbone.
     topology: Number and kind of the devices.
     platform: 'cpu', 'gpu' or 'tpu'.
     devices: Number of devices.
     jax_version: Version of JAX that compiled the step.
-    compile_seconds: Time that tracing and compiling took here.
+    compile_seconds: Time for tracing and compiling.
     parameters: Number of trained parameters.
     batch_size: Global batch size.
     total_steps: Steps of the whole run.
@@ -82,12 +79,12 @@ class Plan:
     flop: Multiplications and additions of convolutions and matrix products.
     memory: Bytes by their use: `state`, `data` (resident), `batch`,
       `temporaries` and `total`.
-    capacity: Bytes that the device offers, or None if it is not known.
-    parts: Kernels and traffic of each part of a step that is not logged.
-    logged: The same of what a logged step adds.
+    capacity: Bytes that the device offers, or None if unknown.
+    parts: Kernels and traffic of each part of every step.
+    logged: Kernels and traffic that a logged step adds.
     sent: Bytes that the device sends, by kind of collective.
-    roofline: Seconds of a step by what bounds it: `compute`, `memory`,
-      `launches`, `network` and `step`; None without published figures.
+    roofline: Seconds of a step by their bound: `compute`, `memory`, `launches`,
+      `network` and `step`. None without published figures.
   """
 
   config: str
@@ -111,7 +108,7 @@ class Plan:
 
   @property
   def fits(self) -> bool | None:
-    """True if the step's memory is there, None if that is not known."""
+    """True if the step fits the device's memory, None if that is unknown."""
     if self.capacity is None:
       return None
     return self.memory['total'] <= self.capacity
@@ -123,17 +120,14 @@ def plan(
   *,
   num_examples: int | None = None,
 ) -> Plan:
-  """Compiles the training step of a config and reads what it needs.
+  """Compiles the training step of a config and returns its needs.
 
   Args:
     config: See `defaults`.
-    topology: Devices to plan for, see `topologies.devices`. None takes the
-      devices at hand.
-    num_examples: Number of training images. None takes the published number
-      of a known data set, or reads the data.
-
-  Returns:
-    The plan.
+    topology: Devices to plan for, see `topologies.devices`. Default: the
+      devices of this machine.
+    num_examples: Number of training images. Default: the published number of a
+      known data set, or that of the data.
 
   Raises:
     ValueError: If the config or the topology is invalid, the batch does not
@@ -144,38 +138,33 @@ def plan(
   chip: topologies.Chip | None
   if topology is None:
     devices: Sequence[jax.Device] = jax.devices()
-    chip = topologies.chip_of(devices[0])
+    chip, options = topologies.chip_of(devices[0]), None
   else:
     chip, devices = topologies.devices(topology)
+    options = _COMPILER_OPTIONS.get(chip.platform)
   began = time.perf_counter()
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.train.batch_size, mesh)
   config, examples, image_shape = _data(config, num_examples)
   run = setup.plan(config, mesh, num_examples=examples, image_shape=image_shape)
-  # One step of a dispatch: a loop over several has the same in its body.
+  # A dispatch of one step: that of several has the same step in a loop.
   traced = run.program.trace(1)
-  options = _COMPILER_OPTIONS.get(chip.platform) if chip and topology else None
   try:
     compiled = traced.lower().compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(_too_large(error, topology, config)) from error
   seconds = time.perf_counter() - began
   text = compiled.as_text()
-  found = hlo.kernels(text)
-  collectives = hlo.collectives(text)
-  flop = _flop(traced.jaxpr.jaxpr)
-  sent = {
-    kind: sum(
-      c.sent for c in collectives if c.kind == kind and not c.conditional
-    )
-    for kind in sorted({c.kind for c in collectives if c.devices > 1})
-  }
-  parts = _parts([k for k in found if not k.conditional])
-  kind = chip.name if chip else devices[0].device_kind
+  kernels = hlo.kernels(text)
+  parts = _parts([k for k in kernels if not k.conditional])
+  flop, sent = _flop(traced.jaxpr.jaxpr), _sent(hlo.collectives(text))
+  platform = devices[0].platform
+  chip_name = chip.name if chip else devices[0].device_kind
+  dtype = build.compute_dtype(config.model.dtype, platform)
   return Plan(
     config=f'{config.data.name}, ResNet-{config.model.depth}',
-    topology=f'{len(devices)} x {kind}',
-    platform=devices[0].platform,
+    topology=f'{len(devices)} x {chip_name}',
+    platform=platform,
     devices=len(devices),
     jax_version=jax.__version__,
     compile_seconds=seconds,
@@ -183,21 +172,19 @@ def plan(
     batch_size=config.train.batch_size,
     total_steps=run.total_steps,
     images=run.total_steps * config.train.batch_size,
-    dtype=np.dtype(
-      build.compute_dtype(config.model.dtype, devices[0].platform)
-    ).name,
+    dtype=np.dtype(dtype).name,
     flop=flop,
     memory=_memory(compiled, *run.program.arguments),
     capacity=_capacity(chip, devices[0], topology),
     parts=parts,
-    logged=_parts([k for k in found if k.conditional]),
+    logged=_parts([k for k in kernels if k.conditional]),
     sent=sent,
     roofline=_roofline(chip, flop, parts, sum(sent.values()), len(devices)),
   )
 
 
 def _data(config, num_examples):
-  """The config with its classes, the number of examples and their shape."""
+  """Returns the config with its classes, the number and shape of examples."""
   name = config.data.name
   if name in _DATA_SETS:
     examples, shape, num_classes = _DATA_SETS[name]
@@ -222,7 +209,7 @@ def _data(config, num_examples):
 
 
 def _flop(jaxpr):
-  """Multiplications and additions of the products and convolutions in it."""
+  """Returns the multiplications and additions of products and convolutions."""
   total = 0.0
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
@@ -231,7 +218,7 @@ def _flop(jaxpr):
       numbers = params['dimension_numbers']
       output = math.prod(equation.outvars[0].aval.shape)
       products = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
-      # Zeros that dilation puts between the inputs are not multiplied.
+      # The zeros between dilated inputs are not multiplied.
       total += 2 * output * products / math.prod(params['lhs_dilation'])
     elif name == 'dot_general':
       (contracted, _), _ = params['dimension_numbers']
@@ -239,7 +226,7 @@ def _flop(jaxpr):
       depth = math.prod(shape[axis] for axis in contracted)
       total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
     elif name == 'cond':
-      # A choice of the platform always runs; a step may skip other branches.
+      # A choice of the platform always runs. A step may skip other branches.
       if params.get('branches_platforms'):
         total += max(_flop(branch.jaxpr) for branch in params['branches'])
     else:
@@ -251,16 +238,25 @@ def _flop(jaxpr):
   return total
 
 
-def _parts(found):
-  """A `Part` for each that has kernels, in the order of the step."""
+def _parts(kernels):
+  """Returns a `Part` for each that has kernels, in the order of the step."""
   by_name = {name: [] for name in hlo.PARTS}
-  for kernel in found:
+  for kernel in kernels:
     by_name[hlo.part_of(kernel.scope)].append(kernel)
   return [
-    Part(name, hlo.launches(kernels), hlo.traffic(kernels))
-    for name, kernels in by_name.items()
-    if kernels
+    Part(name, sum(kernel.times for kernel in found), hlo.traffic(found))
+    for name, found in by_name.items()
+    if found
   ]
+
+
+def _sent(collectives):
+  """Returns the bytes that a device sends in every step, by kind."""
+  sent = {c.kind: 0.0 for c in collectives if c.devices > 1}
+  for c in collectives:
+    if c.devices > 1 and not c.conditional:
+      sent[c.kind] += c.sent
+  return dict(sorted(sent.items()))
 
 
 def _memory(compiled, state, shared):
@@ -275,11 +271,12 @@ def _memory(compiled, state, shared):
   state_bytes, data = size(state), size(shared['resident'])
   batch = max(0, analysis.argument_size_in_bytes - state_bytes - data)
   temporaries = analysis.temp_size_in_bytes
-  # The state is donated; other results are some numbers.
+  # The state is donated, so its results need no memory.
+  results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
   total = (
     analysis.argument_size_in_bytes
     + temporaries
-    + max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    + max(0, results)
     + analysis.generated_code_size_in_bytes
   )
   return {
@@ -304,7 +301,7 @@ def _capacity(chip, device, topology):
 
 
 def _roofline(chip, flop, parts, sent, devices):
-  """Seconds of a step at the chip's published peaks."""
+  """Returns the seconds of a step at the chip's published peaks."""
   if chip is None:
     return None
   seconds = {
@@ -313,99 +310,95 @@ def _roofline(chip, flop, parts, sent, devices):
     'launches': _LAUNCH[chip.platform] * sum(part.kernels for part in parts),
     'network': chip.seconds_to_send(sent, devices),
   }
-  # Products and memory overlap; kernels start one after another.
+  # The device computes, moves data and launches kernels at the same time.
   busy = max(seconds['compute'], seconds['memory'], seconds['launches'])
   return seconds | {'step': busy + seconds['network']}
 
 
 def _too_large(error, topology, config):
-  """One line for what a compiler says of a program that does not fit."""
-  text = ' '.join(str(error).split())
+  """Returns one line for a compiler's error of too large a program."""
   if not memory_lib.is_exhausted(error):
     raise error
+  text = ' '.join(str(error).split())
   sizes = re.search(
     r'Used ([\d.]+\w) of ([\d.]+\w) hbm.*?Exceeded.*?by ([\d.]+\w)', text
   )
   where = f'--topology={topology}' if topology else 'this machine'
-  said = (
+  reason = (
     f'it needs {sizes[1]} of {sizes[2]} of device memory, {sizes[3]} too much'
     if sizes
     else f'the compiler says: {text:.200}'
   )
   advice = memory_lib.device_advice(config)
-  return f'the step does not fit on {where}: {said}. {advice}'
+  return f'the step does not fit on {where}: {reason}. {advice}'
 
 
 def to_text(plan_: Plan) -> str:
-  """Returns a plan as a text for people.
-
-  Args:
-    plan_: The plan.
-
-  Returns:
-    Several lines.
-  """
-  gib = 2**30
-  memory = plan_.memory
+  """Returns a plan as several lines of text."""
+  flop = plan_.flop / 1e12
   lines = [
     f'{plan_.config} on {plan_.topology}; jax {plan_.jax_version}, compiled in '
     f'{plan_.compile_seconds:.0f} s',
     f'{plan_.parameters:,} parameters, {plan_.dtype}; global batch '
     f'{plan_.batch_size:,}, {plan_.total_steps:,} steps',
-    f'work: {plan_.flop * plan_.devices / 1e12:.2f} TFLOP a step, '
-    f'{plan_.flop / 1e12:.2f} on each device',
+    f'work: {flop * plan_.devices:.2f} TFLOP a step, {flop:.2f} on each device',
     '',
     'memory per device, GiB',
+    *_memory_lines(plan_),
+    '',
+    f'{"kernels and traffic of a step":<32}kernels       GB',
+    *[_part_line(part) for part in plan_.parts],
+    _part_line(
+      Part(
+        'total',
+        sum(part.kernels for part in plan_.parts),
+        sum(part.moved for part in plan_.parts),
+      )
+    ),
+    *[_part_line(part, '+ on some steps: ') for part in plan_.logged],
   ]
-  for name in ('state', 'data', 'batch', 'temporaries', 'total'):
-    lines.append(f'  {name:<22}{memory[name] / gib:>9.2f}')
-  if plan_.capacity is None:
-    lines.append('  the memory of this device is not known')
-  else:
-    left = plan_.capacity - memory['total']
-    verdict = (
-      f'fits, {left / gib:.2f} left'
-      if left >= 0
-      else f'does not fit, {-left / gib:.2f} too much'
-    )
-    lines.append(f'  {"available":<22}{plan_.capacity / gib:>9.2f}  {verdict}')
-  lines += ['', f'{"kernels and traffic of a step":<32}kernels       GB']
-  for part in plan_.parts:
-    lines.append(f'  {part.name:<30}{part.kernels:>7,}{part.moved / 1e9:>9.3f}')
-  lines.append(
-    f'  {"total":<30}{sum(p.kernels for p in plan_.parts):>7,}'
-    f'{sum(p.moved for p in plan_.parts) / 1e9:>9.3f}'
-  )
-  for part in plan_.logged:
-    lines.append(
-      f'  {"+ on some steps: " + part.name:<30}{part.kernels:>7,}'
-      f'{part.moved / 1e9:>9.3f}'
-    )
   if plan_.sent:
     lines += ['', 'sent by a device in a step, MB (ring algorithm)']
-    for kind, sent in plan_.sent.items():
-      lines.append(f'  {kind:<30}{sent / 1e6:>9.2f}')
-  lines.append('')
+    lines += [f'  {k:<30}{sent / 1e6:>9.2f}' for k, sent in plan_.sent.items()]
+  return '\n'.join([*lines, '', *_roofline_lines(plan_)])
+
+
+def _memory_lines(plan_):
+  gib = 2**30
+  for name in ('state', 'data', 'batch', 'temporaries', 'total'):
+    yield f'  {name:<22}{plan_.memory[name] / gib:>9.2f}'
+  if plan_.capacity is None:
+    yield '  the memory of this device is not known'
+    return
+  left = (plan_.capacity - plan_.memory['total']) / gib
+  verdict = (
+    f'fits, {left:.2f} left'
+    if left >= 0
+    else f'does not fit, {-left:.2f} too much'
+  )
+  yield f'  {"available":<22}{plan_.capacity / gib:>9.2f}  {verdict}'
+
+
+def _part_line(part, prefix=''):
+  return f'  {prefix + part.name:<30}{part.kernels:>7,}{part.moved / 1e9:>9.3f}'
+
+
+def _roofline_lines(plan_):
   if plan_.roofline is None:
-    return '\n'.join(
-      [*lines, 'no estimate of speed: the peaks of this device are not known']
-    )
-  times = plan_.roofline
-  images = plan_.batch_size / times['step']
-  whole = _duration(plan_.total_steps * times['step'])
-  lines += [
+    return ['no estimate of speed: the peaks of this device are not known']
+  ms = {name: f'{1e3 * x:.2f} ms' for name, x in plan_.roofline.items()}
+  step = plan_.roofline['step']
+  return [
     'estimate (roofline at published peaks: an upper bound, not a measurement)',
-    f'  compute {1e3 * times["compute"]:.2f} ms, memory '
-    f'{1e3 * times["memory"]:.2f} ms, launches {1e3 * times["launches"]:.2f} '
-    f'ms, network {1e3 * times["network"]:.2f} ms',
-    f'  a step takes at least {1e3 * times["step"]:.2f} ms: at most '
-    f'{images:,.0f} images/s (two views each)',
-    f'  the whole run takes at least {whole}',
+    f'  compute {ms["compute"]}, memory {ms["memory"]}, launches '
+    f'{ms["launches"]}, network {ms["network"]}',
+    f'  a step takes at least {ms["step"]}: at most '
+    f'{plan_.batch_size / step:,.0f} images/s (two views each)',
+    f'  the whole run takes at least {_duration(plan_.total_steps * step)}',
     '  assumed: all products at the bfloat16 peak, every array moved once for',
     '  each kernel, 2 us for each kernel on a GPU; these three overlap, the',
     '  network does not; input, logging, checkpoints and evaluation are free',
   ]
-  return '\n'.join(lines)
 
 
 def _duration(seconds):
@@ -417,12 +410,12 @@ def _duration(seconds):
 
 
 def define_flags() -> None:
-  """Defines the command's flags; importing this module defines none."""
+  """Defines the command's flags."""
   config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
   flags.DEFINE_string(
     'topology',
     None,
-    'Devices to plan for, as v5e:4x4 or h100:8. Default: those at hand.',
+    'Devices to plan for, as v5e:4x4 or h100:8. Default: this machine.',
   )
   flags.DEFINE_integer(
     'num_examples',
@@ -430,7 +423,7 @@ def define_flags() -> None:
     'Number of training images. Default: that of the data set.',
     lower_bound=1,
   )
-  flags.DEFINE_bool('json', False, 'Print JSON instead of a text.')
+  flags.DEFINE_bool('json', False, 'Print JSON instead of text.')
 
 
 def report(
@@ -440,16 +433,10 @@ def report(
   num_examples: int | None = None,
   as_json: bool = False,
 ) -> None:
-  """Prints a plan.
-
-  Args:
-    config: See `defaults`.
-    topology: See `plan`.
-    num_examples: See `plan`.
-    as_json: True prints JSON instead of a text.
+  """Prints a plan, as text or JSON. The arguments are those of `plan`.
 
   Raises:
-    ValueError: As `plan`; after printing, if the step does not fit.
+    ValueError: As `plan` does, and after printing if the step does not fit.
   """
   result = plan(config, topology, num_examples=num_examples)
   if as_json:
@@ -472,12 +459,12 @@ def report(
 
 
 def main() -> None:
-  """The command."""
+  """Runs the command."""
   values = flags.FLAGS
   if values.config is None:
     raise ValueError('--config must name a file of configs/, got none')
   if values.topology is not None:
-    # Nothing runs, so the devices of this machine may be busy.
+    # The devices of this machine may be busy, and are not needed.
     jax.config.update('jax_platforms', 'cpu')
   report(
     values.config,

@@ -1,9 +1,9 @@
-"""Prepares a data set of TFDS, so that training finds it.
+"""Downloads and prepares a TFDS data set for training.
 
 python -m clop_jax.prepare --name=cifar100
 
-Downloads what can be downloaded and writes array_record files for random
-access. Safe to interrupt, and to start several times at once.
+Writes array_record files, which allow random access. The command can be
+interrupted, and started several times at once.
 """
 
 import os
@@ -16,33 +16,25 @@ from clop_jax.data import tfds_source
 
 
 def define_flags() -> None:
-  """Defines the command's flags; importing this module defines none."""
-  flags.DEFINE_string(
-    'name', None, 'Data set: cifar10, tiny_imagenet, imagenet2012, ...'
-  )
+  """Defines the flags of the command."""
+  flags.DEFINE_string('name', None, 'Name of the data set, such as cifar10.')
   flags.DEFINE(
-    cli.PATH,
-    'data_dir',
-    None,
-    "Folder of the data sets; TFDS's default if not given.",
+    cli.PATH, 'data_dir', None, 'Folder of data sets (default: that of TFDS).'
   )
 
 
 def main() -> None:
-  """The command."""
+  """Runs the command."""
   name, data_dir = flags.FLAGS.name, flags.FLAGS.data_dir
   if not name:
-    raise ValueError(
-      '--name must name a data set, as cifar10, cifar100, tiny_imagenet or '
-      'imagenet2012; got none'
-    )
+    raise ValueError('--name must be a data set, such as --name=cifar10')
   if name in sources.WITHOUT_PREPARING:
-    raise ValueError(f'--name={name} needs no preparing; train with it')
+    raise ValueError(f'--name={name} needs no preparation')
   if data_dir and os.path.exists(data_dir) and not os.path.isdir(data_dir):
     raise ValueError(f'--data_dir must be a folder, got the file {data_dir}')
   try:
     if tfds_source.builder(name, data_dir).is_prepared():
-      print(f'{name} was prepared before')
+      print(f'{name} is already prepared')
     made = tfds_source.prepared(name, data_dir, progress=True)
   except ValueError as error:
     raise ValueError(sources.in_flags(error, '--name')) from error

@@ -1,9 +1,9 @@
-"""A contact sheet of training images beside their two random views.
+"""Draws training images beside their two random views.
 
 python -m clop_jax.preview --config=configs/cifar10.py --out=preview.png
 
-Each triple is an image of the first batch, then the two views that the first
-step of a training with this config makes of it.
+Shows images of the first batch, each followed by the two views that the first
+training step makes of it.
 """
 
 import os
@@ -25,17 +25,14 @@ from clop_jax.tracking import contact_sheet
 
 
 def draw(config: ml_collections.ConfigDict, *, count: int = 32) -> np.ndarray:
-  """Draws the sheet.
+  """Returns a contact sheet of images and their views.
 
   Args:
-    config: see `defaults`.
-    count: images to show; fewer where the set or the batch has fewer.
+    config: Config, see `defaults`.
+    count: Largest number of images to show.
 
   Returns:
     `[height, width, 3]` uint8.
-
-  Raises:
-    ValueError: for a wrong config, or data that do not fit it.
   """
   if count < 1:
     raise ValueError(f'--count must be at least 1, got {count}')
@@ -59,27 +56,24 @@ def draw(config: ml_collections.ConfigDict, *, count: int = 32) -> np.ndarray:
 
 
 def define_flags() -> None:
-  """Defines the command's flags; importing this module defines none."""
-  config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
-  flags.DEFINE(cli.PATH, 'out', 'preview.png', 'The PNG to write.')
-  flags.DEFINE_integer('count', 32, 'Images to show.')
+  """Defines the flags of the command."""
+  config_flags.DEFINE_config_file('config', None, 'Config, as configs/*.py.')
+  flags.DEFINE(cli.PATH, 'out', 'preview.png', 'PNG file to write.')
+  flags.DEFINE_integer('count', 32, 'Largest number of images to show.')
 
 
 def main() -> None:
-  """The command."""
-  if flags.FLAGS.config is None:
-    raise ValueError('--config must name a file of configs/, got none')
-  out = flags.FLAGS.out
+  """Runs the command."""
+  config, out = flags.FLAGS.config, flags.FLAGS.out
+  if config is None:
+    raise ValueError('--config must be a file such as configs/cifar10.py')
   remote.check_local('--out', out)
-  if os.path.isdir(out):
-    raise ValueError(f'--out must be the PNG to write, got the folder {out}')
-  if not out.endswith('.png'):
+  if os.path.isdir(out) or not out.endswith('.png'):
     raise ValueError(f'--out must be a file *.png, got {out}')
-  sheet = draw(flags.FLAGS.config, count=flags.FLAGS.count)
-  if folder := os.path.dirname(out):
-    os.makedirs(folder, exist_ok=True)
-  Image.fromarray(sheet).save(out, format='PNG')
-  print(f'images, and two views of each: {out}')
+  sheet = draw(config, count=flags.FLAGS.count)
+  os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
+  Image.fromarray(sheet).save(out)
+  print(f'images with two views each: {out}')
 
 
 if __name__ == '__main__':

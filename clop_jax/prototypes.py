@@ -1,7 +1,11 @@
 """Creating, orthonormalizing and aligning class prototypes: pure functions.
 
 Prototypes are `[num_classes, dim]`, one row per class. Every function works
-under `jax.jit`, `jax.vmap` and `jax.pmap` and checks shapes while tracing.
+under `jax.jit`, `jax.vmap`, `jax.pmap` and `jax.shard_map`. An invalid shape,
+dtype or number raises a `ValueError` while tracing.
+
+Functions that create prototypes compute in float32 at least, and round the
+result to the floating `dtype`.
 """
 
 import math
@@ -24,21 +28,20 @@ def orthonormal_prototypes(
   .. math:: G_{ij} \sim N(0, 1), \quad G = Q R, \quad
     C = (Q\, \mathrm{sign}(\mathrm{diag} R))^\top, \quad C C^\top = I
 
-  A QR factor alone is not uniform: the algorithm chooses its signs. A positive
-  diagonal of `R` makes the factor unique, and `C` has the Haar distribution.
+  The signs of a QR factor depend on the algorithm. With a positive diagonal of
+  `R` the factor is unique, and `C` has the Haar distribution.
 
   Args:
     key: PRNG key, `jax.random.key(seed)`.
     num_classes: Number of prototypes, at most `dim`.
     dim: Dimension of the embeddings.
-    dtype: Floating dtype of the result; computed in float32 at least.
+    dtype: Floating dtype of the result.
 
   Returns:
     `[num_classes, dim]` orthonormal rows.
 
   Raises:
-    ValueError: If `num_classes > dim`, one of them is below 1, or `dtype` is
-      not floating.
+    ValueError: If `num_classes > dim`.
 
   Example:
     >>> import jax
@@ -69,20 +72,19 @@ def simplex_etf_prototypes(
 
   with `H` (`[k, k-1]`) an orthonormal basis of the complement of the all-ones
   vector (Helmert's) and `U` random orthonormal rows. The rows sum to zero and
-  are as far apart as `k` directions can be. They need `k - 1` dimensions.
+  are as far apart as `k` directions can be.
 
   Args:
     key: PRNG key.
     num_classes: Number of prototypes `k`, at least 2.
     dim: Dimension of the embeddings, at least `k - 1`.
-    dtype: Floating dtype of the result; computed in float32 at least.
+    dtype: Floating dtype of the result.
 
   Returns:
     `[num_classes, dim]` unit rows.
 
   Raises:
-    ValueError: If `num_classes < 2`, `dim < num_classes - 1`, or `dtype` is not
-      floating.
+    ValueError: If `dim < num_classes - 1`.
 
   Example:
     >>> import jax
@@ -103,7 +105,7 @@ def simplex_etf_prototypes(
       f'of {num_classes} classes, got {dim}; use a wider embedding'
     )
   compute_dtype = _compute_dtype(dtype)
-  # Column j of Helmert's basis: j equal entries, then -j times that entry.
+  # Column j of Helmert's basis is j equal entries, then -j times that entry.
   row = jnp.arange(num_classes, dtype=compute_dtype)[:, None]
   j = jnp.arange(1, num_classes, dtype=compute_dtype)[None, :]
   helmert = jnp.where(row < j, 1.0, jnp.where(row == j, -j, 0.0))
@@ -117,24 +119,20 @@ def simplex_etf_prototypes(
 def random_prototypes(
   key: jax.Array, num_classes: int, dim: int, *, dtype=jnp.float32
 ) -> jax.Array:
-  r"""Independent random directions, the ablation of orthogonality.
+  r"""Independent random directions, for ablations of orthogonality.
 
   .. math:: c_k = g_k / \|g_k\|, \qquad g_k \sim N(0, I_{dim})
 
-  Their cosines have mean 0 and standard deviation `1 / sqrt(dim)`. There may be
-  more of them than dimensions.
+  Their cosines have mean 0 and standard deviation `1 / sqrt(dim)`.
 
   Args:
     key: PRNG key.
-    num_classes: Number of prototypes.
+    num_classes: Number of prototypes, may exceed `dim`.
     dim: Dimension of the embeddings.
-    dtype: Floating dtype of the result; computed in float32 at least.
+    dtype: Floating dtype of the result.
 
   Returns:
     `[num_classes, dim]` unit rows.
-
-  Raises:
-    ValueError: If a size is below 1, or `dtype` is not floating.
 
   Example:
     >>> import jax
@@ -150,13 +148,7 @@ def random_prototypes(
 
 
 def orthonormality_error(prototypes: jax.Array) -> jax.Array:
-  r"""The largest entry of `|C C^T - I|`, which is 0 for orthonormal rows.
-
-  Args:
-    prototypes: `[num_classes, dim]`.
-
-  Returns:
-    A float32 scalar.
+  """Returns the largest entry of `|C C^T - I|`, 0 for orthonormal rows.
 
   Example:
     >>> import jax.numpy as jnp
@@ -170,13 +162,13 @@ def orthonormality_error(prototypes: jax.Array) -> jax.Array:
 
 
 def orthonormalize(prototypes: jax.Array) -> jax.Array:
-  r"""The nearest orthonormal rows: the polar factor.
+  r"""Returns the nearest orthonormal rows (polar factor).
 
   .. math:: \arg\min_{C C^\top = I} \|C - P\|_F = U V^\top
     \quad\text{for}\quad P = U \Sigma V^\top
 
   Unlike Gram-Schmidt it treats all classes equally. If the rows are linearly
-  dependent, the nearest set is not unique and one of them is returned.
+  dependent, it returns one of several nearest sets.
 
   Args:
     prototypes: `[num_classes, dim]`, floating, `num_classes <= dim`.
@@ -185,7 +177,7 @@ def orthonormalize(prototypes: jax.Array) -> jax.Array:
     `[num_classes, dim]` orthonormal rows of the same dtype.
 
   Raises:
-    ValueError: If the shape or the dtype is not as above.
+    ValueError: If `num_classes > dim`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -214,24 +206,19 @@ def orthonormalize(prototypes: jax.Array) -> jax.Array:
 
 
 def align_prototypes(class_means: jax.Array) -> jax.Array:
-  r"""The orthonormal set nearest to given class means (Procrustes).
+  r"""Returns the orthonormal set nearest to the class means (Procrustes).
 
   .. math:: \arg\max_{C C^\top = I} \sum_k c_k \cdot m_k
     = \arg\min_{C C^\top = I} \sum_k \|c_k - m_k\|^2
 
-  Random prototypes assign classes to random directions; these need the smallest
-  change of the embeddings. A class without a mean (a row of zeros) gets one of
-  the remaining directions.
+  A class without a mean (a row of zeros) gets one of the remaining directions.
 
   Args:
-    class_means: `[num_classes, dim]`, floating, see
+    class_means: `[num_classes, dim]`, floating, `num_classes <= dim`, see
       `clop_jax.collapse.class_means`. The length of a row is its weight.
 
   Returns:
     `[num_classes, dim]` orthonormal rows of the same dtype.
-
-  Raises:
-    ValueError: If the shape or the dtype is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -251,24 +238,21 @@ def align_prototypes(class_means: jax.Array) -> jax.Array:
 def assign_prototypes(
   class_means: jax.Array, prototypes: jax.Array
 ) -> jax.Array:
-  r"""The given prototypes, assigned to the classes that they fit best.
+  r"""Assigns the given prototypes to the classes that they fit best.
 
   .. math:: c'_k = c_{\pi(k)}, \qquad
     \pi = \arg\max_{\pi} \sum_k c_{\pi(k)} \cdot m_k
 
-  over all permutations, by the Hungarian algorithm. Unlike `align_prototypes`
-  it only reorders the prototypes, so it keeps any set, such as a simplex.
+  over all permutations. Unlike `align_prototypes` it keeps the set of
+  prototypes, for example a simplex.
 
   Args:
     class_means: `[num_classes, dim]`, see `clop_jax.collapse.class_means`.
     prototypes: `[num_classes, dim]`.
 
   Returns:
-    `[num_classes, dim]`, the rows of `prototypes` reordered; all NaN if an
+    `[num_classes, dim]`, the rows of `prototypes` reordered, or NaN if an
     argument is not finite.
-
-  Raises:
-    ValueError: If the shapes are not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -289,14 +273,14 @@ def assign_prototypes(
       'class_means and prototypes must both have shape [num_classes, dim], got '
       f'{class_means.shape} and {prototypes.shape}'
     )
-  # Scaled, because products of large means overflow float32.
+  # Products of large means would overflow float32.
   means = lax.stop_gradient(class_means)
   directions = lax.stop_gradient(arguments.real('prototypes', prototypes))
   means = means / linalg.magnitude(means)
   directions = directions / linalg.magnitude(directions)
   gain = jnp.matmul(means, directions.T, precision=_PRECISION)
   is_finite = jnp.all(jnp.isfinite(gain))
-  # With NaN the search would not terminate.
+  # The search would not terminate with NaN.
   assigned = prototypes[_cheapest_columns(jnp.where(is_finite, -gain, 0.0))]
   return jnp.where(is_finite, assigned, jnp.full_like(assigned, jnp.nan))
 
@@ -309,7 +293,7 @@ def pseudo_labels(
   threshold: float,
   temperature: float = 0.1,
 ) -> jax.Array:
-  r"""Labels for unlabelled examples: the nearest prototype, where confident.
+  r"""Labels unlabelled examples with the nearest prototype, where confident.
 
   .. math:: p_{ik} = \mathrm{softmax}_k\Big(\frac{1}{V \tau} \sum_v
     \cos(z_{v,i}, c_k)\Big), \qquad
@@ -323,15 +307,10 @@ def pseudo_labels(
     labels: `[batch]` integers; -1 is unlabelled.
     prototypes: `[num_classes, dim]`.
     threshold: Smallest confidence `t` that gives a label, in (0, 1].
-    temperature: Softmax temperature, must be positive. Smaller values give
-      higher confidences.
+    temperature: Softmax temperature, must be positive.
 
   Returns:
     `[batch]` int32 labels.
-
-  Raises:
-    ValueError: If a shape, the threshold or the temperature is not as above, or
-      a known label is not below `num_classes`.
 
   Example:
     >>> import jax.numpy as jnp
@@ -364,18 +343,17 @@ def pseudo_labels(
 
 
 def _cheapest_columns(cost):
-  """Column of each row in the assignment of lowest total cost: `[n]` int32.
+  """Column of each row in the assignment of lowest total cost, `[n]` int32.
 
-  `optax.assignment.hungarian_algorithm` fails for costs that vary over an axis
-  of `shard_map`, and visits the entries of the matrix one by one, which is slow
-  on an accelerator.
+  The Hungarian algorithm. `optax.assignment.hungarian_algorithm` fails for
+  costs that vary over an axis of `shard_map`, and is slow on accelerators.
   """
-  # Computed from the costs, so that they vary over the same mapped axes.
+  # Loops need values that vary over the same mapped axes as the costs.
   zeros = 0.0 * cost[0]
   none = zeros.astype(jnp.int32) - 1
 
   def find_path(row, u, v, row_of):
-    """Shortest alternating path from a row to a column without a row."""
+    """Finds the shortest alternating path from a row to a free column."""
 
     def extend(carry):
       here, least, _, distance, path, done = carry
@@ -400,7 +378,7 @@ def _cheapest_columns(cost):
     u, v, row_of, column_of = carry
     row = row.astype(jnp.int32) + none[0] + 1
     least, end, path, slack = find_path(row, u, v, row_of)
-    # Columns without a row (-1) are not done, or are the end: their slack is 0.
+    # Where `row_of` is -1, the column is free and its slack is 0.
     u = u.at[row].add(least).at[row_of].add(slack)
 
     def flip(carry):
@@ -425,15 +403,15 @@ def _compute_dtype(dtype):
 
 
 def _refine(rows):
-  """One Newton-Schulz step, which reduces the error to about one eps."""
+  """Reduces the error to about one eps by a Newton-Schulz step."""
   excess = _gram(rows) - jnp.eye(len(rows), dtype=rows.dtype)
   return rows - 0.5 * jnp.matmul(excess, rows, precision=_PRECISION)
 
 
 def _gram(rows):
   """Inner products of the rows, accurate to about one eps for unit rows."""
-  # A GPU adds the terms of a product one by one. Over 1,024 terms the rounding
-  # is 1e-6, more than the error that `_refine` removes.
+  # A GPU adds the terms of a product one by one. Over 1,024 terms that rounds
+  # by 1e-6, more than the error that `_refine` removes.
   parts = [rows[:, i : i + 64] for i in range(0, rows.shape[1], 64)]
   return sum(jnp.matmul(x, x.T, precision=_PRECISION) for x in parts)
 

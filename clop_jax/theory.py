@@ -1,4 +1,4 @@
-r"""The idealised dynamics of collapse, and their critical learning rates.
+r"""Idealized dynamics of collapse, and their critical learning rates.
 
 There is no network: `k` unit vectors, one per class (times views), move freely
 on the sphere by projected gradient descent,
@@ -11,12 +11,9 @@ on the sphere by projected gradient descent,
 with the learning rate `mu`, a repulsion `L` (the model), a distance `d` to the
 prototypes with weight `lambda`, and the correlation `rho` of the vectors'
 motion: 0 for free vectors, 1 for a network whose outputs only move together.
-`K` multiplies the mean of the vectors by `kappa = 1 + rho (k - 1)` and all
-differences by `1 - rho`. A loss that is a mean over `n` vectors divides `mu` by
-`n`.
+A loss that is a mean over `n` vectors divides `mu` by `n`.
 
-Each model is defined by the gradient that one vector feels. Cosines are
-products of unit vectors; only 'tangent' projects their gradients.
+Each model is defined by the gradient that one vector feels:
 
 * 'repulsion': the mean pairwise cosine, each pair in one gradient,
   `g_i = mean_{j != i} z_j`.
@@ -25,6 +22,12 @@ products of unit vectors; only 'tangent' projects their gradients.
 * 'row_softmax': `log sum_{j != i} exp(z_i . z_j / tau)`, others held fixed,
   `g_i = sum_j softmax_j(z_i . z_j / tau) z_j / tau`.
 * 'infonce': NT-Xent of two or more views with all its gradients, times `n`.
+
+The functions share these arguments: `model` (one of the names above),
+`num_classes` (`k`), `clop_weight` (`lambda`), `temperature` (`tau`, of
+'row_softmax' and 'infonce') and `correlation` (`rho`, in [0, 1]). Embeddings
+count as collapsed if the mean cosine between classes exceeds 0.5. An invalid
+argument raises a `ValueError`.
 """
 
 from collections.abc import Callable
@@ -42,12 +45,14 @@ from clop_jax import linalg
 from clop_jax import loss
 
 _PRECISION = lax.Precision.HIGHEST
+# Mean cosine between classes above which embeddings count as collapsed.
+_LEVEL = 0.5
 _MODELS = ('repulsion', 'symmetric', 'tangent', 'row_softmax', 'infonce')
 
 
 @arguments.in_default_modes
 def cosine_distance(embedding, label, prototypes, *, repulsion: float = 0.0):
-  """The distance 'cosine' of `loss.clop_loss` as a scalar function.
+  """Returns the distance 'cosine' of `loss.clop_loss` for one embedding.
 
   Args:
     embedding: `[dim]`, unit.
@@ -69,7 +74,7 @@ def cosine_distance(embedding, label, prototypes, *, repulsion: float = 0.0):
 
 @arguments.in_default_modes
 def softmax_distance(embedding, label, prototypes, *, temperature: float = 0.1):
-  """The distance 'softmax' of `loss.clop_loss`; see `cosine_distance`."""
+  """Returns the distance 'softmax', see `cosine_distance`."""
   temperature = arguments.number(
     'temperature', temperature, above=0, dtype=embedding.dtype
   )
@@ -79,13 +84,13 @@ def softmax_distance(embedding, label, prototypes, *, temperature: float = 0.1):
 
 
 class Outcome(NamedTuple):
-  """Final states of simulations; every field is `[rates, starts]`.
+  """Final states of simulations. Every field is `[rates, starts]`.
 
   Attributes:
     mean_cosine: Mean cosine between embeddings of different classes.
     effective_rank: Effective rank of all embeddings, not centred.
-    clop_loss: Mean of `1 - z . c_y`; NaN without prototypes.
-    collapsed: True where `mean_cosine` exceeds the level.
+    clop_loss: Mean of `1 - z . c_y`, NaN without prototypes.
+    collapsed: True where `mean_cosine` exceeds 0.5.
   """
 
   mean_cosine: jax.Array
@@ -106,25 +111,20 @@ def simulate(
   distance: Callable[..., jax.Array] = cosine_distance,
   temperature: float = 1.0,
   correlation: float = 0.0,
-  level: float = 0.5,
 ) -> Outcome:
-  """Runs a model at every learning rate from every start, in one program.
+  """Simulates a model at every learning rate from every start.
 
   Args:
-    model: 'repulsion', 'symmetric', 'tangent', 'row_softmax' or 'infonce'.
+    model: Name of the model.
     learning_rates: `[rates]` learning rates mu.
     starts: `[starts, views, k, dim]`, normalized inside. Embedding `i` of every
       view belongs to class `i`. All arithmetic has its dtype.
     steps: Number of steps.
     prototypes: `[k, dim]`, or None if `clop_weight` is 0.
-    clop_weight: Weight lambda of the distance.
+    clop_weight: Weight of the distance to the prototypes.
     distance: Function `(embedding [dim], label, prototypes) -> scalar`.
-    temperature: Temperature tau of 'row_softmax' and 'infonce'.
-    correlation: Correlation rho in [0, 1].
-    level: Mean cosine above which an outcome counts as collapsed.
-
-  Raises:
-    ValueError: If the model, a shape or a number is not as above.
+    temperature: Softmax temperature.
+    correlation: Correlation of the vectors' motion.
 
   Example:
     >>> import jax
@@ -135,7 +135,7 @@ def simulate(
     >>> print(theory.simulate('repulsion', rates, starts).collapsed[:, 0])
     [False  True]
   """
-  numbers = _check(model, clop_weight, temperature, correlation, level)
+  numbers = _check(model, clop_weight, temperature, correlation)
   starts = jnp.asarray(starts)
   rates = jnp.asarray(learning_rates, starts.dtype)
   if rates.ndim != 1:
@@ -158,9 +158,7 @@ def simulate(
     )
   else:
     prototypes = jnp.asarray(prototypes, starts.dtype)
-  return _outcomes(
-    model, steps, distance, rates, starts, prototypes, numbers, level
-  )
+  return _outcomes(model, steps, distance, rates, starts, prototypes, numbers)
 
 
 @arguments.in_default_modes
@@ -181,36 +179,32 @@ def critical_learning_rate(
   clop_weight: float = 0.0,
   temperature: float = 1.0,
   correlation: float = 0.0,
-  level: float = 0.5,
 ) -> float:
-  r"""The learning rate above which collapse attracts, in closed form.
+  r"""Returns the learning rate above which collapse attracts (closed form).
 
   .. math:: \mu_c = \frac{2 / h}{\kappa - (1 - \rho) \Big(\frac{1}{k-1} +
       \frac{\lambda}{h \sqrt{1 - \ell}}\Big)}, \qquad
-    \kappa = 1 + \rho (k - 1)
+    \kappa = 1 + \rho (k - 1), \qquad \ell = 0.5
 
   or infinity if the denominator is not positive. `h` is 1 for 'repulsion', 2
   for 'symmetric' and 1/tau for 'row_softmax'. For 'tangent' and 'infonce' equal
-  embeddings always repel, and the result is infinity. docs/theory.md explains
+  embeddings always repel, and the result is infinity. docs/theory.md derives
   the formula.
 
   Args:
-    model: As for `simulate`.
+    model: Name of the model.
     num_classes: Number of classes k, at least 3.
-    dim: Dimension, at least 2. With a pull it must exceed `num_classes` (there
-      must be a direction across all prototypes). The rate does not depend on it
-      otherwise.
-    clop_weight: Weight lambda of `cosine_distance` to orthonormal prototypes.
-    temperature: Temperature tau of 'row_softmax'.
-    correlation: Correlation rho in [0, 1).
-    level: Mean cosine l that counts as collapsed with a pull.
+    dim: Dimension, at least 2. With `clop_weight` it must exceed `num_classes`.
+    clop_weight: Weight of `cosine_distance` to orthonormal prototypes.
+    temperature: Softmax temperature.
+    correlation: Correlation of the vectors' motion, below 1.
 
   Returns:
     The critical rate, or `math.inf` if there is none.
 
   Raises:
-    ValueError: If an argument is not as above, or the pull is too strong for
-      the closed form (use `bisect_critical_learning_rate`).
+    ValueError: If there is no closed form, or the pull is too strong for it
+      (use `bisect_critical_learning_rate`).
 
   Example:
     >>> from clop_jax import theory
@@ -220,12 +214,12 @@ def critical_learning_rate(
   Reference:
     CLOP, arXiv 2403.18699, whose bound is sqrt(2) + O(1/k): docs/theory.md.
   """
-  _check(model, clop_weight, temperature, correlation, level)
+  _check(model, clop_weight, temperature, correlation)
   _check_sizes(num_classes, dim, clop_weight)
   if correlation == 1:
     raise ValueError(
       'correlation must be below 1, got 1: embeddings that only move together '
-      'do not come closer'
+      'never come closer'
     )
   k, own = num_classes, 1 - correlation
   problem = f'{model!r} with {clop_weight=}, {correlation=}, {dim=}, {k=}'
@@ -238,12 +232,12 @@ def critical_learning_rate(
   h = {'repulsion': 1.0, 'symmetric': 2.0}.get(model, 1 / temperature)
   common = 1 + correlation * (k - 1)
   pull = clop_weight / h
-  rate = common - own * (1 / (k - 1) + pull / math.sqrt(1 - level))
+  rate = common - own * (1 / (k - 1) + pull / math.sqrt(1 - _LEVEL))
   if rate <= 0:
     return math.inf
   mu = 2 / rate  # times h
   along_mean = mu * common * pull / (2 * math.sqrt(k) * (mu * common - 1))
-  if clop_weight and along_mean**2 > level + (1 - level) / k:
+  if clop_weight and along_mean**2 > _LEVEL + (1 - _LEVEL) / k:
     raise ValueError(
       f'{problem}: the pull is too strong for the closed form, the embeddings '
       f'collapse to the mean of the prototypes; {advice}'
@@ -260,29 +254,25 @@ def bisect_critical_learning_rate(
   clop_weight: float = 0.0,
   temperature: float = 1.0,
   correlation: float = 0.0,
-  level: float = 0.5,
   steps: int = 100,
   upper: float = 20.0,
-  tolerance: float = 1e-5,
 ) -> float:
-  """The critical learning rate by bisection on the simulation.
+  """Returns the critical learning rate by bisection on the simulation.
 
   It starts near collapse: one direction (across all prototypes, if possible)
-  plus noise of 1e-3. Without a pull, a rate is beyond the critical one if the
-  embeddings end closer to their mean than they began. With a pull they settle,
-  and it is if their mean cosine ends above the level.
+  plus noise of 1e-3. Without prototypes, a rate is too large if the embeddings
+  end closer to their mean than they began. With prototypes, it is too large if
+  they end collapsed.
 
   Args:
-    model: As for `simulate`; 'infonce' has two views.
+    model: Name of the model. 'infonce' has two views.
     num_classes: Number of classes k, at least 3.
-    dim: Dimension, at least 2, and at least `num_classes` with a pull.
-    clop_weight: Weight lambda, as for `critical_learning_rate`.
-    temperature: Temperature tau of 'row_softmax' and 'infonce'.
-    correlation: Correlation rho in [0, 1].
-    level: Mean cosine that counts as collapsed.
+    dim: Dimension, at least 2, and at least `num_classes` with `clop_weight`.
+    clop_weight: Weight of `cosine_distance` to orthonormal prototypes.
+    temperature: Softmax temperature.
+    correlation: Correlation of the vectors' motion.
     steps: Number of steps of each simulation.
-    upper: Largest rate tried.
-    tolerance: Width of the last interval.
+    upper: Largest rate to try.
 
   Returns:
     The critical rate, or `math.inf` if `upper` does not collapse.
@@ -293,7 +283,7 @@ def bisect_critical_learning_rate(
     >>> print(f'{rate:.3f}')
     2.250
   """
-  numbers = _check(model, clop_weight, temperature, correlation, level)
+  numbers = _check(model, clop_weight, temperature, correlation)
   _check_sizes(num_classes, dim, clop_weight)
   views = 2 if model == 'infonce' else 1
   noise = jax.random.normal(jax.random.key(0), (views, num_classes, dim))
@@ -303,21 +293,21 @@ def bisect_critical_learning_rate(
   def collapses(rate):
     end = _run(model, steps, cosine_distance, rate, start, prototypes, numbers)
     if clop_weight:
-      return bool(mean_pairwise_cosine(end) > level)
+      return bool(mean_pairwise_cosine(end) > _LEVEL)
     before, after = (jnp.sum(jnp.var(z, axis=(0, 1))) for z in (start, end))
     return bool(after < before)
 
   if not collapses(upper):
     return math.inf
   low, high = 0.0, upper
-  while high - low > tolerance:
+  while high - low > 1e-5:
     middle = (low + high) / 2
     low, high = (low, middle) if collapses(middle) else (middle, high)
   return (low + high) / 2
 
 
 def _gradient(model, z, temperature):
-  """Gradient of the repulsion for `z` `[views, k, dim]`."""
+  """Gradient of the model's repulsion at `z` `[views, k, dim]`."""
   if model not in ('row_softmax', 'infonce'):
     mean = (jnp.sum(z, axis=(0, 1)) - z) / (z.shape[0] * z.shape[1] - 1)
     return 2 * mean if model == 'symmetric' else mean
@@ -327,7 +317,7 @@ def _gradient(model, z, temperature):
   weights = jax.nn.softmax(jnp.where(itself, -jnp.inf, logits), axis=1)
   positives = 0.0
   if model == 'infonce':
-    # A pair is in the softmax of both of its ends, and positive for both.
+    # A pair is in the softmax of both ends, and positive for both.
     weights = weights + weights.T
     positives = 2 * (jnp.sum(z, axis=0) - z) / (z.shape[0] - 1)
   negatives = jnp.matmul(weights, rows, precision=_PRECISION).reshape(z.shape)
@@ -336,7 +326,7 @@ def _gradient(model, z, temperature):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(model, steps, distance, rate, start, prototypes, numbers):
-  """The embeddings `[views, k, dim]` after all steps."""
+  """Returns the embeddings `[views, k, dim]` after all steps."""
   clop_weight, temperature, correlation = numbers
   labels = jnp.arange(start.shape[1])
   pull = jax.vmap(jax.grad(distance), in_axes=(0, 0, None))
@@ -356,9 +346,7 @@ def _run(model, steps, distance, rate, start, prototypes, numbers):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _outcomes(
-  model, steps, distance, rates, starts, prototypes, numbers, level
-):
+def _outcomes(model, steps, distance, rates, starts, prototypes, numbers):
   def outcome(rate, start):
     end = _run(model, steps, distance, rate, start, prototypes, numbers)
     spectrum = linalg.singular_values(end.reshape(-1, end.shape[-1]))
@@ -367,18 +355,16 @@ def _outcomes(
       clop_loss = 1 - jnp.mean(jnp.sum(end * prototypes, axis=-1))
     rank = collapse.effective_rank_of_spectrum(spectrum)
     cosine = mean_pairwise_cosine(end)
-    return Outcome(cosine, rank, clop_loss, cosine > level)
+    return Outcome(cosine, rank, clop_loss, cosine > _LEVEL)
 
   over_starts = jax.vmap(outcome, in_axes=(None, 0))
   return jax.vmap(over_starts, in_axes=(0, None))(rates, starts)
 
 
-def _check(model, clop_weight, temperature, correlation, level):
-  """The numbers that `_run` takes, or a ValueError."""
+def _check(model, clop_weight, temperature, correlation):
+  """Returns the numbers that `_run` takes, or raises a ValueError."""
   if model not in _MODELS:
     raise ValueError(f'model must be one of {list(_MODELS)}, got {model!r}')
-  if not 0 < level < 1:
-    raise ValueError(f'level must be in (0, 1), got {level}')
   return (
     arguments.number('clop_weight', clop_weight, at_least=0),
     arguments.number('temperature', temperature, above=0),

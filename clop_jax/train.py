@@ -13,7 +13,6 @@ if __name__ == '__main__':
   preemption.listen()
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -57,34 +56,40 @@ def train(
     config: Config of the run, see `defaults`.
     workdir: Folder of the run, the same for all processes. It gets
       `config.json`, `labels.npz`, `checkpoints/<step>/`, `metrics.jsonl` and
-      what `config.watch` asks for.
+      the outputs of `config.watch`.
     source: Training examples to use instead of those that `config.data` names,
       see `clop_jax.data.sources`.
     devices: Devices to train on; None is all.
     profile_steps: Number of steps to record, see `tracking.profiling`.
     watched: If False, ignore `config.watch`; see `tracking.watch`.
-    wandb: `'offline'` or `'online'` logs to Weights & Biases as well.
+    wandb: 'offline' or 'online' logs to Weights & Biases as well.
 
   Raises:
     ValueError: If a field of the config is invalid, the data do not fit it, the
       devices cannot share the batch, or the workdir belongs to another config
       or is in use. Nothing has been written then.
     preemption.PreemptionError: After SIGTERM, once the state is saved.
-    FloatingPointError: If the loss is not finite; the message names the step
-      and the last checkpoint.
+    FloatingPointError: If the loss is not finite. The error names the step and
+      the last checkpoint.
     checkpoint.DamagedCheckpointError: If no checkpoint can be restored.
     OSError: If something cannot be written.
+
+  Example:
+    >>> from clop_jax import defaults
+    >>> from clop_jax import train
+    >>> config = defaults.get_config()
+    >>> config.data.name = 'synthetic'
+    >>> train.train(config, 'runs/synthetic')  # doctest: +SKIP
   """
   callbacks: list[callback.Callback] = []
   if profile_steps is not None:
     callbacks.append(profiling.Profiler(workdir, profile_steps))
   setup = setup_lib.prepare(config, source=source, devices=devices)
   config, examples = setup.config, setup.examples
-  # Read at once for a new run, so that weights that do not fit are refused
-  # before anything is written.
-  initial = functools.cache(lambda: build.initial_weights(config, setup.state))
+  initial = None
   if not workdir_lib.has_checkpoint(workdir):
-    initial()
+    # Read before anything is written, so that incompatible weights fail first.
+    initial = build.initial_weights(config, setup.state)
   if watched:
     callbacks.append(watch.Watch(setup, workdir, wandb=wandb))
   true_labels, labels = examples.true_labels, examples.labels
@@ -97,7 +102,7 @@ def train(
       stack.enter_context(hooks)
     state = checkpoints.restore_latest(setup.state, warn=parallel.warn)
     if state is None:
-      state = _first_state(setup, workdir, initial())
+      state = _first_state(setup, workdir, initial)
     steps = range(int(state.step), setup.total_steps)
     _print_summary(setup, state)
     _say(label_policy.summary(true_labels, labels, config.data.num_classes))
@@ -128,11 +133,11 @@ class _Loop:
     self._since_save = []
 
   def run(self, state) -> None:
-    """Trains to the end, or to the next dispatch after SIGTERM."""
+    """Trains to the end, or to the end of a dispatch after SIGTERM."""
     setup, start = self._setup, int(state.step)
     total_steps, save_every = setup.total_steps, setup.save_every
     chunks = setup.chunks(start)
-    in_flight = InFlight()
+    pending = None
     saved = done = start
     with (
       contextlib.closing(setup.data.batches(chunks)) as batches,
@@ -142,15 +147,18 @@ class _Loop:
       for steps, batch in _until_notice(dispatches, notice):
         program = setup.program(len(steps))
         state, metrics = program(state, setup.shared, batch)
-        # Only now: the devices have the next steps while the host waits for the
-        # numbers of the last ones.
+        # Log only now: the devices have their next steps while the host waits
+        # for the numbers of the last ones.
         self._log_due()
-        in_flight.add(metrics)
+        # At most two dispatches are unfinished. That keeps the devices busy,
+        # and a state to save after SIGTERM is not tens of dispatches away.
+        jax.block_until_ready(pending)
+        pending = metrics
         done = steps.stop
         preempted = notice.reached(steps)
         self._add(done, metrics)
-        # Skip this when preempted: there is little time left. Before the save:
-        # what is lost here is trained again.
+        # Skip this when preempted: there is little time left. It comes before
+        # the save, so that results lost here are computed again.
         if not preempted:
           self._call(steps, state)
         if preempted or done % save_every == 0 or done == total_steps:
@@ -181,10 +189,10 @@ class _Loop:
       hooks.reached(steps, state)
 
   def _log_due(self):
-    """Waits for the metrics that are to be logged, and logs them."""
+    """Waits for the metrics of logged steps, and logs them."""
     for step, losses, metrics in self._due:
       check_finite(losses, step, self._checkpoints)
-      # Taken on the host, where it compiles nothing.
+      # Index on the host, where nothing is compiled.
       last = {k: v[-1] for k, v in jax.device_get(metrics).items()}
       entry = metrics_log.to_floats(last)
       self._since_save.append(entry)
@@ -207,9 +215,9 @@ class _Loop:
 
 
 def _until_notice(chunks, notice):
-  """Yields from `chunks`; a failure to read ends them if the notice came.
+  """Yields from `chunks`; after a notice, a failed read only ends them.
 
-  What ends a run often takes away what it reads from as well.
+  A preemption often takes away the storage of the data as well.
   """
   try:
     yield from chunks
@@ -218,34 +226,11 @@ def _until_notice(chunks, notice):
       raise
 
 
-class InFlight:
-  """Dispatches that the devices have not done yet: two at most.
-
-  The host runs ahead of the devices, by tens of dispatches if nothing stops it.
-  What it has dispatched cannot be taken back, so a state to be saved after
-  SIGTERM is minutes away where a step takes one. Two are enough to keep the
-  devices busy: when one is done the next has been queued for as long as that
-  one took, and the host has as long again to queue another.
-  """
-
-  def __init__(self):
-    """Nothing has been dispatched yet."""
-    self._last = None
-
-  def add(self, results) -> None:
-    """Adds a dispatch by its results; waits for the one before it."""
-    if self._last is not None:
-      jax.block_until_ready(self._last)
-    self._last = results
-
-
 def _first_state(setup, workdir, initial):
-  """Returns the state before the first step, and records what it starts from.
+  """Returns the state before the first step.
 
-  Args:
-    setup: Run, see `setup.prepare`.
-    workdir: Workdir of the run; gets `initial_weights.json` if there are any.
-    initial: Weights of the backbone, see `build.initial_weights`.
+  `initial`, if not None, are the weights of the backbone. Their path and hash
+  are written to `initial_weights.json` in the workdir.
   """
   shardings = jax.tree.map(lambda x: x.sharding, setup.state)
   create = jax.jit(setup.experiment.create_state, out_shardings=shardings)
@@ -253,7 +238,7 @@ def _first_state(setup, workdir, initial):
   if initial is None:
     return create(key)
   if parallel.is_main():
-    # The path alone, which the config has, does not identify the file.
+    # The path in the config does not identify the file's content.
     record = {'path': initial.path, 'sha256': initial.sha256}
     files.write_whole(
       os.path.join(workdir, 'initial_weights.json'),
@@ -299,7 +284,7 @@ def _print_summary(setup, state):
   config, mesh = setup.config, setup.mesh
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
   compiled = setup.program(setup.longest)
-  # The compiler counts one device's program, and a loop's body once.
+  # The compiler counts the program of one device, and the body of a loop once.
   flops = (compiled.cost_analysis() or {}).get('flops', math.nan) * mesh.size
   device = mesh.devices.flat[0]
   _say(
@@ -327,7 +312,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     'profile',
     None,
-    'Records so many steps in WORKDIR/profile, and says where their time went.',
+    'Record N steps in WORKDIR/profile, and print where their time goes.',
     lower_bound=1,
   )
   flags.DEFINE_enum(

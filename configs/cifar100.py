@@ -1,11 +1,11 @@
-"""SimCLR with CLOP on CIFAR-100, ResNet-50: the paper's setting.
+"""SimCLR with CLOP and a ResNet-50 on CIFAR-100, as in the paper.
 
 python -m clop_jax.prepare --name=cifar100
 python -m clop_jax.train --config=configs/cifar100.py --workdir=runs/cifar100
 python -m clop_jax.evaluate --workdir=runs/cifar100
 
-Needs 160 MB of download, TensorFlow to prepare it (pip install
-'clop-jax[prepare]') and an accelerator; the data stay on the device.
+Needs a download of 160 MB, TensorFlow to prepare the data (pip install
+'clop-jax[prepare]') and an accelerator.
 """
 
 import ml_collections
@@ -14,7 +14,7 @@ from clop_jax import defaults
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Fields that differ from clop_jax/defaults.py."""
+  """Returns the defaults with the changes of this experiment."""
   config = defaults.get_config()
 
   config.data.name = 'cifar100'
@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.temperature = 0.2
 
   config.optimizer.name = 'lars'
-  config.optimizer.learning_rate = 0.3  # times batch / 256
+  config.optimizer.learning_rate = 0.3  # * batch size / 256
 
   config.train.batch_size = 512
   config.train.num_epochs = 200

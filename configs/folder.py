@@ -6,10 +6,10 @@ python -m clop_jax.train --config=configs/folder.py --workdir=runs/folder \\
   --config.data.data_dir=DIR
 python -m clop_jax.evaluate --workdir=runs/folder
 
-Needs DIR/train/<class>/* and DIR/test/<class>/*, in any format that Pillow
-opens by itself and any size; images directly under DIR/train are unlabelled.
-For large photographs set data.image_size and augment.size to 224, model.stem to
-imagenet and data.host_crops to True.
+Needs DIR/train/<class>/* and DIR/test/<class>/*, in any size and any format
+that Pillow opens. Images directly in DIR/train are unlabelled. For photographs
+set data.image_size and augment.size to 224, model.stem to imagenet and
+data.host_crops to True.
 """
 
 import ml_collections
@@ -18,14 +18,14 @@ from clop_jax import defaults
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Fields that differ from clop_jax/defaults.py."""
+  """Returns the defaults with the changes of this experiment."""
   config = defaults.get_config()
 
   config.data.name = 'folder'
-  config.data.num_classes = 0  # as many as there are class folders
+  config.data.num_classes = 0  # the number of class folders
   config.data.channels = 3
-  config.data.image_size = 64  # the middle square, resized to this side
-  # All labels that the folder has: what is not known is simply not in a class.
+  config.data.image_size = 64  # central square, resized
+  # Unlabelled images are those outside the class folders.
   config.data.label_fraction = 1.0
 
   config.augment.size = 64
@@ -43,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.temperature = 0.2
 
   config.optimizer.name = 'lars'
-  config.optimizer.learning_rate = 0.3  # times batch / 256
+  config.optimizer.learning_rate = 0.3  # * batch size / 256
 
   config.train.batch_size = 256
   config.train.num_epochs = 200

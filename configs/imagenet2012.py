@@ -1,4 +1,4 @@
-r"""SimCLR with CLOP on ImageNet (224x224, 1,000 classes): the paper's setting.
+r"""SimCLR with CLOP on ImageNet (224x224, 1,000 classes), as in the paper.
 
 python -m clop_jax.prepare --name=imagenet2012 --data_dir=DIR
 python -m clop_jax.train --config=configs/imagenet2012.py --workdir=runs/in1k \\
@@ -6,11 +6,11 @@ python -m clop_jax.train --config=configs/imagenet2012.py --workdir=runs/in1k \\
 python -m clop_jax.evaluate --workdir=runs/in1k
 
 Needs ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, which image-net.org
-gives to those who register, 300 GB of disk, TensorFlow to prepare (pip install
-'clop-jax[prepare]') and several accelerators. Streamed: worker processes decode
-and crop. Tests on the validation split: the official test split has no labels.
-
-Any TFDS set of photographs goes the same way; docs/data.md has the overrides.
+provides after registration, 300 GB of disk, TensorFlow to prepare the data (pip
+install 'clop-jax[prepare]') and several accelerators. Worker processes decode
+and crop the images. The validation split is the test split, because the
+official test split has no labels. docs/data.md has overrides for other TFDS
+data sets.
 """
 
 import ml_collections
@@ -19,7 +19,7 @@ from clop_jax import defaults
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Fields that differ from clop_jax/defaults.py."""
+  """Returns the defaults with the changes of this experiment."""
   config = defaults.get_config()
 
   config.data.name = 'imagenet2012'
@@ -27,12 +27,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.num_classes = 1000
   config.data.channels = 3
   config.data.label_fraction = 0.1
-  config.data.image_size = 224  # of evaluation; training crops at full size
+  config.data.image_size = 224  # for evaluation; training crops at full size
   config.data.host_crops = True
 
-  # SimCLR's recipe for ImageNet (arXiv 2002.05709, appendix A) at full
-  # strength, and the solarization that BYOL added (arXiv 2006.07733), there
-  # with probability 0 and 0.2 on the two views.
+  # SimCLR's recipe at full strength (arXiv 2002.05709, appendix A), with the
+  # mean of BYOL's solarization probabilities (arXiv 2006.07733).
   config.augment.size = 224
   config.augment.mean = (0.485, 0.456, 0.406)
   config.augment.std = (0.229, 0.224, 0.225)
@@ -55,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.temperature = 0.1
 
   config.optimizer.name = 'lars'
-  config.optimizer.learning_rate = 0.3  # times batch / 256
+  config.optimizer.learning_rate = 0.3  # * batch size / 256
   config.optimizer.warmup_epochs = 10.0
 
   config.train.batch_size = 1024

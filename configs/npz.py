@@ -1,4 +1,4 @@
-r"""SimCLR with CLOP on an npz file, set up for glyphs100 (32x32 grey).
+r"""SimCLR with CLOP on an npz file, here glyphs100 (32x32, grey).
 
 python -m clop_jax.train --config=configs/npz.py --workdir=runs/glyphs \\
   --config.data.data_dir=glyphs100.npz
@@ -6,7 +6,7 @@ python -m clop_jax.evaluate --workdir=runs/glyphs
 
 Needs a file with train_images (uint8 [n, height, width, channels]),
 train_labels ([n] integers, -1 is unlabelled), test_images and test_labels. For
-other images than glyphs set data.channels, and augment.size, mean and std.
+other images set data.channels and augment.size, mean and std.
 """
 
 import ml_collections
@@ -15,11 +15,11 @@ from clop_jax import defaults
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Fields that differ from clop_jax/defaults.py."""
+  """Returns the defaults with the changes of this experiment."""
   config = defaults.get_config()
 
   config.data.name = 'npz'
-  config.data.num_classes = 0  # as many as the labels say
+  config.data.num_classes = 0  # taken from the labels
   config.data.channels = 1
   config.data.label_fraction = 0.1
 
@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.temperature = 0.2
 
   config.optimizer.name = 'lars'
-  config.optimizer.learning_rate = 0.3  # times batch / 256
+  config.optimizer.learning_rate = 0.3  # * batch size / 256
 
   config.train.batch_size = 512
   config.train.num_epochs = 200

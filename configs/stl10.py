@@ -1,12 +1,12 @@
-"""SimCLR with CLOP on STL-10 (96x96): 5,000 labelled images, 100,000 without.
+"""SimCLR with CLOP on STL-10 (96x96), 5,000 labelled and 100,000 other images.
 
 python -m clop_jax.prepare --name=stl10
 python -m clop_jax.train --config=configs/stl10.py --workdir=runs/stl10
 python -m clop_jax.evaluate --workdir=runs/stl10
 
-Needs 2.6 GB of download, TensorFlow to prepare it (pip install
+Needs a download of 2.6 GB, TensorFlow to prepare the data (pip install
 'clop-jax[prepare]') and an accelerator with 3 GB for the data. Trains on the
-union of the labelled and the unlabelled split; the labels stay, all of them.
+labelled and the unlabelled split together, with all labels.
 """
 
 import ml_collections
@@ -15,7 +15,7 @@ from clop_jax import defaults
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Fields that differ from clop_jax/defaults.py."""
+  """Returns the defaults with the changes of this experiment."""
   config = defaults.get_config()
 
   config.data.name = 'stl10'
@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.temperature = 0.2
 
   config.optimizer.name = 'lars'
-  config.optimizer.learning_rate = 0.3  # times batch / 256
+  config.optimizer.learning_rate = 0.3  # * batch size / 256
 
   config.train.batch_size = 512
   config.train.num_epochs = 200

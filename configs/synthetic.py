@@ -1,10 +1,10 @@
-"""Classes in known orthogonal subspaces with noise: seconds on a CPU.
+"""SimCLR with CLOP on classes in orthogonal subspaces, seconds on a CPU.
 
 python -m clop_jax.train --config=configs/synthetic.py --workdir=runs/synthetic
 python -m clop_jax.evaluate --workdir=runs/synthetic
 
-Needs nothing. A pixel means the same in every image here, so the views are not
-cropped: they differ in brightness and contrast.
+Needs no download. The views are not cropped, because each pixel is a
+coordinate. They differ in brightness and contrast.
 """
 
 import ml_collections
@@ -13,18 +13,18 @@ from clop_jax import defaults
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Fields that differ from clop_jax/defaults.py."""
+  """Returns the defaults with the changes of this experiment."""
   config = defaults.get_config()
 
   config.data.name = 'synthetic'
   config.data.num_classes = 10
   config.data.label_fraction = 0.1
-  options = config.data.options  # of clop_jax/data/synthetic.py
+  options = config.data.options  # see clop_jax/data/synthetic.py
   options.num_classes = 10
   options.num_examples = 2000
-  options.size = 8  # side of an image, pixels
+  options.size = 8  # pixels
   options.subspace_dim = 2
-  options.noise = 0.3  # deviation, relative to the signal's
+  options.noise = 0.3  # standard deviation relative to the signal
   options.seed = 0
 
   config.augment.mean = (0.5,)

@@ -1,12 +1,12 @@
-"""SimCLR with CLOP on Tiny-ImageNet (64x64, 200 classes): the paper's setting.
+"""SimCLR with CLOP on Tiny-ImageNet (64x64, 200 classes), as in the paper.
 
 python -m clop_jax.prepare --name=tiny_imagenet
 python -m clop_jax.train --config=configs/tiny_imagenet.py --workdir=runs/tiny
 python -m clop_jax.evaluate --workdir=runs/tiny
 
-Needs tiny-imagenet-200.zip (250 MB; downloaded, or put into the folder that
---data_dir names), no TensorFlow, and an accelerator with 1.3 GB for the data.
-Tests on the validation split: the official test split has no labels.
+Needs an accelerator with 1.3 GB for the data. tiny-imagenet-200.zip (250 MB) is
+downloaded unless it is in --data_dir. The validation split is the test split,
+because the official test split has no labels.
 """
 
 import ml_collections
@@ -15,7 +15,7 @@ from clop_jax import defaults
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Fields that differ from clop_jax/defaults.py."""
+  """Returns the defaults with the changes of this experiment."""
   config = defaults.get_config()
 
   config.data.name = 'tiny_imagenet'
@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.temperature = 0.1
 
   config.optimizer.name = 'lars'
-  config.optimizer.learning_rate = 0.3  # times batch / 256
+  config.optimizer.learning_rate = 0.3  # * batch size / 256
 
   config.train.batch_size = 512
   config.train.num_epochs = 200

@@ -6,9 +6,8 @@ python docs/make_config_reference.py
 import pathlib
 import runpy
 
-import ml_collections
-
 from clop_jax import defaults
+from clop_jax import fields
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PATH = ROOT / 'docs' / 'config.md'
@@ -16,12 +15,12 @@ COMMAND = 'python docs/make_config_reference.py'
 
 _HEAD = f"""# Every field of a config
 
-Made from `clop_jax/defaults.py` by `{COMMAND}`: to change
-it, change the declarations there. A file of `configs/` takes these defaults and
-sets what its experiment differs in; that is listed [at the
-end](#what-the-files-of-configs-set).
+This page is generated from `clop_jax/defaults.py` by
+`{COMMAND}`. A file in `configs/` starts from these
+defaults and changes
+[the fields listed at the end](#what-the-files-of-configs-set).
 
-Any field is set on the command line, behind the file:
+Set any field on the command line, after the config file:
 
 ```bash
 python -m clop_jax.train --config=configs/digits.py --workdir=runs/digits \\
@@ -29,43 +28,29 @@ python -m clop_jax.train --config=configs/digits.py --workdir=runs/digits \\
   '--config.eval.probe_l2=(0.001,0.01)'
 ```
 
-A list goes in brackets and quotes, as above. A field whose default is None is
-optional, and `--config.data.image_size=None` unsets it. A field that does not
-exist, or a value of another type or out of range, is refused in one line that
-says what there is; numbers must be finite.
-A leading `~` of `{'`, `'.join(defaults.PATHS)}` is expanded.
-The config of a run is its workdir's `config.json`.
+Write a list in brackets and quotes, as above. A field whose default is None is
+optional: `--config.data.image_size=None` unsets it. An unknown field, or a
+value of the wrong type or out of range, is an error. Numbers must be finite.
+Commands expand a leading `~` in `{'` and `'.join(defaults.PATHS)}`.
+The config of a run is `config.json` in its workdir.
 """
 
 
-def flatten(config: ml_collections.ConfigDict, prefix: str = '') -> dict:
-  """Values by full name, as `loss.clop_weight`; an empty group is a value."""
-  values = {}
-  for name, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict) and len(value):
-      values |= flatten(value, f'{prefix}{name}.')
-    else:
-      is_group = isinstance(value, ml_collections.ConfigDict)
-      values[f'{prefix}{name}'] = {} if is_group else value
-  return values
-
-
 def differences(path: pathlib.Path) -> tuple[str, dict]:
-  """First line of a config file's docstring, and what it sets."""
+  """Returns the first docstring line of a config file and what it changes."""
   module = runpy.run_path(str(path))
-  before = flatten(defaults.get_config())
-  after = flatten(module['get_config']())
-  changed = {
-    name: value
-    for name, value in after.items()
-    if name not in before or before[name] != value
-  }
+  changed = {}
+  for name, value in fields.flat(
+    module['get_config'](), defaults.FIELDS
+  ).items():
+    value = value.to_dict() if hasattr(value, 'to_dict') else value
+    if value != defaults.FIELDS[name].default:
+      changed[name] = value
   return module['__doc__'].splitlines()[0], changed
 
 
 def reference() -> str:
-  """The text of docs/config.md."""
-  values = flatten(defaults.get_config())
+  """Returns the text of docs/config.md."""
   blocks, rows, group = [_HEAD], [], None
   for name, field in defaults.FIELDS.items():
     path = name.rpartition('.')[0]
@@ -79,7 +64,7 @@ def reference() -> str:
       blocks.append(rows)
       group = path
     rows.append(
-      f'| `{name}` | {_value(values[name])} | {_text(field.range())} | '
+      f'| `{name}` | {_value(field.default)} | {_text(field.range())} | '
       f'{_text(field.meaning)} |'
     )
   blocks.append('## What the files of configs/ set')

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Runs one command as several processes on this machine, joined over loopback:
-# what happens on a pod, without one.
+# Runs one command as several processes on this machine, as on a pod.
 #
 #   PROCESSES=2 DEVICES_PER_PROCESS=2 bash launch/local_processes.sh \
 #     --config=configs/digits.py --workdir=runs/digits
 #
 # Any flags of the command may follow. Variables:
-#   PROCESSES            how many processes (default: 2)
-#   DEVICES_PER_PROCESS  virtual CPU devices of each (default: 1)
+#   PROCESSES            number of processes (default: 2)
+#   DEVICES_PER_PROCESS  virtual CPU devices of each process (default: 1)
 #   COMMAND              module of clop_jax to run (default: train)
-#   GRACE                seconds that the others have to end by themselves after
-#                        one has failed, and again after SIGTERM, before SIGKILL
-#                        (default: 120, more than JAX's heartbeat timeout)
+#   GRACE                seconds from the failure of a process to SIGTERM for
+#                        the others, and from SIGTERM to SIGKILL (default: 120,
+#                        more than the heartbeat timeout of JAX)
 #   JAX_PLATFORMS        default: cpu
 #
-# SIGTERM, SIGINT and SIGHUP reach every process as SIGTERM: it saves and ends.
+# SIGTERM, SIGINT and SIGHUP are forwarded as SIGTERM: every process saves and
+# exits.
 # The exit status is that of the first process that failed, otherwise 0.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 case "${1:-}" in
 -h | --help)
-  sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit
   ;;
 esac
@@ -43,13 +43,13 @@ with socket.socket() as s:
   print(s.getsockname()[1])
 ')"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-# Of two equal flags XLA takes the later one.
+# XLA uses the last of equal flags.
 devices="--xla_force_host_platform_device_count=$DEVICES_PER_PROCESS"
 export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }$devices"
 
 launch=("$PYTHON")
-# On Linux every process leads a group of its own, so that what it has started
-# can be ended with it, and hears of it if this script is killed by SIGKILL.
+# On Linux every process has its own group, to kill its workers with it, and
+# gets SIGTERM if this script is killed.
 if setsid setpriv --pdeathsig TERM true 2>/dev/null; then
   launch=(setsid setpriv --pdeathsig TERM "$PYTHON")
 fi
@@ -60,13 +60,13 @@ signalled=''
 terminate() {
   signalled=1
   local pid
-  # Not its group: a process that is saving needs its workers.
+  # Not the groups: processes need their workers to save.
   for pid in $(jobs -rp); do
     kill -s TERM "$pid" 2>/dev/null || true
   done
 }
 
-leave_nobody() {
+kill_all() {
   local pid
   for pid in ${pids[@]+"${pids[@]/#/-}"} $(jobs -rp); do
     kill -s KILL -- "$pid" 2>/dev/null || true
@@ -74,10 +74,9 @@ leave_nobody() {
 }
 
 trap terminate TERM INT HUP
-trap leave_nobody EXIT
+trap kill_all EXIT
 
 for ((i = 0; i < PROCESSES; i++)); do
-  # A signal that came before everybody has started ends the start.
   [ -z "$signalled" ] || break
   "${launch[@]}" -m "clop_jax.$COMMAND" "$@" \
     --coordinator_address="127.0.0.1:$port" --num_processes="$PROCESSES" \
@@ -85,7 +84,7 @@ for ((i = 0; i < PROCESSES; i++)); do
   pids+=("$!")
 done
 
-# Bash would tell here of signals that ended a process; we do, below.
+# Hides messages of bash about killed processes.
 exec 3>&2 2>/dev/null
 status=0
 deadline=''
@@ -103,20 +102,20 @@ while [ "${#running[@]}" -gt 0 ]; do
     if [ "$code" -ne 0 ] && [ "$status" -eq 0 ]; then
       status="$code"
       deadline=$((SECONDS + GRACE))
-      # 75 is no error: preempted, and a checkpoint was saved.
+      # 75 means preempted after saving a checkpoint.
       [ "$code" -eq 75 ] || echo "error: process $i of $PROCESSES ended with" \
-        "exit status $code; the others have $GRACE s to end" >&3
+        "exit status $code; the others have $GRACE s to exit" >&3
     fi
   done
   running=(${left[@]+"${left[@]}"})
   if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ]; then
-    if [ -n "$asked" ]; then leave_nobody; else terminate; fi
+    if [ -n "$asked" ]; then kill_all; else terminate; fi
     asked=1
     deadline=$((SECONDS + GRACE))
   fi
-  # Ctrl-C reaches the sleep as well, and must not end this script with it.
+  # Ctrl-C also ends the sleep.
   [ "${#running[@]}" -eq 0 ] || sleep 0.2 || true
 done
-# A signal that came before the first process.
+# A signal arrived before the first process started.
 [ "${#pids[@]}" -gt 0 ] || status=143
 exit "$status"

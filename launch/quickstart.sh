@@ -1,25 +1,24 @@
 #!/usr/bin/env bash
-# From nothing but python3 (3.11 or newer) to a measured comparison: trains a
-# small ResNet on real handwritten digits with SimCLR's loss, without and with
-# CLOP (10 % of the labels), evaluates both, prints a table, draws a figure.
+# Trains a small ResNet on handwritten digits with SimCLR's loss, without and
+# with CLOP (10 % of the labels), evaluates both, prints a table and draws a
+# figure. Needs only python3 (3.11 or newer).
 #
 #   bash launch/quickstart.sh [--config.FIELD=VALUE ...]
 #
-# RUNS names the folder of the two workdirs (default: runs/quickstart).
+# RUNS is the folder of the two workdirs (default: runs/quickstart).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 case "${1:-}" in
 -h | --help)
-  sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
   exit
   ;;
 esac
 
 ensure_venv report,track
 RUNS="${RUNS:-$ROOT/runs/quickstart}"
-# At this learning rate, and without batch normalization in the projection head,
-# SimCLR's loss alone lets the embeddings fall into fewer directions than there
-# are classes.
+# At this learning rate, without batch normalization in the projection head, the
+# embeddings of SimCLR's loss alone collapse.
 FLAGS=(
   --config="$ROOT/configs/digits.py"
   --config.optimizer.learning_rate=6

@@ -1,9 +1,9 @@
-# Sourced by the other scripts: makes `.venv` in the checkout and installs what
-# changed. Sets ROOT (the checkout) and PYTHON (the environment's interpreter).
+# Creates `.venv` in the checkout and installs clop_jax there if needed. Sets
+# ROOT (the checkout) and PYTHON (the interpreter of the environment).
 #
 #   source launch/venv.sh   then   ensure_venv [extra,extra]
 #
-# PYTHON3 names another python3 to make the environment with.
+# PYTHON3 is the Python that creates the environment (default: python3).
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="$ROOT/.venv/bin/python"
@@ -13,12 +13,12 @@ fail() {
   exit 1
 }
 
-# COMMAND names a module of clop_jax, which `python -m` can run.
+# Checks that COMMAND is a module of clop_jax that `python -m` can run.
 check_command() {
   COMMAND="${COMMAND:-train}"
   local path="$ROOT/clop_jax/${COMMAND//.//}"
   [[ "$COMMAND" =~ ^[a-z_.]+$ && (-f "$path.py" || -f "$path/__main__.py") ]] ||
-    fail "COMMAND must name a module of clop_jax, got '$COMMAND'; for example" \
+    fail "COMMAND must be a module of clop_jax, got '$COMMAND'; for example" \
       "COMMAND=evaluate"
 }
 
@@ -34,23 +34,23 @@ ensure_venv() {
     "$python3" -c 'import ensurepip, venv' 2>/dev/null ||
       fail "$python3 has no venv module; install it (on Debian: apt-get" \
         "install python3-venv)"
-    echo "making $ROOT/.venv"
+    echo "creating $ROOT/.venv"
     "$python3" -m venv "$ROOT/.venv" ||
       fail "$python3 -m venv failed; remove $ROOT/.venv and try again"
   fi
-  # Installed again only when what is asked for, or where, has changed.
+  # Installs again only if the dependencies or the folder changed.
   wanted="$ROOT $(cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml" | cksum)"
   stamp="$ROOT/.venv/installed-${extra:-base}"
   local stamps=("$stamp")
   case "$extra" in
   *cuda* | *tpu*) ;;
   '') stamps=("$ROOT"/.venv/installed-*) ;; # any installation will do
-  *) stamps+=("$ROOT/.venv/installed-test") ;; # it has all other extras
+  *) stamps+=("$ROOT/.venv/installed-test") ;; # includes other extras
   esac
   if ! cat "${stamps[@]}" 2>/dev/null | grep -qxF -- "$wanted"; then
     [ -z "$extra" ] || target="${ROOT}[$extra]"
     echo "installing clop_jax${extra:+ with the extra $extra}"
-    # Python compiles a module when it is first imported; most never are.
+    # Most modules are never imported, so they need no bytecode.
     "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile \
       --editable "$target" || fail "pip could not install $target"
     echo "$wanted" >"$stamp"

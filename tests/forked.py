@@ -1,7 +1,7 @@
-"""Processes that begin with everything imported, which takes seconds.
+"""Processes that start with all imports done, which take seconds.
 
-A server imports it once and forks for each process; no thread runs before. From
-there on a process is one of its own: with its own environment, JAX and exit.
+A server imports everything once and forks for each process, before any thread
+runs. Each process then has its own environment, JAX and exit.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ for line in sys.stdin:
 
 @functools.cache
 def _server():
-  # It ends with its standard input.
+  # It ends when its standard input is closed.
   return subprocess.Popen(
     [sys.executable, '-c', _SERVER],
     stdin=subprocess.PIPE,
@@ -78,10 +78,10 @@ def _ask(*question):
 
 
 class Process:
-  """As `subprocess.Popen`, of `python -m` one of our commands or `python -c`.
+  """Runs `python -m COMMAND` or `python -c CODE`, as `subprocess.Popen` does.
 
-  Its two outputs are files, so it never waits for them to be read. It leads a
-  process group.
+  Its outputs are files, so it never waits for a reader. It leads a process
+  group.
   """
 
   def __init__(self, arguments, *, environment, cwd=small.ROOT):
@@ -105,7 +105,6 @@ class Process:
     return self.returncode
 
   def wait(self, timeout=240):
-    """Waits for its end."""
     deadline = time.monotonic() + timeout
     while self.poll() is None:
       if time.monotonic() > deadline:
@@ -113,7 +112,7 @@ class Process:
       time.sleep(0.01)
 
   def communicate(self, timeout=240):
-    """Returns its output and its errors after it has ended."""
+    """Returns the texts of stdout and stderr after the process has ended."""
     self.wait(timeout)
     return self._printed
 
@@ -134,7 +133,7 @@ class Process:
 
 
 def refused(name: str, *arguments: str, cwd=small.ROOT) -> str:
-  """The one line of a command of ours that is to refuse its arguments."""
+  """Returns the one line of a command that must refuse its arguments."""
   process = Process(
     ['-m', name, *arguments], environment=small.environment(), cwd=cwd
   )

@@ -10,29 +10,23 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 
 def check(function, *arguments, **static):
-  """Lowers a jitted function for all platforms.
+  """Asserts that a function of `jax.jit` lowers for all platforms.
 
-  Args:
-    function: Function that `jax.jit` has returned.
-    *arguments: Arrays or `jax.ShapeDtypeStruct`.
-    **static: Static keyword arguments.
-
-  Raises:
-    AssertionError: If a platform's rules cannot lower the function; names it.
+  Arguments are arrays or `jax.ShapeDtypeStruct`.
   """
   check_traced(function.trace(*arguments, **static))
 
 
 def check_traced(traced):
-  """Lowers what `jax.jit(function).trace` returns; see `check`."""
+  """Asserts that the result of `jax.jit(function).trace` lowers."""
   try:
-    # One pass applies the rules of all platforms in a third of the time.
+    # One pass for all platforms takes a third of the time.
     traced.lower(lowering_platforms=PLATFORMS)
     return
   except Exception:
     failures = [_failure(traced, platform) for platform in PLATFORMS]
-  # There may be none: for several platforms at once JAX also lowers a branch of
-  # `lax.platform_dependent` for the platforms that would not take it.
+  # There may be none: for several platforms at once JAX also lowers branches of
+  # `lax.platform_dependent` for the platforms that do not take them.
   failures = [failure for failure in failures if failure]
   assert not failures, '\n'.join(failures)
 

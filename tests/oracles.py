@@ -1,7 +1,6 @@
-"""The losses once more: float64 loops over examples, written from the papers.
+"""Reference losses: float64 loops over examples, written from the papers.
 
-Nothing here is shared with the library: no vectorized shortcuts, no masks, no
-stabilized logarithms. Gradients are central differences.
+They share no code with the library. Gradients are central differences.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Small things to train: seconds, not minutes."""
+"""Small configs and models, and commands run in this process."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def digits_config(digits_dir, **changes):
-  """configs/digits.py made small; changes as `group__field=value`."""
+  """Returns a small configs/digits.py with changes `group__field=value`."""
   path = ROOT / 'configs' / 'digits.py'
   spec = importlib.util.spec_from_file_location('digits_config', path)
   module = importlib.util.module_from_spec(spec)
@@ -57,10 +57,9 @@ def digits_config(digits_dir, **changes):
 
 
 def environment(devices=1):
-  """The environment of a process with that many CPU devices.
+  """Returns the environment of a process with this number of CPU devices.
 
-  It compiles as the tests do, see tests/conftest.py: programs that run once
-  need not be fast.
+  Programs are not optimized, as in tests/conftest.py.
   """
   flags = os.environ.get('XLA_FLAGS', '').split()
   ours = [x for x in flags if 'device_count' not in x]
@@ -78,7 +77,7 @@ def source_of(command):
 
 
 def call(*arguments, cwd=None):
-  """Runs a command of ours in a process of its own, on one device."""
+  """Runs a command in a new process with one device."""
   return subprocess.run(
     [sys.executable, '-m', *arguments],
     capture_output=True,
@@ -89,7 +88,7 @@ def call(*arguments, cwd=None):
 
 
 def need_devices(count):
-  """Skips the test where there are fewer; see tests/conftest.py."""
+  """Skips the test if there are fewer devices, see tests/conftest.py."""
   if jax.device_count() < count:
     pytest.skip(f'needs {count} devices, {jax.device_count()} here')
 
@@ -97,9 +96,10 @@ def need_devices(count):
 def training(
   backbone, projection_head, *, learning_rate, momentum=0.9, **arguments
 ):
-  """`(create, step)` for images of 8 px: a state by its prototypes, the step.
+  """Returns `(create, step)` for images of 8 px.
 
-  The arguments are those of `train_step.Parts` and `train_step.train_step`.
+  `create` returns a state for some prototypes. The arguments are those of
+  `train_step.Parts` and `train_step.train_step`.
   """
   schedule = optax.constant_schedule(learning_rate)
   networks = {
@@ -121,14 +121,14 @@ def training(
 
 @contextlib.contextmanager
 def flags_of(module, *arguments, parse=flags.FLAGS):
-  """The flags of a command of ours, parsed while it is entered."""
+  """Defines and parses the flags of a command, and removes them at the end."""
   before = {*flags.FLAGS}
-  sys.modules.pop('config_config', None)  # a config file, which would be reused
-  # ml_collections looks for overrides there.
+  verbosity = logging.get_verbosity()
+  sys.modules.pop('config_config', None)  # ml_collections would reuse it
   argv, sys.argv = sys.argv, ['command', *arguments]
   try:
     module.define_flags()
-    # Not those of a library that the command is the first to import.
+    # Excludes flags of libraries that the command is the first to import.
     ours = {*flags.FLAGS} - before
     with warnings.catch_warnings():
       warnings.filterwarnings('ignore', 'the load_module')  # of ml_collections
@@ -136,21 +136,22 @@ def flags_of(module, *arguments, parse=flags.FLAGS):
     yield
   finally:
     sys.argv = argv
+    logging.set_verbosity(verbosity)
     for name in {*flags.FLAGS} - before:
       if name in ours or name.startswith('config.'):
         delattr(flags.FLAGS, name)
 
 
 def command(module, *arguments):
-  """Calls a command of ours in this process, with the flags that it defines."""
+  """Runs a command in this process."""
   with flags_of(module, *arguments):
     module.main()
 
 
 def refused(module, *arguments, code=1):
-  """The one line of a command of ours, called here, that it fails with."""
+  """Returns the one error line of a command that fails in this process."""
   errors = io.StringIO()
-  hook, verbosity = sys.unraisablehook, logging.get_verbosity()
+  hook = sys.unraisablehook
   flags.DEFINE_bool('traceback', False, '')
   try:
     with (
@@ -162,7 +163,6 @@ def refused(module, *arguments, code=1):
   finally:
     delattr(flags.FLAGS, 'traceback')
     sys.unraisablehook = hook
-    logging.set_verbosity(verbosity)
   assert end.value.code == code
   (line,) = errors.getvalue().splitlines()
   assert line.startswith('error: ')
@@ -170,7 +170,7 @@ def refused(module, *arguments, code=1):
 
 
 def digits_arrays(digits_dir, split):
-  """Images `[n, 8, 8, 1]` and labels `[n]` of a split of digits."""
+  """Returns images `[n, 8, 8, 1]` and labels `[n]` of a split of digits."""
   source = sources.load('digits', split, digits_dir)
   images = [np.asarray(source[i]['image']) for i in range(len(source))]
   return np.stack(images)[..., None], np.asarray(source.labels)

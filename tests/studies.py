@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 
+from clop_jax.study import grid as grid_lib
+
 K, DIM, POINTS = 4, 8, 40
 RATE, WEIGHT = 'optimizer.learning_rate', 'loss.clop_weight'
 GRID = {RATE: [0.01, 1.0], WEIGHT: [0.0, 1.0], 'seed': [0, 1]}
@@ -32,7 +34,7 @@ def arrays(rng, *, points=POINTS, **changed):
 
 
 def make_study(folder, grid=GRID, *, num_classes=K, points=POINTS, changed=()):
-  """Rows by cell name; `changed` maps such names to what differs in a row."""
+  """Writes a study and returns its rows by cell; `changed` replaces values."""
   rng = np.random.default_rng(0)
   config = {'data': {'name': 'dice', 'num_classes': num_classes}, 'seed': 0}
   known = {'config': {'data': {'num_classes': num_classes or K}}}
@@ -43,7 +45,7 @@ def make_study(folder, grid=GRID, *, num_classes=K, points=POINTS, changed=()):
   rows = {}
   for number, values in enumerate(itertools.product(*grid.values())):
     row = {'cell': f'c{number}', 'status': 'done', 'error': ''}
-    row |= dict(zip(grid, values, strict=True))
+    row |= dict(zip(grid, map(grid_lib.text, values), strict=True))
     row |= {
       'linear_top1': rng.uniform(0.5, 1),
       'knn_top1': rng.uniform(0.5, 1),
@@ -52,7 +54,7 @@ def make_study(folder, grid=GRID, *, num_classes=K, points=POINTS, changed=()):
       'train_seconds': 1800,
       'evaluate_seconds': 60,
       'commit': 'f00ba4',
-      'config': json.dumps(_applied(config, row)),
+      'config': json.dumps(config),
     }
     row |= dict(changed).get(row['cell'], {})
     if row['status'] != 'done':
@@ -76,11 +78,6 @@ def make_study(folder, grid=GRID, *, num_classes=K, points=POINTS, changed=()):
       )
   write_rows(folder, rows.values())
   return rows
-
-
-def _applied(config, row):
-  data = {f.removeprefix('data.'): v for f, v in row.items() if 'data.' in f}
-  return config | {'data': config['data'] | data}
 
 
 def write_rows(folder, rows):

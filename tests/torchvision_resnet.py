@@ -1,7 +1,6 @@
-"""ResNets as PyTorch has them, written from the paper and torchvision's names.
+"""Reference ResNets with torchvision's names, in NumPy and in PyTorch.
 
-Nothing here is shared with the library: a forward pass in NumPy that reads a
-state dict, and the network in PyTorch.
+They share no code with the library.
 """
 
 import numpy as np
@@ -16,15 +15,15 @@ STAGES = {
 
 def shapes(depth, *, width=64, channels=3, stem='imagenet', classes=None):
   """Names and shapes of the state dict, in torchvision's order."""
-  found = {}
+  result = {}
 
   def conv(name, outputs, inputs, size):
-    found[f'{name}.weight'] = (outputs, inputs, size, size)
+    result[f'{name}.weight'] = (outputs, inputs, size, size)
 
   def bn(name, size):
     for part in ('weight', 'bias', 'running_mean', 'running_var'):
-      found[f'{name}.{part}'] = (size,)
-    found[f'{name}.num_batches_tracked'] = ()
+      result[f'{name}.{part}'] = (size,)
+    result[f'{name}.num_batches_tracked'] = ()
 
   conv('conv1', width, channels, 7 if stem == 'imagenet' else 3)
   bn('bn1', width)
@@ -46,12 +45,12 @@ def shapes(depth, *, width=64, channels=3, stem='imagenet', classes=None):
         bn(f'{name}.downsample.1', outputs)
       inputs = outputs
   if classes:
-    found |= {'fc.weight': (classes, inputs), 'fc.bias': (classes,)}
-  return found
+    result |= {'fc.weight': (classes, inputs), 'fc.bias': (classes,)}
+  return result
 
 
 def state_dict(depth, *, seed=0, **arguments):
-  """Random weights, and statistics that are not those of a new network."""
+  """Random weights, with statistics unlike those of a new network."""
   rng = np.random.default_rng(seed)
   weights = {}
   for name, shape in shapes(depth, **arguments).items():
@@ -70,7 +69,7 @@ def state_dict(depth, *, seed=0, **arguments):
 
 
 def features(weights, images):
-  """Images `[batch, channels, height, width]` to features, in float64."""
+  """Features of images `[batch, channels, height, width]`, in float64."""
   weights = {
     name: np.asarray(value, np.float64) for name, value in weights.items()
   }
@@ -116,7 +115,7 @@ def features(weights, images):
 
 
 def embeddings(weights, x):
-  """Features to embeddings by `projection_head.*` of two dense layers."""
+  """Embeddings of features by the two dense layers `projection_head.*`."""
   weights = {
     name.removeprefix('projection_head.'): np.asarray(value, np.float64)
     for name, value in weights.items()

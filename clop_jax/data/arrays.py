@@ -1,4 +1,4 @@
-"""Images that are in memory, or in one npz file."""
+"""Images in memory, or in an npz file."""
 
 import zipfile
 
@@ -8,22 +8,23 @@ from clop_jax.runtime import files
 
 
 class Arrays:
-  """A source over arrays.
+  """A source of images in arrays.
 
   Attributes:
-    labels: `[n]` int32, -1 is unlabelled.
-    num_classes: the largest label and one.
+    labels: Labels `[n]` int32, -1 is unlabelled.
+    num_classes: Largest label plus one.
   """
 
   def __init__(self, images: np.ndarray, labels: np.ndarray | None = None):
-    """Takes arrays as they are; no copy is made.
+    """Wraps arrays without copying the images.
 
     Args:
-      images: `[n, height, width, channels]` or `[n, height, width]`, uint8.
-      labels: `[n]` integers; None: unlabelled.
+      images: uint8 images `[n, height, width, channels]` or
+        `[n, height, width]`.
+      labels: Integer labels `[n]`; None means unlabelled.
 
     Raises:
-      ValueError: if shapes or dtypes are wrong.
+      ValueError: If a shape or dtype is wrong.
     """
     if images.ndim == 3:
       images = images[..., None]
@@ -51,11 +52,7 @@ class Arrays:
 
 
 def as_int32(labels: np.ndarray) -> np.ndarray:
-  """Integers of any kind as int32; none is wrapped around.
-
-  Raises:
-    ValueError: if one does not fit.
-  """
+  """Returns integers as int32, or raises ValueError if one does not fit."""
   limits = np.iinfo(np.int32)
   wrong = np.flatnonzero((labels < limits.min) | (labels > limits.max))
   if wrong.size:
@@ -66,22 +63,20 @@ def as_int32(labels: np.ndarray) -> np.ndarray:
 
 
 def load_npz(split: str, path: str | None) -> Arrays:
-  """A split of an npz file.
+  """Returns a split of an npz file.
 
   Args:
-    split: the file has `<split>_images` and, unless nothing is labelled,
-      `<split>_labels`; see `Arrays`.
-    path: of the file.
-
-  Returns:
-    The source.
+    split: Name of the split. The file has `<split>_images` and, unless nothing
+      is labelled, `<split>_labels`; see `Arrays`.
+    path: Path of the file.
 
   Raises:
-    ValueError: if the file is missing, is no npz file, or lacks the split (the
-      valid ones are listed).
+    ValueError: If the file is missing or damaged, or lacks the split.
   """
   if path is None:
-    raise ValueError('config.data.data_dir must be the path of a npz file')
+    raise ValueError(
+      'config.data.data_dir must be the path of an npz file, got None'
+    )
   try:
     # Opened here: NumPy leaves a file that it cannot read open.
     with open(path, 'rb') as opened, np.load(opened) as file:
@@ -92,11 +87,8 @@ def load_npz(split: str, path: str | None) -> Arrays:
           f'config.data.data_dir={path}: {error}; use a machine with more '
           "memory, or a folder of images with config.data.loader='stream'"
         ) from None
-      splits = [
-        key.removesuffix('_images')
-        for key in file.files
-        if key.endswith('_images')
-      ]
+      names = [x for x in file.files if x.endswith('_images')]
+      splits = [name.removesuffix('_images') for name in names]
       if split not in splits:
         raise ValueError(
           f'split must be one of {splits} of {path}, got {split!r}; its arrays '
@@ -107,17 +99,15 @@ def load_npz(split: str, path: str | None) -> Arrays:
       labels = file[key] if key in file.files else None
       other = file['train_labels'] if 'train_labels' in file.files else None
   except FileNotFoundError as error:
-    raise ValueError(
-      f'config.data.data_dir={path}: there is no such file'
-    ) from error
+    raise ValueError(f'config.data.data_dir={path}: no such file') from error
   except (zipfile.BadZipFile, OSError, EOFError, TypeError) as error:
     raise ValueError(
-      f'{path} cannot be read as a npz file ({error})'
+      f'{path} cannot be read as an npz file: {error}'
     ) from error
   except ValueError as error:
     if 'pickle' not in str(error):
       raise
-    raise ValueError(f'{path} cannot be read as a npz file') from error
+    raise ValueError(f'{path} cannot be read as an npz file') from error
   try:
     source = Arrays(images, labels)
   except ValueError as error:

@@ -1,24 +1,22 @@
-"""Two random views of each image, made on the device inside jit.
+"""Random views of images, made on the devices inside jit.
 
-Each example has a key of its own, a pure function of (run key, step, example
-number): what is drawn for a view does not depend on the batch that the example
-came in, nor on how many devices there are. (Its pixels may differ in the last
-bit where XLA compiles another batch size into other instructions.) Images are
-float32 in [0, 1] until `normalize`. Between crop and blur they are planar,
-`[channels, height, width]`: the compiler then makes vector code of the colour
-operations.
+Each example has a key of its own, a pure function of (run key, step, example).
+So its views do not depend on the batch it is in, nor on the number of devices.
+(Another batch size may round pixels differently.) Images are float32 in [0, 1]
+until `normalize`. Between crop and blur they are planar,
+`[channels, height, width]`, which XLA compiles to vector code.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import itertools
 import math
 
 import dm_pix as pix
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from clop_jax import arguments
 from clop_jax.data import images as images_lib
@@ -31,27 +29,18 @@ _in_32_bits = functools.partial(arguments.in_default_modes, x64=False)
 def example_keys(
   key: jax.Array, step: jax.Array, index: jax.Array
 ) -> jax.Array:
-  """One key per example, from the run's key, the step and the example.
-
-  Args:
-    key: the run's PRNG key.
-    step: integer scalar.
-    index: `[batch]` numbers of the examples in their data set.
-
-  Returns:
-    `[batch]` keys.
-  """
+  """Returns a key for each of the examples `index` `[batch]` at a step."""
   step_key = jax.random.fold_in(key, step)
   return jax.vmap(lambda i: jax.random.fold_in(step_key, i))(index)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Random operations that make a view of an image, in their order.
+  """Random operations that make a view of an image.
 
-  The order is crop and resize, flip, RandAugment, jitter, grey, blur, solarize,
-  normalize. An operation whose probability is 0 is left out of the program.
-  Saturation, hue and grey are left out for images of one channel.
+  They run in the order crop and resize, flip, RandAugment, jitter, grey, blur,
+  solarize, normalize. Operations with probability 0 are not compiled. Images of
+  one channel have no saturation, hue and grey.
 
   Attributes:
     size: Height and width of the view, pixels.
@@ -61,25 +50,23 @@ class Recipe:
       resized.
     crop_area: Range of the crop's share of the area.
     crop_aspect: Range of the crop's width over height, drawn log-uniformly.
-    interpolation: 'bilinear' or 'bicubic' (Keys, a = -1/2, as Pillow),
-      antialiased. Only pixels that the crop touches are read.
+    interpolation: 'bilinear' or 'bicubic', antialiased as in Pillow.
     flip_probability: Probability of a horizontal flip.
     jitter_probability: Probability of the colour jitter as a whole.
-    brightness: Factor is drawn from `[1 - brightness, 1 + brightness]`.
-    contrast: Factor is drawn from `[1 - contrast, 1 + contrast]`.
-    saturation: Factor is drawn from `[1 - saturation, 1 + saturation]`.
-    hue: Turn is drawn from `[-hue, hue]`, in turns of the colour circle.
+    brightness: The factor is drawn from `[1 - brightness, 1 + brightness]`.
+    contrast: The factor is drawn from `[1 - contrast, 1 + contrast]`.
+    saturation: The factor is drawn from `[1 - saturation, 1 + saturation]`.
+    hue: The shift is drawn from `[-hue, hue]`, in turns of the colour circle.
     grey_probability: Probability of dropping the colour.
     blur_probability: Probability of a Gaussian blur.
     blur_sigma: Range of its standard deviation, pixels.
     solarize_probability: Probability of inverting the bright pixels.
-    solarize_threshold: Least value, in [0, 1], that is inverted.
+    solarize_threshold: Smallest value in [0, 1] that is inverted.
     randaugment_layers: Number of `randaugment` operations.
-    randaugment_magnitude: Strength of these, in [0, 30].
+    randaugment_magnitude: Strength of these operations, in [0, 30].
 
   Raises:
-    ValueError: If a number is out of its range, even of an operation that is
-      left out. The error names the field of the config.
+    ValueError: If a number is out of range. The error names the config's field.
 
   Reference:
     Chen et al., arXiv 2002.05709, appendix A; solarize: Grill et al., arXiv
@@ -108,14 +95,14 @@ class Recipe:
   randaugment_magnitude: float = 0.0
 
   def __post_init__(self):
-    for field in dataclasses.fields(self):
-      name, value = field.name, getattr(self, field.name)
+    for name, value in vars(self).items():
+      field = f'config.augment.{name}'
       if name.endswith('_probability') or name == 'solarize_threshold':
-        _check_number(name, value, highest=1)
+        arguments.number(field, value, at_least=0, at_most=1)
       elif name in ('brightness', 'contrast', 'saturation'):
-        _check_number(name, value)
-    # Half a turn either way is the whole circle.
-    _check_number('hue', self.hue, highest=0.5)
+        arguments.number(field, value, at_least=0)
+    # Half a turn in both directions is the whole circle.
+    arguments.number('config.augment.hue', self.hue, at_least=0, at_most=0.5)
     images_lib.check_crops(
       size=self.size,
       crop_area=self.crop_area,
@@ -128,20 +115,14 @@ class Recipe:
 
 @_in_32_bits
 def two_views(keys: jax.Array, images: jax.Array, recipe: Recipe) -> jax.Array:
-  """Returns two independent views of each image.
+  """Returns two views `[2, batch, size, size, channels]` of each image.
 
   Args:
     keys: PRNG keys `[batch]`, see `example_keys`.
-    images: uint8 images `[batch, height, width, channels]` or, if each view has
-      an image of its own (crops made on the host), `[2, batch, height, width,
-      channels]`. Then use `crop_probability=0.0`, or they are cropped again.
+    images: uint8 images `[batch, height, width, channels]`, or
+      `[2, batch, height, width, channels]` if the host has cropped an image for
+      each view. Then set `crop_probability=0.0`, or they are cropped again.
     recipe: Random operations.
-
-  Returns:
-    Views `[2, batch, size, size, channels]` float32, normalized.
-
-  Raises:
-    ValueError: If images have neither shape or are not uint8.
   """
   shape = images.shape
   if len(shape) not in (4, 5) or (len(shape) == 5 and shape[0] != 2):
@@ -157,18 +138,12 @@ def two_views(keys: jax.Array, images: jax.Array, recipe: Recipe) -> jax.Array:
 
 @_in_32_bits
 def view(key: jax.Array, image: jax.Array, recipe: Recipe) -> jax.Array:
-  """Returns one random view of an image, normalized.
+  """Returns a random view `[size, size, channels]` float32, normalized.
 
   Args:
     key: PRNG key.
     image: uint8 image `[height, width, channels]` with 1 or 3 channels.
     recipe: Random operations.
-
-  Returns:
-    View `[size, size, channels]` float32.
-
-  Raises:
-    ValueError: If the image has another shape or dtype.
   """
   if image.ndim != 3 or image.shape[-1] not in (1, 3):
     raise ValueError(
@@ -176,30 +151,15 @@ def view(key: jax.Array, image: jax.Array, recipe: Recipe) -> jax.Array:
     )
   coloured = image.shape[-1] == 3
   draws = _draw(key, recipe.randaugment_layers)
-  x = _crop_and_flip(
-    draws,
-    unit_range(image),
-    size=recipe.size,
-    crop_probability=recipe.crop_probability,
-    area_range=recipe.crop_area,
-    aspect_range=recipe.crop_aspect,
-    interpolation=recipe.interpolation,
-    flip_probability=recipe.flip_probability,
-  )
+  x = _crop_and_flip(draws, unit_range(image), recipe)
   if recipe.randaugment_layers:
     x = randaugment.apply(
       draws['randaugment'], x, magnitude=recipe.randaugment_magnitude
     )
   if recipe.jitter_probability:
-    x = _colour_jitter(
-      draws,
-      x,
-      probability=recipe.jitter_probability,
-      brightness=recipe.brightness,
-      contrast=recipe.contrast,
-      saturation=recipe.saturation if coloured else 0.0,
-      hue=recipe.hue if coloured else 0.0,
-    )
+    limits = [recipe.brightness, recipe.contrast]
+    limits += [recipe.saturation, recipe.hue] if coloured else [0.0, 0.0]
+    x = _colour_jitter(draws, x, recipe.jitter_probability, limits)
   if recipe.grey_probability and coloured:
     grey = draws['grey'] < recipe.grey_probability
     x = jnp.where(grey, randaugment.luma(x), x)
@@ -215,24 +175,9 @@ def view(key: jax.Array, image: jax.Array, recipe: Recipe) -> jax.Array:
   return normalize(jnp.moveaxis(x, 0, -1), mean=recipe.mean, std=recipe.std)
 
 
-def _check_number(name, value, highest=None):
-  try:
-    fits = 0 <= value <= (math.inf if highest is None else highest)
-    fits = fits and math.isfinite(value)
-  except (TypeError, ValueError):  # no number, or several
-    fits = False
-  if not fits:
-    expected = 'a number >= 0' if highest is None else f'in [0, {highest}]'
-    raise ValueError(f'config.augment.{name} must be {expected}, got {value!r}')
-
-
 @_in_32_bits
 def unit_range(images: jax.Array) -> jax.Array:
-  """uint8 images of any shape to float32 in [0, 1].
-
-  Raises:
-    ValueError: if the images are not uint8.
-  """
+  """Returns uint8 images of any shape as float32 in [0, 1]."""
   if images.dtype != jnp.uint8:
     raise ValueError(f'images must be uint8, got {images.dtype}')
   return images.astype(jnp.float32) / 255
@@ -247,18 +192,7 @@ def whole(
   std: Sequence[float],
   interpolation: str = 'bilinear',
 ) -> jax.Array:
-  """Whole images as evaluation shows them to a network.
-
-  Args:
-    images: `[..., height, width, channels]` uint8.
-    size: height and width of the result.
-    mean: per channel.
-    std: per channel.
-    interpolation: 'bilinear' or 'bicubic', antialiased.
-
-  Returns:
-    Float32 `[..., size, size, channels]`, normalized.
-  """
+  """Returns uint8 images as evaluation sees them: resized and normalized."""
   images = resize(unit_range(images), size, interpolation=interpolation)
   return normalize(images, mean=mean, std=std)
 
@@ -267,24 +201,17 @@ def whole(
 def normalize(
   images: jax.Array, *, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
-  """`(images - mean) / std` per channel; images are float32 in [0, 1].
-
-  Raises:
-    ValueError: if there is not one mean and one positive std for each channel.
-  """
+  """Returns `(images - mean) / std` for a mean and a std of each channel."""
   channels = images.shape[-1]
-  for name, values, above in (('mean', mean, None), ('std', std, 0)):
-    try:
-      fits = len(values) == channels and all(map(math.isfinite, values))
-      fits = fits and (above is None or min(values) > above)
-    except TypeError:  # one number, or something else
-      fits = False
-    if not fits:
-      which = 'number' if above is None else f'number > {above}'
+  for name, values, above in (('mean', mean, -math.inf), ('std', std, 0)):
+    field = f'config.augment.{name}'
+    if np.shape(values) != (channels,):
       raise ValueError(
-        f'config.augment.{name} must have one {which} for each of the '
-        f'{channels} channels, got {values!r}'
+        f'{field} must have one number for each of the {channels} channels, '
+        f'got {values!r}'
       )
+    for value in values:
+      arguments.number(field, value, above=above)
   return (images - jnp.asarray(mean)) / jnp.asarray(std)
 
 
@@ -292,20 +219,20 @@ def normalize(
 def resize(
   images: jax.Array, size: int, *, interpolation: str = 'bilinear'
 ) -> jax.Array:
-  """`[batch, height, width, channels]` to `size` x `size`, antialiased."""
+  """Resizes images `[batch, height, width, channels]`, antialiased."""
   if images.shape[1:3] == (size, size):
     return images
   shape = (images.shape[0], size, size, images.shape[3])
   method = {'bilinear': 'linear', 'bicubic': 'cubic'}[interpolation]
   resized = jax.image.resize(images, shape, method=method, antialias=True)
-  # A cubic overshoots at edges.
+  # Cubic interpolation overshoots at edges.
   return jnp.clip(resized, 0.0, 1.0) if method == 'cubic' else resized
 
 
-# Everything random in a view, as numbers uniform in [0, 1). They come from one
-# call of the generator: a key for each operation would be derived again inside
-# every kernel that XLA fuses it into, which took ten times as long to compile.
-# And an operation that is switched off leaves the others' draws as they were.
+# All random numbers of a view, uniform in [0, 1), from one generator call: XLA
+# would derive a key per operation again in each fused kernel, which took ten
+# times as long to compile. Switching an operation off does not change the
+# numbers of the others.
 _DRAWS = {
   'crop': (),
   'area': (10,),
@@ -318,21 +245,19 @@ _DRAWS = {
   'grey': (),
   'blur': (),
   'blur_sigma': (),
-  # New ones go to the end, where they leave the numbers before as they were.
+  # Append new ones here, so that the numbers before stay the same.
   'solarize': (),
 }
 
 
 def _draw(key, randaugment_layers=0):
-  """The numbers of `_DRAWS`, and two for each RandAugment layer, by name."""
+  """Returns the numbers of `_DRAWS`, and two for each RandAugment layer."""
   shapes = {**_DRAWS, 'randaugment': (randaugment_layers, 2)}
-  sizes = [math.prod(shape) for shape in shapes.values()]
-  ends = list(itertools.accumulate(sizes))
-  uniform = jax.random.uniform(key, (ends[-1],))
-  parts = jnp.split(uniform, ends[:-1])
+  ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+  uniform = jnp.split(jax.random.uniform(key, (ends[-1],)), ends[:-1])
   return {
     name: part.reshape(shape)
-    for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    for (name, shape), part in zip(shapes.items(), uniform, strict=True)
   }
 
 
@@ -340,24 +265,17 @@ def _between(uniform, low, high):
   return low + uniform * (high - low)
 
 
-def _crop_and_flip(
-  draws,
-  image,
-  *,
-  size,
-  crop_probability,
-  area_range,
-  aspect_range,
-  interpolation,
-  flip_probability,
-):
-  """A random box of the image as planes `[channels, size, size]`."""
+def _crop_and_flip(draws, image, recipe):
+  """Returns a random box of the image as planes `[channels, size, size]`."""
+  size, interpolation = recipe.size, recipe.interpolation
   height, width, _ = image.shape
-  flip = draws['flip'] < flip_probability
+  flip = draws['flip'] < recipe.flip_probability
   box = jnp.array([0.0, 0.0, height, width])
-  if crop_probability:
-    random_box = _random_box(draws, height, width, area_range, aspect_range)
-    box = jnp.where(draws['crop'] < crop_probability, random_box, box)
+  if recipe.crop_probability:
+    random_box = _random_box(
+      draws, height, width, recipe.crop_area, recipe.crop_aspect
+    )
+    box = jnp.where(draws['crop'] < recipe.crop_probability, random_box, box)
   elif (height, width) == (size, size):
     planes = jnp.moveaxis(image, -1, 0)
     return jnp.where(flip, planes[..., ::-1], planes)
@@ -372,12 +290,12 @@ def _crop_and_flip(
     rows = _resampling_weights(top, box_height, height, size, interpolation)
     bands = product('yh,hwc->ywc', rows, image)
   planes = product('xw,ywc->cyx', columns, bands)
-  # A cubic overshoots at edges.
+  # Cubic interpolation overshoots at edges.
   return planes if interpolation == 'bilinear' else jnp.clip(planes, 0.0, 1.0)
 
 
 def _interpolate_rows(image, start, length, size):
-  """As `_resampling_weights` would, where nothing shrinks: of two rows each."""
+  """Resamples rows as `_resampling_weights`, if nothing shrinks."""
   centers = start + (jnp.arange(size) + 0.5) * (length / size) - 0.5
   above = jnp.floor(centers)
   share = (centers - above)[:, None, None]
@@ -391,17 +309,17 @@ def _interpolate_rows(image, start, length, size):
 
 
 def _touched(start, length, source):
-  """First and last pixel that an interval of an axis touches, as floats."""
+  """Returns the first and last pixel that an interval touches, as floats."""
   first = jnp.clip(jnp.floor(start), 0, source - 1)
-  # Rounding must not add a pixel of which a hair is touched.
+  # Rounding must not add a pixel that is barely touched.
   last = jnp.clip(jnp.ceil(start + length - 1e-3) - 1, first, source - 1)
   return first, last
 
 
 def _resampling_weights(start, length, source, size, interpolation):
-  """`[size, source]` weights that resample an interval of one axis.
+  """Returns weights `[size, source]` that resample an interval of an axis.
 
-  Antialiased, as Pillow does: shrinking averages over the source's pixels.
+  Antialiased as in Pillow: shrinking averages over the source's pixels.
   """
   scale = length / size
   centers = start + (jnp.arange(size) + 0.5) * scale - 0.5
@@ -417,18 +335,17 @@ def _resampling_weights(start, length, source, size, interpolation):
 
 
 def _cubic(x):
-  """Keys' cubic kernel with a = -1/2, of distances >= 0."""
+  """Returns Keys' cubic kernel with a = -1/2 for distances >= 0."""
   near = (1.5 * x - 2.5) * x**2 + 1
   far = ((2.5 - 0.5 * x) * x - 4) * x + 2
   return jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
 
 
 def _random_box(draws, height, width, area_range, aspect_range):
-  """Top, left, height, width of a box inside the image, in pixels (float).
+  """Returns top, left, height, width of a box in the image, in pixels (float).
 
-  Ten boxes are drawn and the first that fits is taken; if none does, the
-  largest centred one within the aspect range. The sides are not rounded to
-  pixels, which would distort area and aspect of a small image.
+  The box is the first of ten random ones that fits, or else the largest centred
+  one in the aspect range. Rounding to pixels would distort small images.
   """
   area = _between(draws['area'], *area_range)
   log_aspect_range = (math.log(aspect) for aspect in aspect_range)
@@ -449,19 +366,15 @@ def _random_box(draws, height, width, area_range, aspect_range):
   return jnp.concatenate([place * free, sides])
 
 
-def _colour_jitter(
-  draws, planes, *, probability, brightness, contrast, saturation, hue
-):
-  """Brightness, contrast, saturation and hue in a random order.
+def _colour_jitter(draws, planes, probability, limits):
+  """Changes brightness, contrast, saturation and hue in a random order.
 
-  The order is data, and a switch between four operations at four places would
-  compute all sixteen. But three of the operations are one formula, `_blend`,
-  with other numbers, and the identity with zeros. So there is a blend for each
-  of them before hue and after it, and the order says which are zeros.
+  A switch between four operations at four places would compute all sixteen. But
+  three of the operations are one formula, `_blend`, which is the identity for
+  zeros. So there are three blends before hue and three after it, and the order
+  determines which of their amounts are zero.
   """
-  limits = jnp.array([brightness, contrast, saturation, hue])
-  used = jnp.array([bool(brightness), bool(contrast), bool(saturation)])
-  num_blends = sum(bool(limit) for limit in (brightness, contrast, saturation))
+  limits, hue = jnp.array(limits), limits[3]
   amounts = _between(draws['jitter_amounts'], -limits, limits)
   amounts = jnp.where(draws['jitter'] < probability, amounts, 0.0)
   ranks = draws['jitter_order']
@@ -469,25 +382,21 @@ def _colour_jitter(
   def place(operation, carry):
     steps, turn = carry
     rank = ranks[operation]
-    row = jnp.sum(used & (ranks[:3] < rank))
-    if hue:
-      row += num_blends * (rank > ranks[3])
+    row = jnp.sum(ranks[:3] < rank) + (3 * (rank > ranks[3]) if hue else 0)
     cell = (jnp.arange(steps.shape[0]) == row)[:, None] & (
       jnp.arange(3) == operation
     )
     turn = jnp.where(operation == 3, amounts[3], turn)
     return jnp.where(cell, amounts[operation], steps), turn
 
-  # In loops, because their results are put into memory: the compiler would do
-  # other arithmetic again for each pixel, and without vector instructions.
-  # The zero is of the draws, so that shard_map finds it as varying as they are.
+  # In loops, because XLA stores their results in memory. It would repeat other
+  # arithmetic for each pixel, and without vector instructions. The zero depends
+  # on the draws, so that shard_map sees it vary over the devices.
   zero = 0 * amounts[0]
-  steps = jnp.zeros((num_blends * (2 if hue else 1), 3)) + zero
+  steps = jnp.zeros((6 if hue else 3, 3)) + zero
   steps, turn = lax.fori_loop(0, 4, place, (steps, zero))
-  planes = _blends(planes, steps[:num_blends])
-  if hue:
-    planes = _blends(_turn_hue(planes, turn), steps[num_blends:])
-  return planes
+  planes = _blends(planes, steps[:3])
+  return _blends(_turn_hue(planes, turn), steps[3:]) if hue else planes
 
 
 def _blends(planes, steps):
@@ -495,11 +404,11 @@ def _blends(planes, steps):
 
 
 def _blend(planes, brightness, contrast, saturation):
-  """Amounts, factor minus one, of which at most one is not zero.
+  """Applies Pillow's ImageEnhance with a factor of 1 + amount.
 
-  Factors as Pillow's ImageEnhance defines them: a blend with black, with the
-  mean grey, with the grey image. (dm-pix adds a constant for brightness and
-  takes the contrast of each channel.)
+  At most one amount is not zero. The blend is with black, with the mean grey or
+  with the grey image. (dm-pix adds a constant for brightness, and takes the
+  contrast of each channel.)
   """
   grey = randaugment.luma(planes)
   change = (
@@ -511,13 +420,13 @@ def _blend(planes, brightness, contrast, saturation):
 
 
 def _turn_hue(planes, turn):
-  """Turns the colour circle of RGB planes, keeping HSV's other two numbers."""
+  """Turns the hue of RGB planes; HSV's saturation and value stay."""
   red, green, blue = planes
   high = jnp.maximum(jnp.maximum(red, green), blue)
   low = jnp.minimum(jnp.minimum(red, green), blue)
   spread = high - low
   scale = 1 / jnp.where(spread > 0, spread, 1.0)
-  # In sixths of the circle. (dm-pix takes remainders, which are slow.)
+  # In sixths of the circle. (dm-pix uses remainders, which are slow.)
   hue = jnp.where(
     high == red,
     (green - blue) * scale,
@@ -531,16 +440,16 @@ def _turn_hue(planes, turn):
   first = (jnp.arange(3) == 0)[:, None, None]
   shares = jnp.where(first, distance - 1, 2 - distance)
   turned = low + spread * jnp.clip(shares, 0.0, 1.0)
-  # To the hue and back is not exact.
+  # The conversion to hue and back is not exact.
   return jnp.where(turn == 0, planes, turned)
 
 
 def _gaussian_blur(planes, sigma):
-  # SimCLR's kernel: a tenth of the image, at least 3 pixels. Blurring pads with
-  # zeros, which would darken the border, so the edge is repeated first.
+  # SimCLR's kernel: a tenth of the image, at least 3 pixels. The edge is
+  # repeated first, because zero padding would darken the border.
   radius = max(1, planes.shape[1] // 20)
   padded = jnp.pad(planes, ((0, 0), (radius, radius), (radius, radius)), 'edge')
-  # dm-pix takes other channel axes than the last one, but then it fails.
+  # dm-pix fails if the channels are not last.
   padded = jnp.moveaxis(padded, 0, -1)
   blurred = pix.gaussian_blur(padded, sigma, 2 * radius, padding='VALID')
   return jnp.moveaxis(blurred, -1, 0)

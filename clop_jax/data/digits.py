@@ -1,4 +1,4 @@
-"""TFDS builder of 1,797 real handwritten digits, shipped by scikit-learn."""
+"""TFDS builder of the 1,797 handwritten digits in scikit-learn."""
 
 from collections.abc import Iterator
 import io
@@ -56,8 +56,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, indices) -> Iterator[tuple[int, dict]]:
     digits = _load()
     for index in indices.tolist():
-      # Grey levels are 0 to 16; PNG bytes, because TFDS would need TensorFlow
-      # to encode an array.
+      # Grey levels are 0 to 16. TFDS would need TensorFlow to encode an array.
       pixels = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
       png = io.BytesIO()
       Image.fromarray(pixels).save(png, format='PNG')
@@ -66,7 +65,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def _load():
-  # Only to prepare the set; training reads it without scikit-learn.
+  # Training on the prepared set does not need scikit-learn.
   extras.check('config.data.name=digits', 'report', 'sklearn')
   import sklearn.datasets
 

@@ -1,89 +1,24 @@
 """Folders of images: `DIR/<split>/<class>/*`, or just images, at any depth."""
 
-import collections
+import contextlib
+import functools
 import os
-import sys
 
 import numpy as np
 from PIL import Image
 
 from clop_jax.data import images
 
-# What Pillow knows by name only: it opens them with a program or plug-in that
-# most machines lack, or not at all.
+# Formats that Pillow knows by name only: it opens them with a program or plugin
+# that most machines lack, or not at all.
 _NO_PICTURES = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
-_noted = set()  # what this process has said already
 
 
-class Folder:
-  """A source over files, decoded when they are asked for.
+class _Files:
+  """Base of the sources over image files."""
 
-  The classes are the folders in `DIR/train`, sorted by name; files directly
-  under `DIR/<split>` are unlabelled. Left out are files without the suffix of a
-  picture that Pillow opens, files in folders below a class, and broken links:
-  one line on stderr counts them. Hidden files and folders are left out too, and
-  are not spoken of.
-
-  Attributes:
-    paths: `[n]` strings, sorted within each class.
-    labels: `[n]` int32, -1 is unlabelled.
-    class_names: the folders' names, by label.
-    num_classes: their number.
-  """
-
-  def __init__(self, split: str, data_dir: str | None):
-    """Lists the files of a split.
-
-    Args:
-      split: 'train', 'test' or any other folder of `data_dir`.
-      data_dir: the folder above.
-
-    Raises:
-      ValueError: if a folder is missing, a class is empty, or a split has a
-        class that `train` does not.
-    """
-    if data_dir is None:
-      raise ValueError(
-        'config.data.data_dir must be a folder with train/<class>/*, got None'
-      )
-    if not os.path.isdir(data_dir):
-      raise ValueError(
-        f'config.data.data_dir={data_dir}: there is no such folder'
-      )
-    splits = _folders(data_dir)
-    if split not in splits:
-      raise ValueError(f'split must be one of {splits}, got {split!r}')
-    root = os.path.join(data_dir, split)
-    own = _folders(root)
-    known = _folders(
-      os.path.join(data_dir, 'train' if 'train' in splits else split)
-    )
-    if unknown := sorted({*own} - {*known}):
-      raise ValueError(
-        f'{root} has classes that {data_dir}/train lacks: '
-        f'{", ".join(unknown[:10])}'
-      )
-    self.class_names, self.num_classes = known, len(known)
-    self.paths, left_out = _images(root)
-    labels = [-1] * len(self.paths)
-    for name in own:
-      path = os.path.join(root, name)
-      paths, others = _images(path)
-      others += [(file, 'in folders below a class') for file in _below(path)]
-      if not paths:
-        found = f' ({_summary(path, others)})' if others else ''
-        raise ValueError(
-          f'{path} is an empty class: it has no image that Pillow can read'
-          f'{found}; put some there, or remove the folder'
-        )
-      left_out += others
-      self.paths += paths
-      labels += [known.index(name)] * len(paths)
-    if not self.paths:
-      raise ValueError(f'{root} has no images, neither in folders nor directly')
-    self.labels = np.asarray(labels, np.int32)
-    if left_out:
-      _note(_summary(root, left_out))
+  paths: list[str]
+  labels: np.ndarray
 
   def __len__(self):
     return len(self.paths)
@@ -93,125 +28,150 @@ class Folder:
     return {'image': image, 'label': int(self.labels[index])}
 
   def name_of(self, index):
-    """The path."""
+    """Returns the path of an image."""
     return self.paths[index]
 
 
-class Tree:
-  """A source over all images below a folder, at any depth, without labels.
+class Folder(_Files):
+  """A source of image files, which are decoded when they are read.
 
-  Left out is what `Folder` leaves out; links to folders are not followed.
+  The classes are the folders in `DIR/train`, sorted by name. Files directly in
+  `DIR/<split>` are unlabelled. Other files, files in folders below a class and
+  broken links are skipped, with a note. Hidden files and folders are ignored.
 
   Attributes:
-    paths: `[n]` strings, sorted.
-    labels: `[n]` int32, all -1.
+    paths: Paths of the images, sorted within each class.
+    labels: Labels `[n]` int32, -1 is unlabelled.
+    class_names: Names of the classes, by label.
+    num_classes: Number of classes.
+  """
+
+  def __init__(self, split: str, data_dir: str | None):
+    """Lists the files of a split.
+
+    Args:
+      split: Folder in `data_dir`, such as 'train' or 'test'.
+      data_dir: Folder of the splits.
+
+    Raises:
+      ValueError: If a folder is missing, a class is empty, or a split has a
+        class that `train` does not.
+    """
+    if data_dir is None or not os.path.isdir(data_dir):
+      raise ValueError(
+        f'config.data.data_dir={data_dir} must be a folder with train/<class>/*'
+      )
+    splits, _, _ = _scan(data_dir)
+    if split not in splits:
+      raise ValueError(f'split must be one of {splits}, got {split!r}')
+    root = os.path.join(data_dir, split)
+    names, self.paths, skipped = _scan(root)
+    classes = names
+    if 'train' in splits:
+      classes, _, _ = _scan(os.path.join(data_dir, 'train'))
+    if unknown := sorted({*names} - {*classes}):
+      raise ValueError(
+        f'{root} has classes that {data_dir}/train lacks: '
+        f'{", ".join(unknown[:10])}'
+      )
+    self.class_names, self.num_classes = classes, len(classes)
+    labels = [-1] * len(self.paths)
+    for name in names:
+      path = os.path.join(root, name)
+      below, paths, others = _scan(path)
+      for folder in below:
+        for found, rest in _walk(os.path.join(path, folder)):
+          others += found + rest
+      if not paths:
+        raise ValueError(
+          f'{path} is an empty class: it has no image that Pillow can read'
+          f'{_first(others)}; put some there, or remove the folder'
+        )
+      skipped += others
+      self.paths += paths
+      labels += [classes.index(name)] * len(paths)
+    if not self.paths:
+      raise ValueError(f'{root} has no images, neither in folders nor directly')
+    self.labels = np.asarray(labels, np.int32)
+    _note(root, skipped)
+
+
+class Tree(_Files):
+  """A source of all images in a folder, at any depth, without labels.
+
+  It skips what `Folder` skips, and does not follow links to folders.
+
+  Attributes:
+    paths: Paths of the images, sorted.
+    labels: Labels `[n]` int32, all -1.
   """
 
   def __init__(self, root: str):
-    """Lists the files.
-
-    Args:
-      root: the folder.
-
-    Raises:
-      ValueError: if it is missing or holds no image.
-    """
+    """Lists the files; raises ValueError if there is no image."""
     if not os.path.isdir(root):
-      raise ValueError(f'{root}: there is no such folder')
-    paths, left_out = [], []
-    for path, folders, _ in os.walk(root):
-      folders[:] = [name for name in folders if not name.startswith('.')]
-      found, others = _images(path)
-      paths += found
-      left_out += others
-    if not paths:
-      found = f' ({_summary(root, left_out)})' if left_out else ''
+      raise ValueError(f'{root}: no such folder')
+    self.paths, skipped = [], []
+    for paths, others in _walk(root):
+      self.paths += paths
+      skipped += others
+    if not self.paths:
       raise ValueError(
-        f'{root} has no image that Pillow can read, at any depth{found}'
+        f'{root} has no image that Pillow can read, at any depth'
+        f'{_first(skipped)}'
       )
-    self.paths = sorted(paths)
-    self.labels = np.full(len(paths), -1, np.int32)
-    if left_out:
-      _note(_summary(root, left_out))
-
-  def __len__(self):
-    return len(self.paths)
-
-  def __getitem__(self, index):
-    image = images.decode(self.paths[index], self.paths[index])
-    return {'image': image, 'label': -1}
-
-  def name_of(self, index):
-    """The path."""
-    return self.paths[index]
+    self.paths.sort()
+    self.labels = np.full(len(self.paths), -1, np.int32)
+    _note(root, skipped)
 
 
-def _folders(root):
-  with os.scandir(root) as entries:
-    return sorted(
-      e.name for e in entries if not e.name.startswith('.') and _is_folder(e)
-    )
+def _walk(root):
+  """Yields the images and other files of a folder and each one below it."""
+  for path, folders, _ in os.walk(root):
+    folders[:] = [name for name in folders if not name.startswith('.')]
+    yield _scan(path)[1:]
 
 
-def _is_folder(entry):
-  try:
-    return entry.is_dir()
-  except OSError:  # a link to itself
-    return False
+def _scan(root):
+  """Returns names of folders, paths of images and of other files in a folder.
 
-
-def _is_file(entry):
-  try:
-    return entry.is_file()
-  except OSError:
-    return False
-
-
-def _images(root):
-  """The images directly in a folder, and `(path, why)` of what is left out."""
-  known = _suffixes()
-  paths, left_out = [], []
+  Hidden ones are left out. Broken links and special files are other files.
+  """
+  folders, paths, others = [], [], []
   with os.scandir(root) as entries:
     for entry in entries:
-      if entry.name.startswith('.') or _is_folder(entry):
+      if entry.name.startswith('.'):
         continue
-      if not _is_file(entry):
-        left_out.append((entry.path, 'broken links or special files'))
-      elif os.path.splitext(entry.name)[1].lower() in known:
-        paths.append(entry.path)
-      else:
-        left_out.append((entry.path, 'without the suffix of a picture'))
-  return sorted(paths), left_out
+      with contextlib.suppress(OSError):  # a link to itself
+        if entry.is_dir():
+          folders.append(entry.name)
+          continue
+        if entry.is_file() and os.path.splitext(entry.name)[1].lower() in (
+          _suffixes()
+        ):
+          paths.append(entry.path)
+          continue
+      others.append(entry.path)
+  return sorted(folders), sorted(paths), sorted(others)
 
 
+@functools.cache
 def _suffixes():
-  """Of the formats that Pillow opens by itself, as '.png'."""
+  """Returns the suffixes of the formats that Pillow opens, such as '.png'."""
   formats = Image.registered_extensions()
   # MPO, several JPEGs in one file, is opened as JPEG.
   opened = {*Image.OPEN, 'MPO'} - _NO_PICTURES
   return {suffix for suffix, name in formats.items() if name in opened}
 
 
-def _below(root):
-  """The files in the folders of a folder, at any depth."""
-  for folder in _folders(root):
-    for path, folders, names in os.walk(os.path.join(root, folder)):
-      folders[:] = [name for name in folders if not name.startswith('.')]
-      for name in names:
-        if not name.startswith('.'):
-          yield os.path.join(path, name)
+def _first(skipped):
+  if not skipped:
+    return ''
+  return f' (skipped {len(skipped)} files, such as {skipped[0]})'
 
 
-def _summary(root, left_out):
-  first = os.path.relpath(min(path for path, _ in left_out), root)
-  reasons = collections.Counter(why for _, why in left_out)
-  counts = '; '.join(f'{why}: {n}' for why, n in sorted(reasons.items()))
-  files = '1 file' if len(left_out) == 1 else f'{len(left_out)} files'
-  were = 'was' if len(left_out) == 1 else 'were'
-  return f'{files} under {root} {were} left out (first: {first}): {counts}'
-
-
-def _note(text):
-  if text not in _noted:
-    _noted.add(text)
-    print(f'note: {text}', file=sys.stderr, flush=True)
+def _note(root, skipped):
+  if skipped:
+    images.print_once(
+      f'note: skipped {len(skipped)} of the files in {root}, which are no '
+      f'images or lie below a class: {skipped[0]}, ...'
+    )

@@ -1,22 +1,38 @@
 """One image at a time, on the host: decoding, channels, size, random crops.
 
-Pillow and nothing else, so that every machine has the same pixels and a worker
-process needs no accelerator.
+Everything is done with Pillow, so that every machine computes the same pixels
+and worker processes need no accelerator.
 """
 
 from collections.abc import Sequence
 import contextlib
+import functools
 import io
 import math
-import numbers
 import sys
+from typing import TextIO
 
 import numpy as np
 from PIL import Image
 from PIL import ImageOps
 
+from clop_jax import arguments
 
-_noted = set()  # not empty once this process has said it
+_FILTERS = {
+  'bilinear': Image.Resampling.BILINEAR,
+  'bicubic': Image.Resampling.BICUBIC,
+}
+INTERPOLATIONS = tuple(_FILTERS)
+
+
+def print_once(text: str, file: TextIO | None = None) -> None:
+  """Prints a note or warning, once per process; on stderr by default."""
+  _print_once(text, file or sys.stderr)
+
+
+@functools.cache
+def _print_once(text, file):
+  print(text, file=file, flush=True)
 
 
 class CorruptImageError(ValueError):
@@ -24,32 +40,33 @@ class CorruptImageError(ValueError):
 
 
 class LargeImageError(ValueError):
-  """An intact image that is too large to be decoded; the message names it."""
+  """An intact image that is too large to decode; the message names it."""
 
 
 def decode(data: bytes | str, name: str) -> Image.Image:
   """Decodes an image.
 
   Args:
-    data: an encoded image, or the path of one; any format that Pillow reads.
-    name: how an error calls it: a path, or a data set's split and number.
+    data: Encoded image, or the path of one, in any format that Pillow reads.
+    name: Name of the image, for errors.
 
   Returns:
-    The image in Pillow's mode 'L' (grey) or 'RGB', turned upright where its
-    EXIF orientation says that it was stored otherwise. Transparency is dropped.
-    Of 16 bits the upper 8 remain; a note says so once if the image leaves the
-    uppermost ones unused, as 12-bit cameras do.
+    Pillow image of mode 'L' (grey) or 'RGB', rotated according to its EXIF
+    orientation. Transparency and the lower 8 of 16 bits are dropped.
 
   Raises:
-    CorruptImageError: if it cannot be decoded.
+    CorruptImageError: If the image cannot be decoded.
     LargeImageError: If it has more pixels than Pillow decodes.
   """
   try:
     file = data if isinstance(data, str) else io.BytesIO(data)
     with Image.open(file) as image:
       image.load()
-      _turn_upright(image)
-      return _grey_or_rgb(image, name)
+      # Damaged EXIF, on which Pillow raises almost anything, does not affect
+      # the pixels. In place, because upright images then need no copy.
+      with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+      return _grey_or_rgb(image)
   except FileNotFoundError:
     raise
   except Image.DecompressionBombError as error:
@@ -65,166 +82,113 @@ def decode(data: bytes | str, name: str) -> Image.Image:
     ) from error
 
 
-def _turn_upright(image):
-  # Damaged EXIF, on which Pillow raises almost anything, says nothing about the
-  # pixels: they are taken as they are stored, as viewers do.
-  with contextlib.suppress(Exception):
-    # In place: an image that is upright, as nearly all are, costs no copy.
-    ImageOps.exif_transpose(image, in_place=True)
-
-
-def _grey_or_rgb(image, name):
+def _grey_or_rgb(image):
   if image.mode in ('L', 'RGB'):
     return image
-  # Pillow gives the 16 bits of a PGM mode 'I', before version 11 also of a PNG.
+  # Pillow reads a 16-bit PGM as mode 'I', before version 11 also a PNG.
   if image.mode.startswith('I;16') or (
     image.mode == 'I' and image.format in ('PNG', 'PPM')
   ):
-    values = np.asarray(image)
-    highest = _highest_value(image) or 65535
-    if highest == 65535 and 255 < values.max(initial=0) < 4096:
-      _note_narrow(name, values.max())
-    # As the upper 8 bits for 65535.
-    scaled = values.astype(np.uint32) * 256 // (highest + 1)
+    scaled = np.asarray(image, np.uint32) * 256 // (_max_value(image) + 1)
     return Image.fromarray(np.minimum(scaled, 255).astype(np.uint8))
   if image.mode in ('I', 'F'):
     raise ValueError(f'pixels of mode {image.mode!r} have no known range')
   return image.convert('L' if is_grey(image) else 'RGB')
 
 
-def _highest_value(image):
-  """Returns the largest sample value that a TIFF declares, or None."""
-  tags = getattr(image, 'tag_v2', {})
-  value = tags.get(281)  # MaxSampleValue
+def _max_value(image):
+  """Returns the MaxSampleValue of a TIFF, as of 12-bit cameras, or 65535."""
+  value = getattr(image, 'tag_v2', {}).get(281)
   value = value[0] if isinstance(value, tuple) else value
-  return value if isinstance(value, int) and 255 < value < 65535 else None
-
-
-def _note_narrow(name, largest):
-  if not _noted:
-    _noted.add(name)
-    print(
-      f'note: {name} has 16 bits, but no value above {largest}: its grey '
-      f'values become {largest // 256 + 1} of 256. If that holds for all '
-      'images, as of a 12-bit camera, scale them to the range 0 to 65535',
-      file=sys.stderr,
-      flush=True,
-    )
+  return value if isinstance(value, int) and 255 < value < 65535 else 65535
 
 
 def is_grey(image: np.ndarray | Image.Image) -> bool:
-  """Whether `to_channels` repeats it for a network of three channels."""
-  if isinstance(image, Image.Image):
-    return image.mode in ('1', 'L', 'LA', 'La') or image.mode.startswith('I;16')
-  return image.shape[-1] == 1
+  """Returns True if an image has a single channel besides transparency."""
+  if not isinstance(image, Image.Image):
+    return np.shape(image)[-1] == 1
+  return image.mode in ('1', 'L', 'LA', 'La') or image.mode.startswith('I;16')
 
 
 def to_grey(image: np.ndarray | Image.Image) -> np.ndarray | Image.Image:
-  """A colour image without its colour, by Pillow's luma; others as they are."""
-  if is_grey(image):
+  """Converts a colour image to grey by Pillow's luma; others do not change."""
+  if isinstance(image, np.ndarray):
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+      return image
+    image = Image.fromarray(image)
+  if is_grey(image) or image.mode in ('I', 'F'):
     return image
-  if isinstance(image, Image.Image):
-    # What has no known range is refused later, by `to_channels`.
-    return image if image.mode in ('I', 'F') else image.convert('L')
-  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-    return image
-  return as_array(Image.fromarray(image).convert('L'))
+  return image.convert('L')
 
 
 def to_channels(
   image: np.ndarray | Image.Image, channels: int, name: str
-) -> np.ndarray | Image.Image:
-  """A grey image for a network of three channels; anything else as it is.
+) -> Image.Image:
+  """Returns an image with 1 or 3 channels; grey images are repeated over 3.
 
   Args:
-    image: uint8 `[height, width, channels]`, or a Pillow image.
-    channels: 1 or 3.
-    name: how an error calls it.
-
-  Returns:
-    The image with so many channels, of the kind that was given.
+    image: uint8 image `[height, width, channels]`, or a Pillow image.
+    channels: Number of channels.
+    name: Name of the image, for errors.
 
   Raises:
-    ValueError: if the image is of another dtype or shape, has no pixels, or is
-      coloured and the network is grey.
+    ValueError: If the image has a wrong dtype or shape, no pixels, or colours
+      although `channels` is 1.
   """
   if isinstance(image, Image.Image):
-    try:
-      image = pillow = _grey_or_rgb(image, name)
-    except ValueError as error:
-      raise ValueError(f"{name}: {error}; convert it to 'L' or 'RGB'") from None
-    found = len(pillow.getbands())
-  elif image.dtype != np.uint8 or image.ndim != 3:
-    raise ValueError(
-      f'{name}: images must be uint8 [height, width, channels] or Pillow '
-      f'images, got {image.dtype} {image.shape}'
-    )
+    pillow = image
   else:
-    found = image.shape[-1]
-  height, width = _height_and_width(image)
-  if not height or not width:
+    image = np.asarray(image)
+    shape = image.shape
+    if image.dtype != np.uint8 or len(shape) != 3 or shape[-1] not in (1, 3):
+      raise ValueError(
+        f'{name}: images must be uint8 [height, width, channels] with 1 or 3 '
+        f'channels, or Pillow images, got {image.dtype} {shape}; move the '
+        'channels to the last axis, and drop transparency'
+      )
+    image = image[..., 0] if shape[-1] == 1 else image
+    pillow = Image.fromarray(image) if image.size else Image.new('L', (0, 0))
+  if not pillow.width or not pillow.height:
     raise ValueError(
-      f'{name}: the image must have at least one pixel, got height {height} '
-      f'and width {width}; repair or remove it'
+      f'{name}: the image must have at least one pixel; repair or remove it'
     )
-  if found == channels:
-    return image
-  if found == 1:
-    if isinstance(image, Image.Image):
-      return image.convert('RGB')
-    return np.repeat(image, channels, axis=-1)
-  if found == 3:
-    advice = (
-      'set config.data.channels=3, with three numbers in config.augment.mean '
-      'and std, or make the images grey'
+  try:
+    pillow = _grey_or_rgb(pillow)
+  except ValueError as error:
+    raise ValueError(f"{name}: {error}; convert it to 'L' or 'RGB'") from None
+  if channels == 3:
+    return pillow.convert('RGB') if pillow.mode == 'L' else pillow
+  if pillow.mode == 'RGB':
+    raise ValueError(
+      f'{name}: the image has 3 channels, expected config.data.channels=1; set '
+      'config.data.channels=3, with three numbers in config.augment.mean and '
+      'std, or make the images grey'
     )
-  elif not isinstance(image, Image.Image) and image.shape[0] in (1, 3):
-    advice = (
-      'the channels seem to come first; move them: np.moveaxis(image, 0, -1)'
-    )
-  elif found == 4:
-    advice = 'leave the transparency out: image[..., :3]'
-  else:
-    advice = 'the last axis must have 1 or 3 channels'
-  raise ValueError(
-    f'{name}: the image has {found} channels (shape '
-    f'{(height, width, found)}), expected config.data.channels={channels}; '
-    f'{advice}'
-  )
+  return pillow
 
 
-def _height_and_width(image):
-  if isinstance(image, Image.Image):
-    return image.height, image.width
-  return image.shape[:2]
-
-
-def as_array(image: np.ndarray | Image.Image) -> np.ndarray:
-  """`[height, width, channels]` uint8 of an array or a Pillow image."""
+def as_array(image: Image.Image) -> np.ndarray:
+  """Returns a Pillow image as `[height, width, channels]` uint8."""
   pixels = np.asarray(image)
   return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def center_crop(
-  image: np.ndarray | Image.Image,
+  image: Image.Image,
   size: int,
   *,
   share: float = 1.0,
   interpolation: str = 'bilinear',
 ) -> np.ndarray:
-  """The middle square, `share` of the shorter side wide, at `size` x `size`.
+  """Returns the middle square, resized to `[size, size, channels]` uint8.
 
-  Antialiased. `interpolation` is 'bilinear' or 'bicubic'.
-
-  Returns:
-    `[size, size, channels]` uint8.
+  The square is `share` of the shorter side wide. Resizing is antialiased.
   """
-  picture = _as_picture(image)
-  side = share * min(picture.size)
-  if picture.size == (size, size) and share == 1:
+  side = share * min(image.size)
+  if image.size == (size, size) and share == 1:
     return as_array(image)
-  top, left = (picture.height - side) / 2, (picture.width - side) / 2
-  return _resize(picture, size, (top, left, side, side), interpolation)
+  top, left = (image.height - side) / 2, (image.width - side) / 2
+  return _resize(image, size, (top, left, side, side), interpolation)
 
 
 def check_crops(
@@ -234,11 +198,7 @@ def check_crops(
   crop_aspect: Sequence[float],
   interpolation: str = 'bilinear',
 ) -> None:
-  """Checks what `random_crops` and `augment.view` crop by.
-
-  Raises:
-    ValueError: if there can be no such crops; the field of the config is named.
-  """
+  """Raises ValueError if a field of the config allows no random crops."""
   check_size('config.augment.size', size)
   check_range('config.augment.crop_area', crop_area, highest=1)
   check_range('config.augment.crop_aspect', crop_aspect)
@@ -250,33 +210,29 @@ def check_crops(
 
 
 def check_size(name: str, size: int) -> None:
-  """Raises ValueError if no image can be so many pixels high and wide."""
-  if not isinstance(size, numbers.Integral) or size < 1:
-    raise ValueError(
-      f'{name} must be a whole number of pixels >= 1, got {size!r}'
-    )
+  """Raises ValueError if an image cannot be `size` pixels high and wide."""
+  arguments.count(name, size)
 
 
 def check_range(
-  name: str, values: Sequence[float], *, highest: float | None = None
+  name: str, values: Sequence[float], *, highest: float = math.inf
 ) -> None:
-  """Raises ValueError if it is no pair of positive numbers, in order."""
+  """Raises ValueError if values are not two positive numbers in order."""
   try:
     low, high = values
-    fits = 0 < low <= high <= (math.inf if highest is None else highest)
-    fits = fits and math.isfinite(high)
-  except (TypeError, ValueError):  # one number, three, or none
+    fits = 0 < low <= high <= highest and math.isfinite(high)
+  except (TypeError, ValueError):  # one number, three, or text
     fits = False
   if not fits:
-    limit = '' if highest is None else f' <= {highest}'
+    limit = f' <= {highest}' if math.isfinite(highest) else ''
     raise ValueError(
       f'{name} must be two numbers 0 < low <= high{limit}, got {values!r}; '
-      'for one value give it twice'
+      'for a fixed value repeat it'
     )
 
 
 def random_crops(
-  image: np.ndarray | Image.Image,
+  image: Image.Image,
   size: int,
   *,
   count: int,
@@ -285,33 +241,28 @@ def random_crops(
   rng: np.random.Generator,
   interpolation: str = 'bilinear',
 ) -> np.ndarray:
-  """Random resized crops, as `augment.view` makes them on the device.
+  """Returns random crops `[count, size, size, channels]` uint8.
 
-  For images that are too large, or too different in size, to be kept whole.
-
-  Args:
-    image: uint8 `[height, width, channels]`, or a Pillow image.
-    size: of the crops, pixels.
-    count: number of crops.
-    crop_area: range of the share of the area.
-    crop_aspect: range of width over height, drawn log-uniformly.
-    rng: source of randomness.
-    interpolation: 'bilinear' or 'bicubic', antialiased.
-
-  Returns:
-    `[count, size, size, channels]` uint8.
+  They have the distribution of the crops of `augment.view`, for images that are
+  too large, or too different in size, to be kept whole.
   """
-  picture = _as_picture(image)
-  boxes = [
-    _random_box(picture.height, picture.width, crop_area, crop_aspect, rng)
-    for _ in range(count)
-  ]
-  cuts = [_cut_out(picture, box) for box in boxes]
-  return np.stack([_resize(cut, size, box, interpolation) for cut, box in cuts])
+  crops = []
+  for _ in range(count):
+    box = _random_box(image.height, image.width, crop_area, crop_aspect, rng)
+    top, left, height, width = box
+    # Only the pixels that the box touches, because Pillow's filter would mix in
+    # their neighbours.
+    y, x = max(math.floor(top), 0), max(math.floor(left), 0)
+    bottom = min(math.ceil(top + height), image.height)
+    right = min(math.ceil(left + width), image.width)
+    touched = image.crop((x, y, right, bottom))
+    box = (top - y, left - x, height, width)
+    crops.append(_resize(touched, size, box, interpolation))
+  return np.stack(crops)
 
 
 def _random_box(height, width, area_range, aspect_range, rng):
-  """Top, left, height, width in pixels (float); see `augment._random_box`."""
+  """Returns top, left, height, width in pixels; see `augment._random_box`."""
   area = rng.uniform(*area_range, size=10) * height * width
   aspect = np.exp(rng.uniform(*np.log(aspect_range), size=10))
   heights = np.sqrt(area / aspect)
@@ -330,43 +281,17 @@ def _random_box(height, width, area_range, aspect_range, rng):
   return top, left, box_height, box_width
 
 
-def _as_picture(image):
-  if isinstance(image, Image.Image):
-    return image
-  return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-_FILTERS = {
-  'bilinear': Image.Resampling.BILINEAR,
-  'bicubic': Image.Resampling.BICUBIC,
-}
-INTERPOLATIONS = tuple(_FILTERS)
-
-
-def _resize(picture, size, box, interpolation):
+def _resize(image, size, box, interpolation):
   top, left, height, width = box
-  # Rounding must not put the box a hair outside, which Pillow refuses.
-  resized = picture.resize(
+  # Rounding may put the box slightly outside, which Pillow rejects.
+  resized = image.resize(
     (size, size),
     _FILTERS[interpolation],
     box=(
       max(left, 0.0),
       max(top, 0.0),
-      min(left + width, picture.width),
-      min(top + height, picture.height),
+      min(left + width, image.width),
+      min(top + height, image.height),
     ),
   )
   return as_array(resized)
-
-
-def _cut_out(picture, box):
-  """The pixels that a box touches, and the box in their coordinates.
-
-  Pillow's filter is wider than a pixel: it would mix in what is beside the box.
-  """
-  top, left, height, width = box
-  first_x, first_y = max(math.floor(left), 0), max(math.floor(top), 0)
-  last_x = min(math.ceil(left + width), picture.width)
-  last_y = min(math.ceil(top + height), picture.height)
-  cut = picture.crop((first_x, first_y, last_x, last_y))
-  return cut, (top - first_y, left - first_x, height, width)

@@ -1,6 +1,6 @@
-"""Policies that decide which training labels are kept, and which are wrong.
+"""Label policies: which training labels are kept, and which are made wrong.
 
-Labels are int32, and -1 is unlabelled. Every choice depends on its seed and
+Labels are int32, and -1 is unlabelled. Every choice depends on the seed and the
 class alone, so a change to one class does not affect another.
 """
 
@@ -14,20 +14,14 @@ UNLABELLED = -1
 
 _NOISE_KINDS = ('symmetric', 'asymmetric')
 
-# Each policy draws from its own stream, [seed, class, purpose]. With a shared
-# one, the second policy's choice would follow from the first one's.
-# `keep_fraction` has [seed, class]. The purpose stands last and is never 0, as
-# NumPy draws the same numbers for the seeds [1, 2] and [1, 2, 0].
+# Each policy has its own stream, [seed, class, purpose]; with a shared one, the
+# second choice would depend on the first. `keep_fraction` has [seed, class]. No
+# purpose is 0, because NumPy draws the same for [1, 2] and [1, 2, 0].
 _NOISE, _COUNT, _CLASS_FRACTIONS, _LONG_TAIL = [1], [2], [3], [4]
 
 
 def check_range(labels: np.ndarray, num_classes: int) -> None:
-  """Checks that every label is a class or -1.
-
-  Raises:
-    ValueError: If a label is wrong (the first one is named), or there is no
-      class.
-  """
+  """Raises ValueError if a label is neither a class nor -1."""
   if num_classes < 1:
     raise ValueError(
       f'config.data.num_classes must be at least 1, got {num_classes}'
@@ -60,23 +54,23 @@ def apply(
   label_noise_kind: str = 'symmetric',
   seed: int,
 ) -> np.ndarray:
-  """Returns the labels for training: the policies, in the order of arguments.
+  """Applies the policies to labels, in the order of the arguments.
 
   Args:
-    labels: `[n]` integers, -1 for unlabelled.
+    labels: Labels `[n]`, -1 is unlabelled.
     num_classes: Number of classes.
     unlabelled_classes: Classes that lose all labels.
     imbalance_factor: See `long_tail_fractions`.
-    class_fractions: Fractions by class, see `keep_class_fractions`. A class may
-      be a text, as in a config: `{'3': 0.5}`.
+    class_fractions: See `keep_class_fractions`. The classes may be strings, as
+      in a config: `{'3': 0.5}`.
     label_fraction: See `keep_fraction`.
-    labels_per_class: See `keep_count`; None keeps the fraction.
+    labels_per_class: See `keep_count`.
     label_noise: See `add_noise`.
     label_noise_kind: See `add_noise`.
     seed: Seed of every choice.
 
   Returns:
-    `[n]` int32.
+    Labels `[n]` int32 for training.
 
   Raises:
     ValueError: If a label or an argument is out of range, or a class has no
@@ -89,19 +83,15 @@ def apply(
       f'{labels_per_class} exclude each other; leave one of them out'
     )
   dropped = _classes('unlabelled_classes', unlabelled_classes, num_classes)
-  fractions = dict(
-    zip(
-      _classes('class_fractions', class_fractions or {}, num_classes),
-      (class_fractions or {}).values(),
-      strict=True,
-    )
-  )
+  fractions = class_fractions or {}
+  classes = _classes('class_fractions', fractions, num_classes)
+  fractions = dict(zip(classes, fractions.values(), strict=True))
   if both := {*dropped} & {*fractions}:
     raise ValueError(
       f'class_fractions and unlabelled_classes both name class {min(both)}; '
       'leave it out of one of them'
     )
-  # An open set has classes that nobody has labelled yet.
+  # Classes of an open set may be unlabelled from the start.
   empty = np.setdiff1d(
     np.flatnonzero(counts(labels, num_classes) == 0), dropped
   )
@@ -119,11 +109,8 @@ def apply(
     kept = keep_fraction(kept, label_fraction, seed=seed)
   else:
     kept = keep_count(kept, labels_per_class, seed=seed)
-  # No example is confused with a class that has no labels.
-  emptied = {
-    *dropped,
-    *(c for c, fraction in fractions.items() if not fraction),
-  }
+  # Noise does not give labels of classes that lost all of theirs.
+  emptied = {*dropped, *(c for c, share in fractions.items() if not share)}
   classes = [c for c in range(num_classes) if c not in emptied]
   return add_noise(
     kept, label_noise, kind=label_noise_kind, classes=classes, seed=seed
@@ -131,7 +118,7 @@ def apply(
 
 
 def _classes(name, classes, num_classes):
-  """Returns classes as integers; a config has texts as keys."""
+  """Returns classes as integers; the keys of a config are strings."""
   for label in classes:
     known = re.fullmatch(r'0|[1-9]\d*', str(label)) and int(label) < num_classes
     if not known:
@@ -144,19 +131,9 @@ def _classes(name, classes, num_classes):
 def keep_fraction(
   labels: np.ndarray, fraction: float, *, seed: int
 ) -> np.ndarray:
-  """Keeps the labels of a random fraction of each class.
+  """Keeps the labels of a random, rounded fraction of each class.
 
-  Args:
-    labels: `[n]` integers, -1 for unlabelled.
-    fraction: Fraction in [0, 1] of each class's labelled examples, rounded. At
-      least one example of each class is kept unless it is 0.
-    seed: Seed of the choice, which depends on nothing else.
-
-  Returns:
-    `[n]` int32, -1 where the label is not kept.
-
-  Raises:
-    ValueError: If the fraction is not in [0, 1].
+  At least one example of each class is kept unless the fraction is 0.
   """
   if not 0 <= fraction <= 1:
     raise ValueError(f'label_fraction must be in [0, 1], got {fraction}')
@@ -164,11 +141,7 @@ def keep_fraction(
 
 
 def keep_count(labels: np.ndarray, count: int, *, seed: int) -> np.ndarray:
-  """Keeps `count` random labels of each class, or all if it has fewer.
-
-  Raises:
-    ValueError: If the count is negative.
-  """
+  """Keeps `count` random labels of each class, or all if it has fewer."""
   if count < 0:
     raise ValueError(f'labels_per_class must be at least 0, got {count}')
   return _keep(labels, lambda label, size: count, seed, _COUNT)
@@ -177,19 +150,9 @@ def keep_count(labels: np.ndarray, count: int, *, seed: int) -> np.ndarray:
 def keep_class_fractions(
   labels: np.ndarray, fractions: Mapping[int, float], *, seed: int
 ) -> np.ndarray:
-  """Keeps a random fraction of the labels of some classes.
+  """Keeps a random fraction of the labels of some classes, as `keep_fraction`.
 
-  Args:
-    labels: `[n]` integers, -1 for unlabelled.
-    fractions: Fractions in [0, 1] by class, as in `keep_fraction`. Other
-      classes keep all labels.
-    seed: Seed of the choice.
-
-  Returns:
-    `[n]` int32, -1 where the label is not kept.
-
-  Raises:
-    ValueError: If a fraction is not in [0, 1].
+  Classes that `fractions` does not name keep all labels.
   """
   for label, fraction in fractions.items():
     if not 0 <= fraction <= 1:
@@ -223,19 +186,13 @@ def _keep(labels, count_of, seed, purpose):
 def long_tail_fractions(
   num_classes: int, imbalance_factor: float
 ) -> dict[int, float]:
-  r"""Returns fractions that fall exponentially from class to class.
+  r"""Returns the fraction of each class, falling exponentially from 1.
 
   .. math:: f_c = \mathrm{factor}^{-c / (k - 1)}
 
   Args:
     num_classes: Number of classes k.
     imbalance_factor: Ratio of the first fraction to the last, at least 1.
-
-  Returns:
-    Fractions by class, from 1 to `1 / imbalance_factor`.
-
-  Raises:
-    ValueError: If the factor is below 1 or infinite.
 
   Reference:
     Cui et al., arXiv 1901.05555, section 5.1.
@@ -259,20 +216,13 @@ def add_noise(
   """Makes a share of each class's labels wrong.
 
   Args:
-    labels: `[n]` integers; -1 stays -1.
+    labels: Labels `[n]`, -1 stays -1.
     rate: Share in [0, 1] of each class's labelled examples, rounded.
-    kind: 'symmetric' draws another class uniformly, 'asymmetric' takes the next
+    kind: 'symmetric' draws another class uniformly, 'asymmetric' uses the next
       one (the first after the last).
-    classes: Classes that are confused with one another, ascending, among them
-      all that have labels.
+    classes: Classes that are confused, ascending. They include all that have
+      labels.
     seed: Seed of the choice.
-
-  Returns:
-    `[n]` int32.
-
-  Raises:
-    ValueError: If the kind is unknown, the rate is out of range, or there is no
-      second class.
   """
   if kind not in _NOISE_KINDS:
     raise ValueError(
@@ -300,18 +250,7 @@ def counts(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def summary(before: np.ndarray, after: np.ndarray, num_classes: int) -> str:
-  """Describes the effect of the policies in a few lines.
-
-  Args:
-    before: `[n]` labels of the data set.
-    after: `[n]` labels for training.
-    num_classes: Number of classes.
-
-  Returns:
-    The numbers of examples and labels, the labels of each class (of up to 20
-    classes), their range and median, the first ten classes without labels, and
-    the number of wrong labels.
-  """
+  """Describes the labels `after` the policies, and how many became wrong."""
   per_class = counts(after, num_classes)
   labelled, size = int(per_class.sum()), after.size
   share = labelled / max(size, 1)
@@ -333,16 +272,12 @@ def summary(before: np.ndarray, after: np.ndarray, num_classes: int) -> str:
     lines.append(f'classes without a label: {first}{more}')
   wrong = int(np.sum((after != UNLABELLED) & (after != before)))
   if wrong:
-    lines.append(f'{wrong:,} labels made wrong ({wrong / labelled:.1%})')
+    lines.append(f'{wrong:,} wrong labels ({wrong / labelled:.1%})')
   return '\n'.join(lines)
 
 
 def pack(labels: np.ndarray, true_labels: np.ndarray) -> bytes:
-  """Returns an npz file with the labels for training, in the data set's order.
-
-  It holds `labels` (`[n]` int32, -1 for unlabelled), `labelled` (`[n]` bool)
-  and `true_labels`, the labels of the data set.
-  """
+  """Returns an npz file with the labels for training and the data set's own."""
   file = io.BytesIO()
   np.savez_compressed(
     file,

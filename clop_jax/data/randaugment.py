@@ -1,9 +1,10 @@
-"""RandAugment: a few operations drawn at random, all of one strength.
+"""RandAugment: random operations of one strength.
 
-Under vmap every image has its own operations, and a switch would compute all
-of them for each image. Instead one layer is three steps, each the identity for
-most operations: one affine gather (what moves pixels), one table of 256 values
-a channel (what maps values), one blend (what Pillow's ImageEnhance does).
+Under vmap every image has its own operations, and a switch would compute all of
+them for each image. Instead, a layer is three steps, each of which is the
+identity for most operations: an affine gather (operations that move pixels), a
+table of 256 values per channel (operations that map values), and a blend as in
+Pillow's ImageEnhance.
 """
 
 import math
@@ -11,6 +12,8 @@ import math
 import jax
 from jax import lax
 import jax.numpy as jnp
+
+from clop_jax import arguments
 
 OPERATIONS = (
   'identity',
@@ -32,31 +35,25 @@ MAX_MAGNITUDE = 30
 
 
 def check(layers: int, magnitude: float):
-  """Raises ValueError if there can be no such layers or magnitude."""
-  if not isinstance(layers, int) or layers < 0:
-    raise ValueError(
-      'config.augment.randaugment_layers must be an integer >= 0, got '
-      f'{layers!r}'
-    )
-  if not 0 <= magnitude <= MAX_MAGNITUDE:
-    raise ValueError(
-      'config.augment.randaugment_magnitude must be '
-      f'in [0, {MAX_MAGNITUDE}], got {magnitude}'
-    )
+  """Raises ValueError if a number is out of range."""
+  arguments.count('config.augment.randaugment_layers', layers, at_least=0)
+  arguments.number(
+    'config.augment.randaugment_magnitude',
+    magnitude,
+    at_least=0,
+    at_most=MAX_MAGNITUDE,
+  )
 
 
 def apply(
   uniform: jax.Array, planes: jax.Array, *, magnitude: float
 ) -> jax.Array:
-  """Draws one of `OPERATIONS` for each layer and applies it.
+  """Applies one of `OPERATIONS` for each layer, rounding to 8 bits as Pillow.
 
   Args:
-    uniform: `[layers, 2]` numbers uniform in [0, 1): operation and sign.
-    planes: `[channels, height, width]` float32 in [0, 1], 1 or 3 channels.
-    magnitude: strength of the operations, in [0, 30].
-
-  Returns:
-    As planes, rounded to 8 bits as Pillow's operations are.
+    uniform: Random numbers `[layers, 2]` in [0, 1), for operation and sign.
+    planes: Image `[channels, height, width]` float32 in [0, 1].
+    magnitude: Strength of the operations, in [0, 30].
 
   Reference:
     Cubuk et al., arXiv 1909.13719; ranges of the operations as in torchvision.
@@ -67,7 +64,7 @@ def apply(
     sign = jnp.where(numbers[1] < 0.5, -1.0, 1.0)
     return operate(pixels, which, sign, magnitude=magnitude), None
 
-  # A loop, for the program's size not to grow with the number of layers.
+  # A loop, so that the program does not grow with the number of layers.
   pixels, _ = lax.scan(layer, jnp.round(planes * 255), uniform)
   return pixels / 255
 
@@ -75,16 +72,13 @@ def apply(
 def operate(
   pixels: jax.Array, which: jax.Array, sign: jax.Array, *, magnitude: float
 ) -> jax.Array:
-  """One operation.
+  """Applies the operation `OPERATIONS[which]`; pixels beside the image are 0.
 
   Args:
-    pixels: `[channels, height, width]`, whole numbers 0 to 255 as float32.
-    which: index in `OPERATIONS`.
-    sign: 1.0 or -1.0, for the operations that have a direction.
-    magnitude: in [0, 30].
-
-  Returns:
-    As pixels; what comes from outside of the image is 0.
+    pixels: Image `[channels, height, width]`, integers 0 to 255 as float32.
+    which: Index in `OPERATIONS`.
+    sign: Direction of the operation, 1.0 or -1.0.
+    magnitude: Strength, in [0, 30].
   """
   share = magnitude / MAX_MAGNITUDE
   pixels = _warp(pixels, which, sign, share)
@@ -93,7 +87,7 @@ def operate(
 
 
 def luma(planes: jax.Array) -> jax.Array:
-  """Grey `[1, height, width]` of 1 or 3 planes, as Pillow's mode L."""
+  """Returns 1 or 3 planes as a grey one `[1, height, width]`, as Pillow."""
   if planes.shape[0] == 1:
     return planes
   return 0.299 * planes[:1] + 0.587 * planes[1:2] + 0.114 * planes[2:]
@@ -104,7 +98,7 @@ def _is(which, name):
 
 
 def _warp(pixels, which, sign, share):
-  """The geometric operations: the nearest pixel under an affine map."""
+  """Applies the geometric operations: nearest pixel under an affine map."""
   channels, height, width = pixels.shape
 
   def amount(name, strength):
@@ -112,7 +106,7 @@ def _warp(pixels, which, sign, share):
 
   angle = amount('rotate', math.radians(30 * share))
   cos, sin = jnp.cos(angle), jnp.sin(angle)
-  # About the centre; torchvision shears, unlike it rotates, about the corner.
+  # About the centre. (torchvision shears about the corner.)
   y = (jnp.arange(height) + 0.5 - height / 2)[:, None]
   x = jnp.arange(width) + 0.5 - width / 2
   source_y = cos * y + (sin + amount('shear_y', 0.3 * share)) * x
@@ -129,7 +123,7 @@ def _warp(pixels, which, sign, share):
 
 
 def _map_values(pixels, which, share):
-  """The operations that are a table of each channel's 256 values."""
+  """Applies the operations that are a table of each channel's 256 values."""
   channels = jnp.arange(pixels.shape[0])[:, None, None]
   values = pixels.astype(jnp.int32)
   counts = jnp.zeros((pixels.shape[0], 256), jnp.int32)
@@ -138,7 +132,7 @@ def _map_values(pixels, which, share):
   low = jnp.argmax(counts > 0, axis=1, keepdims=True)
   high = 255 - jnp.argmax(counts[:, ::-1] > 0, axis=1, keepdims=True)
   stretched = (ramp - low) * 255 // jnp.maximum(high - low, 1)
-  # Pillow leaves the brightest value out of the count.
+  # Pillow does not count the brightest value.
   total = pixels.shape[1] * pixels.shape[2]
   step = (total - jnp.take_along_axis(counts, high, axis=1)) // 255
   before = jnp.cumsum(counts, axis=1) - counts
@@ -159,7 +153,7 @@ def _map_values(pixels, which, share):
 
 
 def _enhance(pixels, which, amount):
-  """The blends with black, the grey image, its mean, and a smooth image."""
+  """Blends with black, the grey image, its mean, or a smoothed image."""
   grey = jnp.round(luma(pixels))
   other = jnp.select(
     [_is(which, name) for name in ('brightness', 'color', 'contrast')],
@@ -172,7 +166,7 @@ def _enhance(pixels, which, amount):
 
 
 def _smooth(pixels):
-  """The 3 x 3 mean with five-fold centre of Pillow; borders are left alone."""
+  """Returns the 3 x 3 mean with five-fold centre; borders do not change."""
   rows = pixels[:, :-2] + pixels[:, 1:-1] + pixels[:, 2:]
   both = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
   inner = pixels[:, 1:-1, 1:-1]

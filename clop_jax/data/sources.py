@@ -1,11 +1,8 @@
 """Random-access sources of labelled images, by name.
 
-A source is any object with `__len__` and `__getitem__(i)` that gives
-`{'image': ..., 'label': int}`: the image uint8 `[height, width, channels]` or a
-Pillow image, the label -1 for unlabelled.
-Three attributes are used where it has them: `labels` (`[n]` integers; spares
-reading every image to learn its label), `num_classes`, and `name_of(i)` (what
-an error calls an example: its file).
+A source is an object with `__len__` and `__getitem__`; see `Source`. Optional
+are `labels` (integers `[n]`, which saves reading every image), `num_classes`,
+and a method `name_of(index)` that names an example in errors, as by its path.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,37 +22,45 @@ from clop_jax.runtime import remote
 
 
 class Source(Protocol):
-  """What a loader reads from."""
+  """Examples that can be read in any order."""
 
   def __len__(self) -> int:
-    """Number of examples."""
+    """Returns the number of examples."""
 
   def __getitem__(self, index: int) -> dict:
-    """`{"image": an array or a Pillow image (above), "label": int}`."""
+    """Returns `{'image': ..., 'label': int}`.
+
+    The image is a uint8 array `[height, width, channels]` or a Pillow image.
+    The label is -1 if the example is unlabelled.
+    """
 
 
 def load(
   name: str, split: str, data_dir: str | None = None, **options
 ) -> Source:
-  """The source of that name and split, prepared first if need be.
+  """Returns a split of a data set, prepared first if necessary.
 
   Args:
-    name: 'folder', 'npz', 'synthetic', or a data set of TFDS: 'digits' and
-      'tiny_imagenet' are ours, the others TFDS's own ('cifar100', ...).
-    split: a split of it, as 'train'.
-    data_dir: the folder of images, the npz file, or where TFDS keeps its data
-      sets (None is TFDS's default).
-    **options: keyword arguments of that source; see `synthetic.Synthetic`.
-
-  Returns:
-    The source.
+    name: 'folder', 'npz', 'synthetic', 'digits', 'tiny_imagenet' or a data set
+      of TFDS, such as 'cifar100'.
+    split: Name of the split, such as 'train'.
+    data_dir: Folder of images, npz file, or folder of TFDS's data sets (None is
+      TFDS's default).
+    **options: Keyword arguments of the source; see `synthetic.Synthetic`.
 
   Raises:
-    ValueError: for an unknown name, split or option, or unreadable data.
+    ValueError: If the name, split or an option is unknown, or the data cannot
+      be read.
+
+  Example:
+    >>> from clop_jax.data import sources
+    >>> source = sources.load('synthetic', 'train', num_examples=100)
+    >>> len(source), source[0]['image'].shape
+    (100, (8, 8, 1))
   """
   make = _SOURCES.get(name)
   if data_dir is not None:
-    # The config of a workdir has not been checked by a command.
+    # The config of a workdir was not checked by a command.
     check = remote.check if make is None else remote.check_local
     check('config.data.data_dir', data_dir)
   try:
@@ -73,30 +78,20 @@ def load(
 
 
 def in_flags(error: ValueError, name: str) -> str:
-  """What `load` raised, for a command whose flags name the data set.
+  """Returns a message of `load` that names flags instead of config fields.
 
   Args:
-    error: speaks of the fields of `config.data`.
-    name: the flag that stands for `config.data.name`, as '--source'.
-
-  Returns:
-    The message; for each other field it names the flag of that name.
-
-  Example:
-    >>> from clop_jax.data import sources
-    >>> try:
-    ...   sources.load('npz', 'train', 'missing.npz')
-    ... except ValueError as error:
-    ...   print(sources.in_flags(error, '--data'))
-    --data_dir=missing.npz: there is no such file
+    error: Error of `load`.
+    name: Flag that stands for `config.data.name`. The other fields of
+      `config.data` become flags of the same name.
   """
-  # But for those that say how to train.
+  # Not in advice on how to train, which begins with `--config`.
   message = re.sub(r'(?<!-)config\.data\.name', name, str(error))
   return re.sub(r'(?<!-)config\.data\.', '--', message)
 
 
 def _synthetic(split, data_dir, **options):
-  del data_dir  # made, not read
+  del data_dir
   return synthetic.Synthetic(split, **options)
 
 
@@ -106,12 +101,11 @@ _SOURCES: dict[str, Callable[..., Source]] = {
   'synthetic': _synthetic,
 }
 
-
 WITHOUT_PREPARING = tuple(_SOURCES)
 
 
 def labels_of(source: Source) -> np.ndarray:
-  """All labels of a source, `[n]` int32."""
+  """Returns all labels of a source, `[n]` int32."""
   labels = getattr(source, 'labels', None)
   if labels is None:
     indices = tqdm.tqdm(
@@ -122,13 +116,13 @@ def labels_of(source: Source) -> np.ndarray:
   if labels.shape != (len(source),) or labels.dtype.kind not in 'iu':
     raise ValueError(
       f'a source must have one integer label for each of its {len(source)} '
-      f'examples (-1: unlabelled), got {labels.dtype} {labels.shape}'
+      f'examples (-1 if unlabelled), got {labels.dtype} {labels.shape}'
     )
   return arrays.as_int32(labels)
 
 
 def name_of(source: Source, index: int) -> str:
-  """What an error calls an example."""
+  """Returns the name of an example, for errors."""
   name = getattr(source, 'name_of', None)
   return name(index) if name is not None else f'image {index}'
 
@@ -136,12 +130,18 @@ def name_of(source: Source, index: int) -> str:
 class Union:
   """Several sources, one after the other.
 
-  For training on labelled and unlabelled sets together:
-  `Union([labelled, Unlabelled(other)])`.
+  Example:
+    >>> from clop_jax.data import sources
+    >>> labelled, other = (
+    ...   sources.load('synthetic', 'train', num_examples=n) for n in (10, 20)
+    ... )
+    >>> union = sources.Union([labelled, sources.Unlabelled(other)])
+    >>> len(union), union[29]['label']
+    (30, -1)
   """
 
   def __init__(self, parts: Sequence[Source]):
-    """Joins sources whose classes, where they have any, are the same."""
+    """Joins sources of the same classes; unlabelled ones need none."""
     if not parts:
       raise ValueError('parts must hold at least one source, got none')
     self._parts = list(parts)
@@ -150,7 +150,7 @@ class Union:
     self.num_classes = getattr(parts[0], 'num_classes', None)
 
   def __len__(self):
-    return int(self._ends[-1])
+    return len(self.labels)
 
   def _locate(self, index):
     if not 0 <= index < len(self):
@@ -164,34 +164,15 @@ class Union:
     return part[position] | {'label': int(self.labels[index])}
 
   def name_of(self, index):
-    """The example's name in its own source."""
+    """Returns the example's name in its own source."""
     return name_of(*self._locate(index))
 
 
-class Unlabelled:
-  """A source without its labels."""
-
-  def __init__(self, source: Source):
-    """Hides the labels of `source`."""
-    self._source = source
-    self.labels = np.full(len(source), -1, np.int32)
-
-  def __len__(self):
-    return len(self._source)
-
-  def __getitem__(self, index):
-    return self._source[index] | {'label': -1}
-
-  def name_of(self, index):
-    """The example's name in the source."""
-    return name_of(self._source, index)
-
-
 class Subset:
-  """Some examples of a source, in the order asked for."""
+  """Some examples of a source, by their indices."""
 
   def __init__(self, source: Source, indices: np.ndarray):
-    """Takes the examples `indices` of `source`."""
+    """Selects the examples."""
     self._source, self._indices = source, np.asarray(indices)
     self.labels = labels_of(source)[self._indices]
     self.num_classes = getattr(source, 'num_classes', None)
@@ -203,26 +184,36 @@ class Subset:
     return self._source[int(self._indices[index])]
 
   def name_of(self, index):
-    """The example's name in the source."""
+    """Returns the example's name in the source."""
     return name_of(self._source, int(self._indices[index]))
 
 
-class Grey:
-  """A source without its colours, for a network of one channel."""
+class Unlabelled:
+  """A source without its labels."""
 
   def __init__(self, source: Source):
-    """Takes the colours from `source`."""
+    """Hides the labels."""
     self._source = source
-    self.labels = labels_of(source)
-    self.num_classes = getattr(source, 'num_classes', None)
+    self.labels = np.full(len(source), -1, np.int32)
 
   def __len__(self):
     return len(self._source)
 
   def __getitem__(self, index):
-    example = self._source[index]
-    return example | {'image': images.to_grey(example['image'])}
+    return self._source[index] | {'label': -1}
 
   def name_of(self, index):
-    """The example's name in the source."""
+    """Returns the example's name in the source."""
     return name_of(self._source, index)
+
+
+class Grey(Subset):
+  """A source without its colours, for a network of one channel."""
+
+  def __init__(self, source: Source):
+    """Hides the colours."""
+    super().__init__(source, np.arange(len(source)))
+
+  def __getitem__(self, index):
+    example = super().__getitem__(index)
+    return example | {'image': images.to_grey(example['image'])}

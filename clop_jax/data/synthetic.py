@@ -1,30 +1,29 @@
-"""Classes in known subspaces with noise: the smallest thing that can collapse.
+"""Images from a known subspace per class, the smallest data that can collapse.
 
 Reference: the synthetic experiments of arXiv 2403.18699.
 """
 
-import math
-import numbers
-
 import numpy as np
+
+from clop_jax import arguments
 
 _SPLITS = ('train', 'test')
 
 
 class Synthetic:
-  r"""Grey images whose pixels are drawn from one subspace for each class.
+  r"""Grey images, drawn from a subspace of each class and noise.
 
   .. math:: x = 0.5 + 0.15
     \left(p\, \frac{B_y a}{\|B_y a\|} + \sigma\, \epsilon\right),
     \quad a \sim N(0, I_d),\ \epsilon \sim N(0, I_{p^2})
 
   with `p` the image's side and `B_y` the orthonormal basis of class `y`,
-  orthogonal to those of the other classes; `x` is rounded to 256 levels.
+  orthogonal to those of the other classes. `x` is rounded to 256 levels.
 
   Attributes:
-    bases: `[num_classes, size * size, subspace_dim]` float64.
-    labels: `[n]` int32, equally many of each class.
-    num_classes: number of classes.
+    bases: Bases `[num_classes, size * size, subspace_dim]` float64.
+    labels: Labels `[n]` int32, with the same number of each class.
+    num_classes: Number of classes.
   """
 
   def __init__(
@@ -41,17 +40,17 @@ class Synthetic:
     """Draws the images.
 
     Args:
-      split: 'train', or 'test' (a fifth as many, of the same subspaces).
-      num_classes: number of classes.
-      num_examples: of the training split.
-      size: side of an image, pixels.
-      subspace_dim: directions of each class.
-      noise: deviation, relative to the signal's.
-      seed: of everything.
+      split: 'train', or 'test' (a fifth as many, from the same subspaces).
+      num_classes: Number of classes.
+      num_examples: Number of training images.
+      size: Height and width of an image, pixels.
+      subspace_dim: Dimension of each class's subspace.
+      noise: Standard deviation of the noise, relative to the signal.
+      seed: Seed of the subspaces and images.
 
     Raises:
-      ValueError: for an unknown split, a number out of its range, or subspaces
-        that do not fit.
+      ValueError: If the split is unknown, a number is out of range, or the
+        subspaces do not fit into the pixels.
     """
     if split not in _SPLITS:
       raise ValueError(f'split must be one of {list(_SPLITS)}, got {split!r}')
@@ -61,10 +60,11 @@ class Synthetic:
       'size': size,
       'subspace_dim': subspace_dim,
     }
+    field = 'config.data.options.'
     for name, count in counts.items():
-      _check(name, count, least=1, kind=numbers.Integral)
-    _check('noise', noise, least=0, kind=numbers.Real)
-    _check('seed', seed, least=0, kind=numbers.Integral)
+      arguments.count(field + name, count)
+    arguments.number(field + 'noise', noise, at_least=0)
+    arguments.count(field + 'seed', seed, at_least=0)
     if num_classes * subspace_dim > size * size:
       raise ValueError(
         f'{num_classes} orthogonal subspaces of {subspace_dim} directions do '
@@ -88,7 +88,7 @@ class Synthetic:
     )
     signal *= size / np.linalg.norm(signal, axis=1, keepdims=True)
     signal += noise * rng.normal(size=signal.shape)
-    # The signal's deviation is 1, so five deviations either way stay visible.
+    # The signal's standard deviation is 1, so three of them fit into the range.
     pixels = np.clip(np.round(255 * (0.5 + 0.15 * signal)), 0, 255)
     self._images = pixels.astype(np.uint8).reshape(count, size, size, 1)
 
@@ -97,11 +97,3 @@ class Synthetic:
 
   def __getitem__(self, index):
     return {'image': self._images[index], 'label': int(self.labels[index])}
-
-
-def _check(name, value, *, least, kind):
-  if not isinstance(value, kind) or not least <= value < math.inf:
-    what = 'an integer' if kind is numbers.Integral else 'a number'
-    raise ValueError(
-      f'config.data.options.{name} must be {what} >= {least}, got {value!r}'
-    )

@@ -1,4 +1,4 @@
-"""Data sets of TFDS: prepared once, read at random without TensorFlow."""
+"""Data sets of TFDS, prepared once and read at random without TensorFlow."""
 
 import contextlib
 import difflib
@@ -10,20 +10,22 @@ import os
 import shutil
 import sys
 
+from etils import epath
 import numpy as np
 import tqdm
 
 from clop_jax.data import images
+from clop_jax.runtime import files
 from clop_jax.runtime import locks
 
 _PREPARE = 'python -m clop_jax.prepare'
 
 
 class TfdsSource:
-  """A prepared split; images are decoded by Pillow when they are read.
+  """A source of a prepared split, whose images are decoded by Pillow.
 
-  TFDS would decode with TensorFlow or OpenCV where it finds one: another
-  decoder on another machine, and other pixels.
+  TFDS would decode with TensorFlow or OpenCV if they are installed, and the
+  pixels would depend on the machine.
 
   Attributes:
     num_classes: Number of classes.
@@ -52,26 +54,25 @@ class TfdsSource:
       )
     except NotImplementedError as error:
       raise ValueError(
-        f'{builder.data_dir} was prepared as '
-        f'{builder.info.file_format.value}, which has no random access; give '
-        f'another folder: {_PREPARE} --name={builder.name} --data_dir=DIR, and '
-        'train with --config.data.data_dir=DIR'
+        f'{builder.data_dir} is prepared as '
+        f'{builder.info.file_format.value}, which has no random access; run '
+        f'{_PREPARE} --name={builder.name} --data_dir=DIR with another folder, '
+        'and train with --config.data.data_dir=DIR'
       ) from error
     features = builder.info.features
-    # Only these two: others could need TensorFlow to be decoded.
+    # Other features might need TensorFlow to be decoded.
     self._features = tfds.features.FeaturesDict(
       {name: features[name] for name in ('image', 'label')}
     )
     self._decoders = {'image': tfds.decode.SkipDecoding()}
     label = features['label']
     self.num_classes, self.class_names = label.num_classes, label.names
-    self._labels = None
-    # A part of a split, as 'train[:10%]', is not worth a file.
-    self._cache = (
-      os.path.join(builder.data_dir, f'clop_jax_labels_{split}.npy')
-      if split in splits
-      else None
-    )
+    self._labels: np.ndarray | None = None
+    # Not for a part of a split, such as 'train[:10%]'.
+    self._cache = None
+    if split in splits:
+      name = f'clop_jax_labels_{split}.npy'
+      self._cache = os.path.join(builder.data_dir, name)
 
   def __len__(self):
     return len(self._records)
@@ -92,55 +93,42 @@ class TfdsSource:
 
   @property
   def labels(self) -> np.ndarray:
-    """All labels, `[n]` int32; read once, without decoding, and kept in a file.
-
-    The file lies beside the prepared data. If it cannot be written, the labels
-    are read again each time.
-    """
-    found = self._cached() if self._labels is None else self._labels
-    if found is None:
+    """Labels `[n]` int32, cached in a file beside the prepared data."""
+    if self._labels is not None:
+      return self._labels
+    labels = self._cached_labels()
+    if labels is None:
       indices = tqdm.tqdm(
         range(len(self)), 'reading labels', disable=not sys.stderr.isatty()
       )
-      found = np.array(
-        [int(self._encoded(index)['label']) for index in indices], np.int32
+      labels = np.array(
+        [self._encoded(index)['label'] for index in indices], np.int32
       )
-      self._keep(found)
-    self._labels = found
-    return found
+      if self._cache is not None:
+        buffer = io.BytesIO()
+        np.save(buffer, labels)
+        with contextlib.suppress(OSError):  # not writable
+          files.write_whole(self._cache, buffer.getvalue())
+    self._labels = labels
+    return labels
 
-  def _cached(self):
-    if self._cache is None or not os.path.exists(self._cache):
-      return None
+  def _cached_labels(self):
     try:
-      labels = np.load(self._cache)
-    except (OSError, ValueError, EOFError):
+      labels = np.load(io.BytesIO(epath.Path(self._cache).read_bytes()))
+    except (OSError, ValueError, EOFError, TypeError):  # damaged, or no cache
       return None
     fits = labels.dtype == np.int32 and labels.shape == (len(self),)
     return labels if fits else None
-
-  def _keep(self, labels):
-    if self._cache is None:
-      return
-    # Several processes may come here at once.
-    partial = f'{self._cache}.{os.getpid()}.partial'
-    try:
-      with open(partial, 'wb') as file:
-        np.save(file, labels)
-      os.replace(partial, self._cache)
-    except OSError:  # somebody else's folder, or remote
-      with contextlib.suppress(OSError):
-        os.remove(partial)
 
 
 def load(
   name: str, split: str, data_dir: str | None = None, *, progress: bool = False
 ) -> TfdsSource:
-  """Returns the split of a data set, prepared first if necessary.
+  """Returns a split of a data set, prepared first if necessary.
 
   Args:
-    name: Name in TFDS ('cifar100', 'imagenette/320px-v2'), or one of ours.
-    split: Split in TFDS, or a part of one, as 'train[:10%]'.
+    name: Name of the data set, such as 'cifar100' or 'imagenette/320px-v2'.
+    split: Split, or parts of splits, such as 'train[:10%]+test'.
     data_dir: Folder of TFDS's data sets; None is TFDS's default.
     progress: True shows a progress bar while preparing.
 
@@ -152,19 +140,15 @@ def load(
 
 
 def builder(name: str, data_dir: str | None = None):
-  """Returns the TFDS builder of that name.
-
-  Raises:
-    ValueError: If there is none, or it has no `image` with a class `label`.
-  """
-  # Here, because TFDS takes a second to import.
+  """Returns the TFDS builder of a set with an `image` and a class `label`."""
+  # Importing TFDS takes a second.
   import tensorflow_datasets as tfds
 
   from clop_jax.data import digits
   from clop_jax.data import tiny_imagenet
 
   ours = {'digits': digits.Digits, 'tiny_imagenet': tiny_imagenet.TinyImagenet}
-  # array_record: random access, and no TensorFlow to read it.
+  # array_record has random access, and is read without TensorFlow.
   arguments = {'data_dir': data_dir, 'file_format': 'array_record'}
   if name in ours:
     return ours[name](**arguments)
@@ -181,12 +165,12 @@ def builder(name: str, data_dir: str | None = None):
     ) from error
   except ImportError as error:
     raise ValueError(
-      f'config.data.name={name!r} cannot even be described without TensorFlow '
-      f"({error}); pip install 'clop-jax[prepare]'"
+      f'config.data.name={name!r} needs TensorFlow ({error}): pip install '
+      "'clop-jax[prepare]'"
     ) from error
-  described = made.info.features
-  is_dict = isinstance(described, tfds.features.FeaturesDict)
-  features = dict(described.items()) if is_dict else {}
+  features = made.info.features
+  is_dict = isinstance(features, tfds.features.FeaturesDict)
+  features = dict(features.items()) if is_dict else {}
   if not (
     isinstance(features.get('image'), tfds.features.Image)
     and isinstance(features.get('label'), tfds.features.ClassLabel)
@@ -199,21 +183,20 @@ def builder(name: str, data_dir: str | None = None):
 
 
 def prepared(name: str, data_dir: str | None, *, progress: bool = False):
-  """Returns the builder of that name, prepared by this process or another one.
+  """Returns a builder after preparing its data set, if necessary.
 
-  Several processes of one machine (or of a shared folder with locks) may call
-  this at once: one prepares, the others wait. The files of an interrupted
-  preparation are removed.
+  If several processes call this at once, one prepares and the others wait. The
+  files of an interrupted preparation are removed.
 
   Raises:
-    ValueError: If it cannot be prepared; the error names what is needed.
+    ValueError: If the set cannot be prepared. The error says what is missing.
     OSError: If it cannot be written.
   """
   made = builder(name, data_dir)
   if made.is_prepared():
     return made
   with _alone(made.data_dir) as is_alone:
-    # Another process may have prepared it meanwhile, which `made` cannot see.
+    # Another process may have prepared it meanwhile, which `made` does not see.
     made = builder(name, data_dir)
     if made.is_prepared():
       return made
@@ -229,10 +212,9 @@ def prepared(name: str, data_dir: str | None, *, progress: bool = False):
 
 @contextlib.contextmanager
 def _alone(data_dir):
-  """Holds the lock of a data set, which ends with the process.
+  """Locks a data set; yields False if there are no locks, as in remote folders.
 
-  Yields False if there are no locks, as in a remote folder. TFDS writes to a
-  folder of its own and renames it at the end, so nothing is lost.
+  Without a lock nothing is lost: TFDS writes to a folder of its own.
   """
   if '://' in data_dir:
     yield False
@@ -243,7 +225,7 @@ def _alone(data_dir):
       is_locked = locks.take(file)
     except BlockingIOError:
       print(
-        f'waiting for another process that prepares {data_dir}',
+        f'waiting for the process that prepares {data_dir}',
         file=sys.stderr,
         flush=True,
       )
@@ -252,27 +234,27 @@ def _alone(data_dir):
 
 
 def _check_needs(made, name, data_dir):
-  """Raises ValueError with all that is missing, before any download."""
+  """Raises ValueError if anything is missing, before any download."""
   needs = []
   folder = os.path.join(made._data_dir_root, 'downloads', 'manual')
   instructions = made.MANUAL_DOWNLOAD_INSTRUCTIONS
   if instructions and not (os.path.isdir(folder) and os.listdir(folder)):
     needs.append(
-      f'a download by hand into {folder}: {" ".join(instructions.split())}'
+      f'files that you download into {folder}: {" ".join(instructions.split())}'
     )
-  # TFDS's builders that use TensorFlow import it lazily under this name.
+  # Builders that use TensorFlow import it lazily under this name.
   module = sys.modules[type(made).__module__]
   if hasattr(module, 'tf') and not importlib.util.find_spec('tensorflow'):
     needs.append(_TENSORFLOW)
   if needs:
     raise ValueError(
       f'{name} is not prepared in {made.data_dir}, and preparing it needs '
-      f'{"; and ".join(needs)}. Then: {_command(name, data_dir)}'
+      f'{"; and ".join(needs)}. Then run {_command(name, data_dir)}'
     )
 
 
 _TENSORFLOW = (
-  "TensorFlow (pip install 'clop-jax[prepare]'; training then goes without it)"
+  "TensorFlow (pip install 'clop-jax[prepare]'; training does not need it)"
 )
 
 
@@ -289,12 +271,12 @@ def _prepare(made, name, data_dir, progress):
   else:
     tfds.disable_progress_bar()
   try:
-    # TFDS prints to standard output, which belongs to the command.
+    # TFDS prints to standard output, which is for the command's results.
     with contextlib.redirect_stdout(sys.stderr if progress else io.StringIO()):
       made.download_and_prepare()
   except ImportError as error:
     raise ValueError(
-      f'preparing {name} needs {_TENSORFLOW} ({error}). Then: '
+      f'preparing {name} needs {_TENSORFLOW} ({error}). Then run '
       f'{_command(name, data_dir)}'
     ) from error
   except (
@@ -308,6 +290,6 @@ def _prepare(made, name, data_dir, progress):
       raise
     raise ValueError(
       f'{name} cannot be prepared in {made.data_dir}: '
-      f'{" ".join(str(error).split())}. Nothing there counts as prepared; once '
-      f'the cause is gone: {_command(name, data_dir)}'
+      f'{" ".join(str(error).split())}. Fix the cause, then run '
+      f'{_command(name, data_dir)}'
     ) from error

@@ -25,7 +25,7 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
   """JPEG bytes as they are in the official zip; needs no TensorFlow.
 
   The zip is `tiny-imagenet-200.zip` in the folder of the data sets
-  (`data_dir`), or else is downloaded.
+  (`data_dir`). If it is missing, it is downloaded.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -59,17 +59,15 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
         annotations = _lines(archive, members, path, 'val/val_annotations.txt')
     except zipfile.BadZipFile as error:
       raise ValueError(
-        f'{path} cannot be read as a zip ({error}); delete it, and it is '
-        'downloaded again'
+        f'{path} cannot be read as a zip ({error}); delete it to download it '
+        'again'
       ) from error
     class_of = {wnid: label for label, wnid in enumerate(sorted(wnids))}
-    # File, class, and a box that is not used.
+    # The columns are file, class and bounding box.
     validation = dict(line.split('\t')[:2] for line in annotations)
     examples = {'train': [], 'validation': [], 'test': []}
-    for member in sorted(members):
+    for member in sorted(x for x in members if x.endswith('.JPEG')):
       parts = posixpath.relpath(member, _ROOT).split('/')
-      if not member.endswith('.JPEG'):
-        continue
       if parts[0] == 'train':
         examples['train'].append((member, class_of.get(parts[1])))
       elif parts[0] == 'val':
@@ -80,12 +78,12 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
     for split, listed in examples.items():
       if not listed:
         raise ValueError(f'{path} has no images of the split {split}')
-      for member, label in listed:
-        if label is None:
-          raise ValueError(
-            f'{path}: {member} has no class that wnids.txt lists; the file is '
-            'not the official one'
-          )
+    for member, label in (x for listed in examples.values() for x in listed):
+      if label is None:
+        raise ValueError(
+          f'{path}: {member} has no class in wnids.txt; the file is not the '
+          'official one'
+        )
     return {
       split: self._generate_examples(path, listed)
       for split, listed in examples.items()
@@ -95,13 +93,12 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
     with zipfile.ZipFile(path) as archive:
       for member, label in listed:
         try:
-          # The bytes pass through undecoded: TFDS would need TensorFlow to
-          # encode an array.
+          # Encoded, because TFDS needs TensorFlow to encode an array.
           image = io.BytesIO(archive.read(member))
         except zipfile.BadZipFile as error:
           raise ValueError(
-            f'{path}: {member} is damaged ({error}); delete the zip, and it is '
-            'downloaded again'
+            f'{path}: {member} is damaged ({error}); delete the zip to '
+            'download it again'
           ) from error
         yield member, {'image': image, 'label': label}
 

@@ -1,7 +1,7 @@
-"""The figure of `evaluate`, and the style and parts that all figures share.
+"""The figure of `evaluate`, and the style that all figures share.
 
-Lines differ in colour, marker and dashes, classes in colour and marker, so that
-colour never stands alone.
+Lines differ in colour, marker and dashes, classes in colour and marker, so
+nobody depends on colour alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ try:
   import matplotlib
   from matplotlib import backend_bases
   from matplotlib import figure as figure_lib
-except ImportError:  # It belongs to an extra, see `check_path`.
+except ImportError:  # an optional dependency, see `check_path`
   pass
 
 from clop_jax.runtime import extras
@@ -46,13 +46,13 @@ def embedding_figure(
   spectra: Sequence[np.ndarray],
   effective_ranks: Sequence[float],
 ) -> bool:
-  """Draws the embeddings of each run in a plane, and all singular spectra.
+  """Draws the embeddings of each run, and all singular spectra.
 
-  The plane is that of the first two principal components, on one scale for all
-  runs, so that a collapsed run is a heap or a line.
+  The axes are the first two principal components. All runs have one scale, so
+  the embeddings of a collapsed run are a heap or a line.
 
   Args:
-    path: Path of the file. Missing folders are made.
+    path: File to write. Missing folders are created.
     names: Names of the runs.
     embeddings: Normalized embeddings `[n, dim]` of each run.
     labels: Class of each example, `[n]`.
@@ -60,7 +60,7 @@ def embedding_figure(
     effective_ranks: Effective rank of each run's embeddings.
 
   Returns:
-    False, after a warning, if matplotlib is not installed.
+    True, or False after a warning if matplotlib is not installed.
   """
   if not extras.is_installed('matplotlib'):
     parallel.warn(f"{path} is left out: pip install 'clop-jax[report]'")
@@ -84,10 +84,7 @@ def embedding_figure(
 
 
 def check_path(path: str, flag: str) -> None:
-  """Raises ValueError if a figure could not be written to the path of a flag.
-
-  The folders of the path may be missing.
-  """
+  """Raises ValueError if no figure can be written to the path of a flag."""
   extras.check(f'--{flag}', 'report', 'matplotlib')
   kinds = sorted(backend_bases.FigureCanvasBase.get_supported_filetypes())
   if os.path.isdir(path):
@@ -99,22 +96,13 @@ def check_path(path: str, flag: str) -> None:
   parents = pathlib.Path(path).absolute().parents
   above = next(parent for parent in parents if os.path.lexists(parent))
   if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-    raise ValueError(f'--{flag}={path}: {above} is no folder to write to')
+    raise ValueError(f'--{flag}={path}: {above} is not a writable folder')
 
 
 def principal_plane(embeddings: np.ndarray) -> np.ndarray:
   """Returns the first two principal components of `[n, dim]` as `[n, 2]`.
 
-  Missing dimensions are filled with zeros.
-
-  Example:
-    >>> import numpy as np
-    >>> from clop_jax.evaluation import figures
-    >>> x = np.array([[0, 0, 5], [0, 4, 5], [0, 8, 5]])
-    >>> print(np.abs(figures.principal_plane(x)).round(3))
-    [[4. 0.]
-     [0. 0.]
-     [4. 0.]]
+  If `dim` is 1, the second one is 0.
   """
   centred = np.asarray(embeddings, np.float32)
   centred = centred - centred.mean(axis=0)
@@ -132,14 +120,10 @@ def drawn(
   grid: bool = True,
   sharey: bool = False,
 ) -> Iterator[tuple[Any, np.ndarray]]:
-  """Context that gives a figure and its axes, and saves it at the end.
+  """Yields a figure and its axes, and saves the figure at the end.
 
-  Args:
-    path: Path of the file. Missing folders are made.
-    shape: Number of rows and columns of axes.
-    size: Width and height in inches.
-    grid: Draw grid lines.
-    sharey: Use one y axis for all.
+  `shape` is the number of rows and columns of axes, `size` is the width and
+  height in inches. Missing folders of the path are created.
   """
   with matplotlib.rc_context(_STYLE | {'axes.grid': grid}):
     figure = figure_lib.Figure(figsize=size, layout='constrained')
@@ -149,7 +133,7 @@ def drawn(
 
 
 def line_style(index: int) -> dict[str, Any]:
-  """Returns the style of a run's line, by the number of the run."""
+  """Returns the style of the line of a run."""
   return {
     'color': colour(index),
     'marker': _MARKERS[index % 10],
@@ -160,13 +144,13 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def legend(figure: Any, **style: Any) -> None:
-  """Draws one legend of all axes below them, in rows that fit the width."""
+  """Draws one legend for all axes, below them."""
   handles = {}
   for axis in figure.axes:
     for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
       handles.setdefault(label, handle)
   if handles:
-    entry = 0.085 * max(map(len, handles)) + 0.9  # inches, with its line
+    entry = 0.085 * max(map(len, handles)) + 0.9  # width in inches
     rows = math.ceil(len(handles) / max(1, figure.get_figwidth() // entry))
     figure.legend(
       handles.values(),
@@ -181,7 +165,7 @@ def legend(figure: Any, **style: Any) -> None:
 def draw_spectra(
   axis: Any, names: Sequence[str], spectra: Sequence[np.ndarray | None]
 ) -> None:
-  """Draws singular values as shares of their sum; None is left out."""
+  """Draws singular values as shares of their sum; None is skipped."""
   lowest = 1e-3
   for index, (name, spectrum) in enumerate(zip(names, spectra, strict=True)):
     if spectrum is not None:
@@ -201,7 +185,7 @@ def scatter(
   classes: np.ndarray,
   extent: float,
 ) -> None:
-  """Draws points `[n, 2]` by class on a square from `-extent` to `extent`."""
+  """Draws points `[n, 2]` by class, with axes from `-extent` to `extent`."""
   for position, label in enumerate(classes):
     axis.scatter(
       *plane[labels == label].T,
@@ -217,16 +201,16 @@ def scatter(
 
 def extent_of(planes: Sequence[np.ndarray]) -> float:
   """Returns half the side of a square around all points."""
-  # Unit embeddings that differ by less are a heap and must look like one.
+  # Unit embeddings that differ by less have collapsed and must look like it.
   return 1.08 * max([0.01, *(np.abs(plane).max() for plane in planes)])
 
 
 def class_legend(figure: Any, axes: Any, classes: np.ndarray) -> None:
-  """Draws a legend of up to ten classes, or a colour bar of more."""
+  """Draws a legend for up to ten classes, a colour bar for more."""
   if classes.size <= 10:
     legend(figure, title='class', handletextpad=0.1, markerscale=2)
     return
-  # By position, as the points are: labels may have gaps.
+  # Colours go by position, because labels may have gaps.
   norm = matplotlib.colors.Normalize(0, classes.size - 1)
   scale = matplotlib.cm.ScalarMappable(norm, 'viridis')
   bar = figure.colorbar(scale, ax=axes, label='class', shrink=0.8)
@@ -235,7 +219,7 @@ def class_legend(figure: Any, axes: Any, classes: np.ndarray) -> None:
 
 
 def colour(index: int, count: int = 10) -> Any:
-  """Returns the colour of a run, or of one of `count` classes."""
+  """Returns the colour of one of `count` runs or classes."""
   if count > 10:
     return matplotlib.colormaps['viridis'](index / (count - 1))
   return matplotlib.color_sequences[_PALETTE][index % 10]

@@ -1,11 +1,10 @@
-r"""Fine-tuning: a backbone and a linear head, trained together on labels.
+r"""Fine-tuning: trains a backbone and a linear head on labels.
 
 .. math:: \min_{\theta, W, b}
   \frac{1}{n} \sum_i -\log \mathrm{softmax}(W f_\theta(x_i) + b)_{y_i}
 
-by SGD with momentum and a cosine learning rate, with batch normalization in
-training mode, from the weights of a checkpoint and a head of zeros. The arrays
-of the checkpoint are copied first and do not change.
+by SGD with momentum and a cosine learning rate. Batch normalization is in
+training mode. The backbone starts from a checkpoint, the head from zeros.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,9 +30,8 @@ from clop_jax.experiment import inputs
 from clop_jax.models import heads
 from clop_jax.runtime import parallel
 
-# Version of the procedure, written into every result. It changes whenever the
-# same weights could give another figure. 1: a streamed set had another
-# augmentation than a resident one.
+# Written into every result. Increase it whenever the same weights could give
+# other numbers. In version 1 a streamed set was augmented differently.
 PROTOCOL_VERSION = 2
 
 _MOMENTUM = 0.9
@@ -41,11 +39,11 @@ _KEPT = ('size', 'mean', 'std', 'crop_area', 'crop_aspect', 'interpolation')
 
 
 def recipe(fields: Mapping[str, Any], *, random: bool = True) -> augment.Recipe:
-  """Returns the augmentation for fine-tuning: crop and flip.
+  """Returns an augmentation that crops and flips.
 
   Args:
     fields: Fields of `config.augment`.
-    random: False takes the whole image, as evaluation does.
+    random: If False, the whole image is used, as in evaluation.
   """
   return augment.Recipe(
     **{name: fields[name] for name in _KEPT},
@@ -57,36 +55,26 @@ def recipe(fields: Mapping[str, Any], *, random: bool = True) -> augment.Recipe:
 
 
 def create_state(variables, *, num_classes: int, feature_dim: int) -> dict:
-  """Returns the state before the first step.
-
-  Args:
-    variables: `{'params': ..., 'batch_stats': ...}` of the backbone; copied.
-    num_classes: Number of classes.
-    feature_dim: Width of the backbone's output.
-
-  Returns:
-    `{'params', 'batch_stats', 'opt_state', 'step'}`; the parameters have the
-    parts 'backbone' and 'head'.
-  """
+  """Returns the state before the first step, with a copy of the variables."""
   head = heads.LinearHead(num_classes)
   features = jnp.zeros((1, feature_dim), jnp.float32)
+  # The step donates its state. Without a copy the arrays of the checkpoint
+  # would be deleted.
+  variables = jax.tree.map(jnp.copy, variables)
   params = {
-    # The step donates its state: without a copy, the arrays of the run would be
-    # gone after one step.
-    'backbone': jax.tree.map(jnp.copy, variables['params']),
+    'backbone': variables['params'],
     'head': head.init(jax.random.key(0), features)['params'],
   }
   return {
     'params': params,
-    'batch_stats': jax.tree.map(jnp.copy, variables['batch_stats']),
+    'batch_stats': variables['batch_stats'],
     'opt_state': _optimizer(0.0, 1).init(params),
     'step': jnp.zeros((), jnp.int32),
   }
 
 
 def _optimizer(learning_rate, total_steps):
-  """Returns SGD with a rate that falls from its peak to 0."""
-
+  # Not optax.cosine_decay_schedule, because total_steps is traced.
   def schedule(step):
     return learning_rate * 0.5 * (1 + jnp.cos(math.pi * step / total_steps))
 
@@ -104,21 +92,21 @@ def train_step(
   bn_scope: str = 'global',
   axis_name: str | None = None,
 ) -> tuple[dict, jax.Array]:
-  """Makes one update; pure, and written for one shard of the batch.
+  """Makes one update with one shard of the batch.
 
   Args:
     state: State, see `create_state`; the same on every device.
     batch: This shard's `image` `[batch, height, width, channels]` uint8,
-      `label` `[batch]` in `[0, num_classes)` and `index` `[batch]`.
+      `label` `[batch]` and `index` `[batch]`.
     key: Key of the augmentation, the same at every step.
-    numbers: Scalars `learning_rate` (its peak) and `total_steps`.
+    numbers: Scalars `learning_rate` (the peak) and `total_steps`.
     backbone: Module from images to features, with the same `axis_name`.
-    recipe: Random operations.
+    recipe: Augmentation.
     bn_scope: Scope of batch normalization, as in the backbone.
     axis_name: Name of the mapped axis, or None.
 
   Returns:
-    The next state, and the float32 loss: the mean over the global batch.
+    The next state, and the loss: the mean over the global batch.
   """
   keys = augment.example_keys(key, state['step'], batch['index'])
   make: Callable = functools.partial(augment.view, recipe=recipe)
@@ -136,7 +124,7 @@ def train_step(
       optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
     )
     if axis_name is not None:
-      # Shards are of one size, so the mean of their means is the global one.
+      # The global mean, because all shards have the same size.
       loss = lax.pmean(loss, axis_name)
     return loss, updated['batch_stats']
 
@@ -176,18 +164,7 @@ class Trainer:
     mesh: Mesh,
     seed: int,
   ):
-    """Compiles nothing yet.
-
-    Args:
-      backbone: Module from images to features, on axis `parallel.DATA_AXIS`.
-      variables: Variables of the backbone from which each fit starts.
-      num_classes: Number of classes.
-      recipe: Random operations.
-      channels: Number of channels of the images.
-      bn_scope: Scope of batch normalization, as in the backbone.
-      mesh: Mesh of the devices, see `parallel.make_mesh`.
-      seed: Seed of the augmentation.
-    """
+    """Compiles nothing yet; the seed is that of the augmentation."""
     shape = (1, recipe.size, recipe.size, channels)
     features = jax.eval_shape(
       functools.partial(backbone.apply, train=False),
@@ -199,18 +176,19 @@ class Trainer:
     )
     self._variables, self._mesh = variables, mesh
     self._key = jax.random.fold_in(jax.random.key(seed), 2)
-    bound = functools.partial(
-      train_step,
-      backbone=backbone,
-      recipe=recipe,
-      bn_scope=bn_scope,
-      axis_name=parallel.DATA_AXIS,
-    )
 
     def step(state, shared, batch):
       batch = jax.tree.map(lambda x: x[0], batch)
-      examples = loader.unpack(shared['resident'], batch)
-      return bound(state, examples, shared['key'], shared['numbers'])
+      return train_step(
+        state,
+        loader.unpack(shared['resident'], batch),
+        shared['key'],
+        shared['numbers'],
+        backbone=backbone,
+        recipe=recipe,
+        bn_scope=bn_scope,
+        axis_name=parallel.DATA_AXIS,
+      )
 
     self._step = parallel.map_step(step, mesh, batch_axes=(None, None, 1))
 
@@ -235,16 +213,11 @@ class Trainer:
   def fit(
     self, data: loader.Loader, *, learning_rate: float, total_steps: int
   ) -> tuple[dict, float]:
-    """Fits once, from the weights of the checkpoint.
-
-    Args:
-      data: Loader of examples with labels in `[0, num_classes)`.
-      learning_rate: Peak of the learning rate.
-      total_steps: Number of updates.
+    """Trains from the weights of the checkpoint.
 
     Returns:
-      The last state, and the loss of the last step: NaN or infinite if the fit
-      diverged.
+      The last state, and the loss of the last step. The loss is not finite if
+      the training diverged.
     """
     state = jax.device_get(self._create(self._variables))
     state = parallel.replicate(self._mesh, state)
@@ -264,39 +237,21 @@ class Trainer:
   def apply(
     self, state: dict
   ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns a function of uint8 images to `(features, logits)`."""
+    """Returns a function from uint8 images to `(features, logits)`."""
     return functools.partial(self._apply, state)
 
 
 def choose(
   learning_rates: Sequence[float], accuracy_at: Callable[[float], float]
-) -> tuple[float, float | None]:
-  """Returns the learning rate with the best accuracy, the lowest on a tie.
-
-  Args:
-    learning_rates: Candidates. A single one needs no accuracy.
-    accuracy_at: Function from a candidate to its accuracy on held-out examples.
-
-  Returns:
-    `(learning rate, its accuracy or None)`.
-
-  Raises:
-    ValueError: If there is no candidate, or one is not positive.
-  """
-  if not len(learning_rates) or not all(rate > 0 for rate in learning_rates):
-    raise ValueError(
-      'config.eval.finetune_learning_rates must hold numbers above 0, got '
-      f'{learning_rates!r}'
-    )
-  if len(learning_rates) == 1:
-    return learning_rates[0], None
-  found = {rate: accuracy_at(rate) for rate in sorted(learning_rates)}
-  best = max(found, key=found.__getitem__)
-  return best, found[best]
+) -> tuple[float, float]:
+  """Returns the best learning rate, the lowest on a tie, and its accuracy."""
+  accuracies = {rate: accuracy_at(rate) for rate in sorted(learning_rates)}
+  best = max(accuracies, key=accuracies.__getitem__)
+  return best, accuracies[best]
 
 
 class FineTuning:
-  """Fine-tuning by the protocol; several fractions share what is compiled."""
+  """Fine-tuning by the protocol; all fractions share one `Trainer`."""
 
   def __init__(
     self,
@@ -306,24 +261,16 @@ class FineTuning:
     readers: Mapping[str, reader_lib.Reader],
     mesh: Mesh,
   ):
-    """Reads the training split if it is to be resident.
+    """Loads the training split if it fits the devices.
 
     Args:
-      config: Config, see `defaults`; `data.num_classes` is known.
+      config: Config with a known `data.num_classes`.
       backbone: Module from images to features.
       variables: Variables of the backbone, which do not change.
       readers: Readers of 'train' and 'test', see `protocol.readers`.
-      mesh: Mesh of the devices, see `parallel.make_mesh`.
-
-    Raises:
-      ValueError: If a field of `config.eval` is wrong.
+      mesh: Mesh of the devices.
     """
     fields = config.eval
-    for name in ('finetune_epochs', 'finetune_min_steps'):
-      if fields[name] < 1:
-        raise ValueError(
-          f'config.eval.{name} must be at least 1, got {fields[name]}'
-        )
     try:
       parallel.check_batch_size(fields.finetune_batch_size, mesh)
     except ValueError as error:
@@ -340,7 +287,7 @@ class FineTuning:
       seed=config.seed,
     )
     train = readers['train']
-    # Each fit has batches of its own.
+    # Each fit selects its own batches.
     shared: Any = {'batch_size': None, 'seed': config.seed, 'mesh': mesh}
     self._data: loader.ResidentLoader | loader.StreamLoader
     if inputs.is_resident(config, train):
@@ -357,25 +304,18 @@ class FineTuning:
     """Fine-tunes on some of the training examples.
 
     The learning rate is the one with the best top-1 on a held-out, stratified
-    tenth of them. The network is then fine-tuned on all of them.
+    tenth of them, the lowest on a tie. The network is then fine-tuned on all of
+    them. If none can be held out, the middle learning rate is used and
+    `finetune_held_out_top1` is None.
 
     Args:
-      chosen: Positions of the examples, see `protocol.labelled`. All can be
-        decoded.
-
-    Returns:
-      `finetune_top1` and `finetune_top5` on the test split, and their origin:
-      `finetune_learning_rate`, `finetune_held_out_top1`, `finetune_steps` and
-      `finetune_protocol_version`. The second is None if there was only one rate
-      or nothing could be held out. In the latter case the rate is the middle
-      one.
+      chosen: Positions of the examples, all of which can be decoded.
 
     Raises:
-      ValueError: If a learning rate is not positive, or there is none.
       FloatingPointError: If the fit diverged.
     """
-    config, rates = self._config, self._config.eval.finetune_learning_rates
-    train = self._readers['train']
+    config, train = self._config, self._readers['train']
+    rates = sorted(config.eval.finetune_learning_rates)
     held_out = probe.stratified_tenth(train.labels[chosen], config.seed)
 
     def accuracy_at(rate):
@@ -384,16 +324,14 @@ class FineTuning:
         return -1.0
       return self._accuracy(state, train.subset(chosen[held_out]), (1,))[0]
 
-    if not held_out.any():
-      # Between one that does nothing and one that may be too much.
-      rates = sorted(rates)[(len(rates) - 1) // 2 :][:1]
-    rate, held_out_top1 = choose(rates, accuracy_at)
+    rate, held_out_top1 = rates[(len(rates) - 1) // 2], None
+    if len(rates) > 1 and held_out.any():
+      rate, held_out_top1 = choose(rates, accuracy_at)
     state, loss = self._fit(chosen, rate)
     if not np.isfinite(loss):
       raise FloatingPointError(
-        f'fine-tuning diverged (its loss is {loss}) at the learning rate '
-        f'{rate}, the best of config.eval.finetune_learning_rates='
-        f'{tuple(rates)}; lower ones are needed'
+        f'fine-tuning diverged (loss {loss}) at learning rate {rate}, the best '
+        f'of config.eval.finetune_learning_rates={rates}; try lower ones'
       )
     ks = (1, min(5, config.data.num_classes))
     top1, top5 = self._accuracy(state, self._readers['test'], ks)
@@ -407,18 +345,18 @@ class FineTuning:
     }
 
   def _fit(self, chosen, rate):
-    config, size = self._config, self._config.eval.finetune_batch_size
+    fields, size = self._config.eval, self._config.eval.finetune_batch_size
     if len(chosen) < size:
-      # One batch of all of them. Some come twice if the devices could not share
-      # it evenly otherwise.
+      # One batch of all examples. Some come twice if the devices could not
+      # share them evenly.
       size = -(-len(chosen) // self._mesh.size) * self._mesh.size
       chosen = np.resize(chosen, size)
-    data = self._data.among(chosen, batch_size=size, seed=config.seed)
-    steps = config.eval.finetune_epochs * data.steps_per_epoch
+    data = self._data.among(chosen, batch_size=size, seed=self._config.seed)
+    steps = fields.finetune_epochs * data.steps_per_epoch
     return self._trainer.fit(
       data,
       learning_rate=rate,
-      total_steps=max(steps, config.eval.finetune_min_steps),
+      total_steps=max(steps, fields.finetune_min_steps),
     )
 
   def _accuracy(self, state, reader, ks):

@@ -1,11 +1,10 @@
-"""Evaluation of a checkpoint: one request in, one result out."""
+"""Evaluation of a checkpoint: takes a `Request`, returns a `Result`."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import datetime
 import importlib.metadata
 import io
-import itertools
 import json
 import os
 import re
@@ -28,22 +27,22 @@ from clop_jax.experiment import workdir as workdir_lib
 from clop_jax.runtime import files
 from clop_jax.runtime import parallel
 
-_LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
-_MAX_ROWS = 2000  # of the embeddings that are kept for figures
 MODES = ('linear', 'knn', 'finetune')
-COMPLETE = ('linear', 'knn')  # in eval.json, with all labels
-FOLDER = 'evaluations'  # of a workdir
+COMPLETE = ('linear', 'knn')  # modes that eval.json needs, with all labels
+FOLDER = 'evaluations'  # in a workdir, for everything that is not in eval.json
+_LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+_MAX_ROWS = 2000  # number of embeddings saved for figures
 
 
 @dataclasses.dataclass(frozen=True)
 class OtherData:
-  """Another data set than the one that a run was trained on.
+  """A data set other than the one that a run was trained on.
 
   Attributes:
     name: Name, as in `config.data.name`.
     data_dir: Folder or file, as in `config.data.data_dir`.
-    train_split: Split to learn from.
-    test_split: Split to measure.
+    train_split: Split that the probes are fitted on.
+    test_split: Split that accuracies are measured on.
   """
 
   name: str
@@ -54,18 +53,21 @@ class OtherData:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """An evaluation to make.
+  """Arguments of `evaluate`.
 
   Attributes:
     workdir: Workdir of a run.
     which: Checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
-    modes: Modes, of 'linear', 'knn' and 'finetune'.
-    fractions: Fractions of the training labels, see `protocol.labelled`.
-    data: Another data set to learn from and to measure; None is the run's own.
-    given: Examples as 'train' and 'test' that take the place of a data set.
-    overrides: Other values of `config.eval` than the run's, by name, as
-      `{'eval.finetune_epochs': 5}`.
-    devices: Devices, by default all of all processes.
+    modes: Modes: 'linear', 'knn' and 'finetune'.
+    fractions: Fractions of the training labels, each in (0, 1].
+    data: Another data set to evaluate on. If None, the run's own data set.
+    given: Sources named 'train' and 'test' that replace the data set.
+    overrides: Values that replace those in the run's `config.eval`, by name, as
+      in `{'eval.finetune_epochs': 5}`.
+    devices: Devices. If None, all devices of all processes.
+
+  Raises:
+    ValueError: If a mode is unknown or a fraction is out of range.
   """
 
   workdir: str
@@ -78,18 +80,22 @@ class Request:
   devices: Sequence[jax.Device] | None = None
 
   def __post_init__(self):
-    unknown = [mode for mode in self.modes if mode not in MODES]
+    unknown = [repr(mode) for mode in self.modes if mode not in MODES]
     if unknown or not self.modes:
-      got = f'{unknown[0]!r}' if unknown else 'none'
-      raise ValueError(f'--mode must be some of {", ".join(MODES)}; got {got}')
-    if not self.fractions:
-      raise ValueError('--label_fraction must hold a number, got none')
-    for fraction in self.fractions:
-      protocol.check_fraction(fraction)
+      raise ValueError(
+        f'--mode must be some of {", ".join(MODES)}; got '
+        f'{unknown[0] if unknown else "none"}'
+      )
+    wrong = [x for x in self.fractions if not 0 < x <= 1]
+    if wrong or not self.fractions:
+      raise ValueError(
+        '--label_fraction must be in (0, 1], as 0.1 for 10 %, got '
+        f'{wrong[0] if wrong else "none"}'
+      )
 
   @property
   def is_plain(self) -> bool:
-    """True if the request is for what `eval.json` holds and nothing else."""
+    """True if the result is `eval.json` and its arrays, nothing else."""
     return (
       {*self.modes} == {*COMPLETE}
       and {*self.fractions} == {1.0}
@@ -104,14 +110,14 @@ class Result:
 
   Attributes:
     step: Step of the checkpoint.
-    measurements: Measurements, one for each mode and fraction: the figures of
-      the mode, the data and the settings.
-    complete: Content of `eval.json`; None unless the request had the run's own
-      data and settings, all labels and both modes of frozen features.
-    arrays: Arrays of the test split for figures; None if `complete` is.
+    measurements: One dictionary for each mode and fraction: the accuracies, the
+      data and the settings.
+    complete: Content of `eval.json`. None unless the request had the modes
+      'linear' and 'knn' with all labels, on the run's own data and settings.
+    arrays: Arrays of the test split for figures, None if `complete` is.
       Normalized `embeddings` `[n, dim]`, `labels` `[n]`, singular values
       `spectrum` `[min(n, dim)]`, `class_mean_cosines` `[num_classes,
-      num_classes]`, and the `prototypes` `[num_classes, dim]`.
+      num_classes]`, and `prototypes` `[num_classes, dim]`.
   """
 
   step: int
@@ -122,98 +128,95 @@ class Result:
   def write(self, folder: str, *, newest: bool = True) -> None:
     """Writes the result into the workdir or another folder.
 
-    `complete` becomes `eval.json` and `embeddings.npz` (at most 2,000
-    embeddings, evenly spaced), everything else a file in `evaluations/`.
+    `complete` becomes `eval.json`, `arrays` becomes `embeddings.npz` (at most
+    2,000 embeddings, evenly spaced). Every other measurement becomes a file in
+    `evaluations/`.
 
     Args:
-      folder: Folder, which is made if it is missing.
-      newest: False for an older checkpoint, whose `complete` goes into
-        `evaluations/` as well.
+      folder: Folder, created if missing.
+      newest: False for an older checkpoint. `complete` then becomes a file in
+        `evaluations/`, and `arrays` is not written.
 
     Raises:
       OSError: If a file cannot be written.
     """
-    others = self.measurements
-    if self.complete is not None:
-      others = [
-        x
-        for x in others
-        if x['mode'] not in COMPLETE or x['label_fraction'] != 1
-      ]
-    for measurement in others:
-      _write_json(folder, f'{FOLDER}/{_file_name(measurement)}', measurement)
+    contents = {
+      f'{FOLDER}/{_file_name(x)}': x
+      for x in self.measurements
+      if self.complete is None
+      or x['mode'] not in COMPLETE
+      or x['label_fraction'] != 1
+    }
     if self.complete is not None and newest:
-      path = os.path.join(folder, 'embeddings.npz')
       epath.Path(folder).mkdir(parents=True, exist_ok=True)
+      path = os.path.join(folder, 'embeddings.npz')
       files.write_whole(path, _packed(self.arrays))
       # Last, so that the other files exist wherever this one does.
-      _write_json(folder, 'eval.json', self.complete)
+      contents['eval.json'] = self.complete
     elif self.complete is not None:
-      name = f'{FOLDER}/step{self.step}.json'
-      _write_json(folder, name, self.complete)
+      contents[f'{FOLDER}/step{self.step}.json'] = self.complete
+    for name, content in contents.items():
+      path = os.path.join(folder, name)
+      epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+      text = json.dumps(content, indent=2) + '\n'
+      files.write_whole(path, text.encode())
 
 
 def evaluate(
   request: Request, *, on_part: Callable[[Result], None] | None = None
 ) -> Result:
-  """Restores a run and measures it.
+  """Restores a checkpoint and measures its features and embeddings.
 
-  Features are the backbone's output without augmentation, with batch
-  normalization in evaluation mode. Measures of embeddings are those of the
-  normalized embeddings of the test split.
+  Features are the backbone's output for images without augmentation, with batch
+  normalization in evaluation mode. Collapse is measured on the normalized
+  embeddings of the test split. The checkpoint does not change.
 
   Args:
-    request: Request.
-    on_part: Function that receives each part of the result as soon as it is
+    request: Workdir, checkpoint, modes and data.
+    on_part: Function called with each part of the result as soon as it is
       measured, so that a later error does not lose it.
 
   Returns:
-    The result. The weights of the checkpoint are the same before and after.
+    The measurements of all modes and fractions.
 
   Raises:
-    ValueError: If the workdir is missing or holds no run or no such checkpoint,
-      a field of the config is wrong, or another data set cannot be read.
-    FloatingPointError: If the features are not finite because the training
+    ValueError: If the workdir holds no run or no such checkpoint, a field of
+      the config is wrong, or the data set cannot be read.
+    FloatingPointError: If the features are not finite because training
       diverged, or if fine-tuning diverged.
     checkpoint.DamagedCheckpointError: If no checkpoint can be restored.
+
+  Example::
+
+    request = evaluate.Request('runs/digits', modes=('knn',))
+    result = evaluate.evaluate(request)
+    print(result.measurements[0]['knn_top1'])
   """
   subject = _Subject(request)
-  has_complete = subject.is_plain and {*COMPLETE} <= {*request.modes}
-  complete = arrays = None
-  done = {}
-  pairs = [*itertools.product(request.fractions, request.modes)]
-  # Fine-tuning is the slowest and comes last.
-  for fraction, mode in sorted(pairs, key=lambda pair: pair[1] == 'finetune'):
-    done[fraction, mode] = subject.measure(fraction, mode)
-    part = Result(subject.run.step, [done[fraction, mode]])
-    if has_complete and fraction == 1 and mode in COMPLETE:
-      if any((fraction, x) not in done for x in COMPLETE):
-        continue
-      both = [done[fraction, x] for x in COMPLETE]
-      complete, arrays = subject.complete(*both)
-      part = Result(subject.run.step, both, complete, arrays)
-    if on_part is not None:
-      on_part(part)
-  measurements = [done[pair] for pair in pairs]
-  return Result(subject.run.step, measurements, complete, arrays)
+  parts = []
+  frozen = [mode for mode in request.modes if mode in COMPLETE]
+  # Last, because it is the slowest.
+  tuned = [mode for mode in request.modes if mode not in COMPLETE]
+  for modes in filter(None, (frozen, tuned)):
+    for fraction in request.fractions:
+      parts.append(subject.measure(fraction, modes))
+      if on_part is not None:
+        on_part(parts[-1])
+  whole = next((x for x in parts if x.complete is not None), parts[0])
+  return dataclasses.replace(
+    whole, measurements=[x for part in parts for x in part.measurements]
+  )
 
 
 class _Subject:
-  """A restored run with the examples to measure it on.
+  """A restored run and the examples to measure it on."""
 
-  Attributes:
-    run: Run, see `restored.load`.
-    is_plain: True for the run's own data and settings.
-  """
-
-  def __init__(self, request: Request):
-    """Refuses what cannot be measured, then restores and reads."""
+  def __init__(self, request):
     workdir = request.workdir
     config = workdir_lib.load_config(workdir)
     own = workdir_lib.to_json(config)['eval']
     config = protocol.with_overrides(config, request.overrides)
-    used = workdir_lib.to_json(config)['eval']
-    changed = {name: used[name] for name in used if used[name] != own[name]}
+    settings = workdir_lib.to_json(config)['eval']
     self._mesh = parallel.make_mesh(request.devices)
     parallel.check_batch_size(config.eval.batch_size, self._mesh)
     given = request.given
@@ -221,100 +224,110 @@ class _Subject:
       config, given = _on_other_data(config, request.data)
     self._config = config
     self._readers = protocol.readers(config, given)
+    train_labels = self._readers['train'].labels
     chosen = {
-      fraction: protocol.labelled(
-        config, self._readers['train'].labels, fraction
-      )
+      fraction: protocol.labelled(config, train_labels, fraction)
       for fraction in request.fractions
     }
-    # Before the long work, because the file may be damaged.
-    known: int | None = 0
+    # Read before the long work, because the file may be damaged.
+    known = 0
     if config.loss.clop_weight or config.loss.contrastive == 'supcon':
       known = workdir_lib.num_labels(workdir)
-    self.run = restored.load(
-      workdir, which=request.which, devices=request.devices
-    )
-    self._frozen = probe.fingerprint(self._variables())
-    self._read(request.modes)
-    self._chosen = {
-      fraction: _decoded(positions, self._decoded['train'], fraction)
-      for fraction, positions in chosen.items()
-    }
-    if request.data is None and request.given is None:
-      _warn_of_labels(workdir, known, self._chosen)
-    if 'finetune' in request.modes:
-      self._fine_tune = self._fine_tuning()
-    self.is_plain = request.data is None and not changed
     self._facts = {
       'other_data': request.data is not None,
       'trained_num_labels': known,
-      'eval': used,
-      'eval_changed': changed,
+      'eval': settings,
+      'eval_changed': {k: v for k, v in settings.items() if v != own[k]},
     }
+    self._run = restored.load(
+      workdir, which=request.which, devices=request.devices
+    )
+    self._fingerprint = self._hash()
+    self._read(request.modes)
+    # Rows of the features, without images that cannot be decoded.
+    self._rows = {
+      fraction: np.flatnonzero(np.isin(self._decoded['train'], positions))
+      for fraction, positions in chosen.items()
+    }
+    if request.data is None and given is None:
+      self._warn_of_labels(workdir)
+    if 'finetune' in request.modes:
+      self._fine_tune = finetune.FineTuning(
+        config,
+        self._run.experiment.backbone,
+        {name: x['backbone'] for name, x in self._run.variables.items()},
+        self._readers,
+        self._mesh,
+      )
 
-  def _variables(self):
-    return self.run.variables['params'], self.run.variables['batch_stats']
+  def _hash(self):
+    variables = self._run.variables
+    return probe.fingerprint((variables['params'], variables['batch_stats']))
 
   def _read(self, modes):
-    """Reads the images, and extracts what the modes need."""
-    config = self._config
+    """Extracts features if a mode needs them, else only decodes the images."""
     self._features, self._embeddings = {}, {}
     self._labels, self._decoded = {}, {}
     for split, reader in self._readers.items():
       if {*modes} & {*COMPLETE}:
         self._features[split], self._embeddings[split], positions = (
           probe.extract(
-            self.run.apply,
-            protocol.batches(config, reader),
-            batch_size=config.eval.batch_size,
+            self._run.apply,
+            protocol.batches(self._config, reader),
+            batch_size=self._config.eval.batch_size,
             mesh=self._mesh,
           )
         )
       else:
-        positions = protocol.readable(config, reader)
+        positions = protocol.readable(self._config, reader)
       self._decoded[split] = positions
       self._labels[split] = reader.labels[positions]
 
-  def _fine_tuning(self):
-    return finetune.FineTuning(
-      self._config,
-      self.run.experiment.backbone,
-      {name: part['backbone'] for name, part in self.run.variables.items()},
-      self._readers,
-      self._mesh,
-    )
+  def _warn_of_labels(self, workdir):
+    known = self._facts['trained_num_labels'] or 0
+    fewer = [f'{x:g}' for x, rows in self._rows.items() if known > len(rows)]
+    if fewer:
+      parallel.warn(
+        f'{workdir}: the backbone was trained with {known:,} labels, more than '
+        f'--label_fraction={",".join(fewer)} selects, so the accuracy does not '
+        'show what training with few labels gives'
+      )
 
-  def measure(self, fraction: float, mode: str) -> dict[str, Any]:
-    """Returns one of `Result.measurements`."""
-    positions = self._chosen[fraction]
+  def measure(self, fraction: float, modes: Sequence[str]) -> Result:
+    """Returns the measurements with a fraction of the labels."""
+    found = {mode: self._measure(fraction, mode) for mode in modes}
+    complete = arrays = None
+    is_own = not self._facts['other_data'] and not self._facts['eval_changed']
+    if is_own and fraction == 1 and {*COMPLETE} <= found.keys():
+      complete, arrays = self._complete(found['linear'], found['knn'])
+    return Result(self._run.step, [*found.values()], complete, arrays)
+
+  def _measure(self, fraction, mode):
+    rows, data = self._rows[fraction], self._config.data
     try:
       if mode == 'finetune':
-        figures = self._fine_tune(positions)
+        accuracies = self._fine_tune(self._decoded['train'][rows])
       else:
         method = {'linear': protocol.linear, 'knn': protocol.knn}[mode]
-        rows = np.searchsorted(self._decoded['train'], positions)
-        figures = method(
+        accuracies = method(
           self._config,
           self._features | {'train': self._features['train'][rows]},
           self._labels | {'train': self._labels['train'][rows]},
         )
     except FloatingPointError as error:
-      raise FloatingPointError(f'{error} at step {self.run.step}') from error
-    if self._frozen != probe.fingerprint(self._variables()):
-      raise RuntimeError('the frozen parameters changed during the evaluation')
-    data = self._config.data
+      raise FloatingPointError(f'{error} at step {self._run.step}') from error
+    if self._hash() != self._fingerprint:
+      raise RuntimeError('the parameters changed during the evaluation')
     return {
       'mode': mode,
-      'protocol_version': probe.PROTOCOL_VERSION,
-      'step': self.run.step,
-      **figures,
+      **accuracies,
       'data': data.name,
       'data_dir': data.data_dir,
       'train_split': data.train_split,
       'test_split': data.test_split,
       'num_classes': data.num_classes,
       'label_fraction': fraction,
-      'num_labels': len(positions),
+      'num_labels': len(rows),
       'num_test': len(self._labels['test']),
       'num_corrupt': {
         split: len(reader) - len(self._labels[split])
@@ -324,44 +337,63 @@ class _Subject:
       **self._origin(),
     }
 
-  def complete(self, linear: dict, knn: dict) -> tuple[dict, dict]:
+  def _complete(self, linear, knn):
     """Returns `Result.complete` and `Result.arrays`."""
-    config, labels = self._config, jnp.asarray(self._labels['test'])
+    config, labels = self._config, self._labels['test']
     features = jnp.asarray(self._features['test'])
     embeddings = jnp.asarray(self._embeddings['test'])
     unit = collapse.normalize(embeddings)
-    prototypes = np.asarray(self.run.prototypes)
-    cosines = np.asarray(
-      collapse.class_mean_cosines(unit, labels, len(prototypes))
+    prototypes = np.asarray(self._run.prototypes)
+    num_classes = len(prototypes)
+    between = ~np.eye(num_classes, dtype=bool)
+    cosines, angles = (
+      np.asarray(measure(unit, labels, num_classes))
+      for measure in (collapse.class_mean_cosines, collapse.principal_angles)
     )
+    measures = {
+      'effective_rank': collapse.effective_rank(unit),
+      'effective_rank_centered': collapse.effective_rank(unit, center=True),
+      'embedding_variance': collapse.embedding_variance(unit),
+      # It normalizes by itself, and keeps more of a tiny spread.
+      'embedding_std': collapse.embedding_std(embeddings),
+      'prototype_cosine': collapse.prototype_cosine(unit, labels, prototypes),
+      'prototype_energy_share': collapse.prototype_energy_share(
+        unit, labels, prototypes
+      ),
+      'class_mean_cosine': np.nanmean(cosines[between]),
+      'principal_angle_degrees': np.degrees(np.nanmean(angles[between])),
+      'within_between_ratio': collapse.within_between_ratio(
+        unit, labels, num_classes
+      ),
+      'uniformity': collapse.uniformity(embeddings),
+      'features_effective_rank': collapse.effective_rank(features),
+      'features_within_between_ratio': collapse.within_between_ratio(
+        features, labels, num_classes
+      ),
+    }
     result = {
-      'protocol_version': probe.PROTOCOL_VERSION,
-      'step': self.run.step,
       **{k: v for k, v in linear.items() if k.startswith('linear_')},
       **{k: v for k, v in knn.items() if k.startswith('knn')},
-      **_collapse_measures(embeddings, labels, prototypes, cosines),
-      'features_effective_rank': float(collapse.effective_rank(features)),
-      'features_within_between_ratio': float(
-        collapse.within_between_ratio(features, labels, config.data.num_classes)
-      ),
+      **{name: float(value) for name, value in measures.items()},
       'num_train': len(self._labels['train']),
       'num_test': len(labels),
       'config': workdir_lib.to_json(config),
-      **self._origin(),
     }
     arrays = {
       'embeddings': np.asarray(unit),
-      'labels': self._labels['test'],
+      'labels': labels,
       'spectrum': np.asarray(collapse.singular_values(unit)),
       'class_mean_cosines': cosines,
       'prototypes': prototypes,
     }
-    return result, arrays
+    return self._origin() | result, arrays
 
   def _origin(self):
     kind = self._mesh.devices.flat[0].device_kind
     return {
-      'parameters_sha256': self._frozen,
+      'protocol_version': probe.PROTOCOL_VERSION,
+      'step': self._run.step,
+      'parameters_sha256': self._fingerprint,
       'seed': self._config.seed,
       'commit': build.commit(),
       'versions': {x: importlib.metadata.version(x) for x in _LIBRARIES},
@@ -371,7 +403,7 @@ class _Subject:
 
 
 def _on_other_data(config, data):
-  """Returns the config with another data set, and its examples."""
+  """Returns the config with another data set, and its sources."""
   config = inputs.on_other_data(config, **dataclasses.asdict(data))
   given = {}
   for split in ('train', 'test'):
@@ -388,57 +420,8 @@ def _on_other_data(config, data):
   return config, given
 
 
-def _decoded(chosen, decoded, fraction):
-  """Returns the chosen positions without those that cannot be decoded."""
-  chosen = np.intersect1d(chosen, decoded)
-  if not chosen.size:
-    raise ValueError(
-      f'--label_fraction={fraction:g} has no image that can be decoded; take '
-      'a larger one, or repair the images'
-    )
-  return chosen
-
-
-def _warn_of_labels(workdir, trained, chosen):
-  fewer = [f'{x:g}' for x, few in chosen.items() if (trained or 0) > len(few)]
-  if fewer:
-    parallel.warn(
-      f'{workdir}: training used {trained:,} labels, more than '
-      f'--label_fraction={",".join(fewer)} gives; these are not figures of a '
-      'network that saw so few'
-    )
-
-
-def _collapse_measures(embeddings, labels, prototypes, cosines):
-  """Returns measures of the normalized test embeddings as plain numbers."""
-  unit = collapse.normalize(embeddings)
-  num_classes = len(prototypes)
-  angles = collapse.principal_angles(unit, labels, num_classes)
-  between = ~np.eye(num_classes, dtype=bool)
-  measures = {
-    'effective_rank': collapse.effective_rank(unit),
-    'effective_rank_centered': collapse.effective_rank(unit, center=True),
-    'embedding_variance': collapse.embedding_variance(unit),
-    # These normalize by themselves, and lose less of a tiny spread.
-    'embedding_std': collapse.embedding_std(embeddings),
-    'prototype_cosine': collapse.prototype_cosine(unit, labels, prototypes),
-    'prototype_energy_share': collapse.prototype_energy_share(
-      unit, labels, prototypes
-    ),
-    'class_mean_cosine': np.nanmean(cosines[between]),
-    'principal_angle_degrees': np.degrees(
-      np.nanmean(np.asarray(angles)[between])
-    ),
-    'within_between_ratio': collapse.within_between_ratio(
-      unit, labels, num_classes
-    ),
-    'uniformity': collapse.uniformity(embeddings),
-  }
-  return {name: float(value) for name, value in measures.items()}
-
-
 def _file_name(measurement):
-  """Returns the name of a measurement's file: what was measured, and how."""
+  """Returns a name that tells the data, mode, fraction and settings."""
   place = [measurement['data']]
   if measurement['other_data']:
     if measurement['data'] in sources.WITHOUT_PREPARING:
@@ -451,12 +434,13 @@ def _file_name(measurement):
     f'{measurement["label_fraction"]:g}',
     *(f'{k}={v}'.strip('[]') for k, v in measurement['eval_changed'].items()),
   ]
-  # Neither a part of a split, as train[:10%], nor a list belongs in a name.
+  # Splits such as train[:10%], and lists, have characters unfit for a name.
   parts = [re.sub(r'[^\w.+-]+', '-', part) for part in parts]
   return f'step{measurement["step"]}_{"_".join(parts)}.json'
 
 
 def _packed(arrays):
+  """Returns the bytes of `embeddings.npz`."""
   count = len(arrays['labels'])
   shown = np.linspace(0, count - 1, min(count, _MAX_ROWS)).round().astype(int)
   packed = io.BytesIO()
@@ -469,10 +453,3 @@ def _packed(arrays):
     prototypes=arrays['prototypes'].astype(np.float32),
   )
   return packed.getvalue()
-
-
-def _write_json(folder, name, content):
-  path = os.path.join(folder, name)
-  epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(content, indent=2) + '\n'
-  files.write_whole(path, text.encode())

@@ -1,8 +1,4 @@
-"""Evaluation of frozen features: linear probe and k nearest neighbours.
-
-Nothing here sees the parameters of the network, only its features.
-`fingerprint` shows that the parameters did not change.
-"""
+"""Evaluation of frozen features: linear probe and k nearest neighbours."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
@@ -18,9 +14,8 @@ import optax
 from clop_jax import linalg
 from clop_jax.runtime import parallel
 
-# Version of the protocol, written into every result. It changes whenever the
-# same weights could give another figure. 1: the next image took the place of
-# one that cannot be decoded.
+# Written into every result. Increase it whenever the same weights could give
+# other numbers. In version 1 the next image replaced a corrupt one.
 PROTOCOL_VERSION = 2
 
 _PRECISION = lax.Precision.HIGHEST
@@ -44,15 +39,15 @@ def applied(
   batch_size: int,
   mesh: Mesh,
 ) -> Iterator[tuple[tuple[jax.Array, jax.Array], np.ndarray]]:
-  """Yields the outputs of `apply` for each batch, and the labels of the batch.
+  """Yields the outputs of `apply` and the labels for each batch.
 
-  See `extract` for the arguments. All outputs have `batch_size` rows; those
-  after the last label belong to no image.
+  The arguments are those of `extract`. All outputs have `batch_size` rows, of
+  which those after the last label are padding.
   """
   parallel.check_batch_size(batch_size, mesh)
   for images, labels in batches:
-    # The last batch is padded, so that there is one compilation. The copy is
-    # needed: images may be shared memory that is freed while the devices read.
+    # Padding avoids a second compilation. The copy is needed: images may be
+    # shared memory that is freed while the devices read.
     images = np.pad(images, [(0, batch_size - len(images))] + [(0, 0)] * 3)
     yield apply(parallel.shard(mesh, images)), labels
 
@@ -67,20 +62,15 @@ def extract(
   """Returns features, embeddings and labels of all images.
 
   Args:
-    apply: Jitted function from uint8 images to (features, embeddings), which
-      every process has whole.
-    batches: Batches `(images, labels)` of at most `batch_size` examples, with
-      images `[batch, height, width, channels]` uint8. The labels can be any
-      numbers, as the positions of the images.
+    apply: Jitted function from uint8 images to replicated (features,
+      embeddings).
+    batches: Batches `(images, labels)` of at most `batch_size` examples. Images
+      are uint8 `[batch, height, width, channels]`, labels any numbers.
     batch_size: Images per call of `apply`, a multiple of the devices.
-    mesh: Mesh of the devices, see `parallel.make_mesh`.
+    mesh: Mesh of the devices.
 
   Returns:
-    `(features [n, feature_dim], embeddings [n, dim], labels [n])` on the host,
-    float32 and int32.
-
-  Raises:
-    ValueError: If the batch size does not fit the devices.
+    `(features [n, feature_dim], embeddings [n, dim], labels [n])` on the host.
   """
   columns = ([], [], [])
   for outputs, labels in applied(
@@ -89,8 +79,8 @@ def extract(
     for column, output in zip(columns, outputs, strict=False):
       column.append(np.asarray(output, np.float32)[: len(labels)])
     columns[2].append(labels)
-  features, embeddings, known = map(np.concatenate, columns)
-  return features, embeddings, known
+  features, embeddings, labels = map(np.concatenate, columns)
+  return features, embeddings, labels
 
 
 def linear_probe(
@@ -102,42 +92,28 @@ def linear_probe(
   num_classes: int,
   l2_strengths: Sequence[float],
   max_iterations: int = 200,
-  hold_out: bool = True,
   seed: int = 0,
 ) -> dict[str, float | None]:
-  r"""Measures frozen features by multinomial logistic regression, by L-BFGS.
+  r"""Returns the accuracy of a multinomial logistic regression, by L-BFGS.
 
   .. math:: \min_{W, b}
     \frac{1}{n} \sum_i -\log \mathrm{softmax}(W x_i + b)_{y_i} +
     \frac{\alpha}{2} \|W\|_F^2
 
-  `x` is standardized by the mean and the deviation of the training features.
-  `alpha` is the strength with the best top-1 on a held-out, stratified tenth of
-  them (the larger one on a tie). The probe is then fitted on all of them.
-
-  Args:
-    train_features: Features `[n, feature_dim]`.
-    train_labels: Labels `[n]` in `[0, num_classes)`.
-    test_features: Features `[m, feature_dim]`.
-    test_labels: Labels `[m]`.
-    num_classes: Number of classes.
-    l2_strengths: Candidates for `alpha`.
-    max_iterations: Largest number of L-BFGS iterations.
-    hold_out: False takes the largest strength, for too few examples to hold any
-      out.
-    seed: Seed of the held-out tenth.
+  Features `[n, feature_dim]` are standardized by the mean and deviation of the
+  training features. The strength `alpha` has the best top-1 on a held-out,
+  stratified tenth of them (the larger one on a tie). The probe is then fitted
+  on all of them. If no class has two examples, none can be held out, and the
+  largest strength is used.
 
   Returns:
     `top1` and `top5` in [0, 1] on the test features, `l2`, and `held_out_top1`
-    (None without `hold_out`).
+    (None if none could be held out).
 
   Raises:
-    ValueError: If a label is out of range, or no strength can be chosen because
-      there is no candidate or no class of two examples.
+    ValueError: If a label is out of range.
     FloatingPointError: If the features are not finite.
   """
-  if not l2_strengths:
-    raise ValueError('l2_strengths must hold at least one strength, got none')
   _check_finite(train=train_features, test=test_features)
   _check_labels(num_classes, train=train_labels, test=test_labels)
   mean = train_features.mean(axis=0)
@@ -147,30 +123,29 @@ def linear_probe(
   train_x = jnp.asarray((train_features - mean) * scale, jnp.float32)
   test_x = jnp.asarray((test_features - mean) * scale, jnp.float32)
   train_y, test_y = jnp.asarray(train_labels), jnp.asarray(test_labels)
-
-  held_out = stratified_tenth(np.asarray(train_labels), seed)
   fit = functools.partial(
     _fit, train_x, train_y, num_classes=num_classes, steps=max_iterations
   )
+
+  held_out = stratified_tenth(np.asarray(train_labels), seed)
   fitting = jnp.asarray(~held_out, jnp.float32)
-  if hold_out and not held_out.any():
-    raise ValueError(
-      'train_labels must have a class of two examples or more to hold one out'
-    )
-  best = (-1.0, max(l2_strengths))
-  for strength in sorted(l2_strengths, reverse=True) if hold_out else ():
-    params = fit(fitting, strength)
-    (top1,) = _top_k(params, train_x[held_out], train_y[held_out], (1,))
-    if top1 > best[0]:
-      best = (top1, strength)
-  params = fit(jnp.ones_like(fitting), best[1])
-  top1, top5 = _top_k(params, test_x, test_y, (1, min(5, num_classes)))
-  return {
-    'top1': top1,
-    'top5': top5,
-    'l2': best[1],
-    'held_out_top1': best[0] if hold_out else None,
-  }
+  best, best_top1 = max(l2_strengths), None
+  if held_out.any():
+    top1_of = {}
+    for strength in sorted(l2_strengths, reverse=True):
+      params = fit(fitting, strength)
+      (top1_of[strength],) = top_k(
+        _logits(params, train_x[held_out]), train_y[held_out], (1,)
+      )
+    best = max(top1_of, key=top1_of.__getitem__)
+    best_top1 = top1_of[best]
+  params = fit(jnp.ones_like(fitting), best)
+  top1, top5 = top_k(_logits(params, test_x), test_y, (1, min(5, num_classes)))
+  return {'top1': top1, 'top5': top5, 'l2': best, 'held_out_top1': best_top1}
+
+
+def _logits(params, x):
+  return jnp.matmul(x, params['w'], precision=_PRECISION) + params['b']
 
 
 @functools.partial(jax.jit, static_argnames=('num_classes', 'steps'))
@@ -179,8 +154,9 @@ def _fit(x, y, weights, strength, *, num_classes, steps):
   optimizer = optax.lbfgs()
 
   def objective(params):
-    logits = jnp.matmul(x, params['w'], precision=_PRECISION) + params['b']
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      _logits(params, x), y
+    )
     mean = jnp.sum(losses * weights) / jnp.sum(weights)
     return mean + 0.5 * strength * jnp.sum(jnp.square(params['w']))
 
@@ -212,22 +188,12 @@ def _fit(x, y, weights, strength, *, num_classes, steps):
   return lax.while_loop(proceed, iterate, start)[0]
 
 
-def _top_k(params, x, y, ks):
-  logits = jnp.matmul(x, params['w'], precision=_PRECISION) + params['b']
-  return top_k(logits, y, ks)
-
-
 def top_k(
   logits: jax.Array, labels: jax.Array, ks: Sequence[int]
 ) -> list[float]:
-  """Returns the share of examples with their label among the `k` best.
+  """Returns the share of examples whose label is among the `k` best, per `k`.
 
   Ties and NaN count as wrong.
-
-  Args:
-    logits: Logits `[n, num_classes]`.
-    labels: Labels `[n]` in `[0, num_classes)`.
-    ks: Values of `k`, each of which has a share.
   """
   own = jnp.take_along_axis(logits, labels[:, None], axis=1)
   others = jnp.sum(~(logits < own), axis=1) - 1
@@ -256,23 +222,13 @@ def knn(
   temperature: float = 0.1,
   chunk_size: int = 1024,
 ) -> dict[int, float]:
-  r"""Measures features by weighted nearest neighbours and cosine similarity.
+  r"""Returns the accuracy of weighted nearest neighbours for each `k`.
 
   .. math:: \hat y = \arg\max_c \sum_{j \in N_k(x)}
     \exp(\cos(x, x_j) / T)\, [y_j = c]
 
-  Args:
-    bank_features: Features `[n, feature_dim]` of the neighbours.
-    bank_labels: Labels `[n]` in `[0, num_classes)`.
-    features: Features `[m, feature_dim]` to classify.
-    labels: Labels `[m]`.
-    num_classes: Number of classes.
-    neighbours: Values of `k`, each at most `n` in effect.
-    temperature: Temperature `T`.
-    chunk_size: Rows of `features` at one time, to avoid an `n x m` matrix.
-
-  Returns:
-    Top-1 accuracy in [0, 1] for each `k`.
+  `N_k` are the `k` nearest rows of `bank_features` `[n, feature_dim]` by cosine
+  similarity. At most `chunk_size` features are compared with them at a time.
 
   Raises:
     ValueError: If a label is out of range.
@@ -305,7 +261,7 @@ def _nearest(bank, bank_labels, x, ks, num_classes, temperature):
   """Returns the predicted classes `[len(ks), rows]`."""
   cosines = jnp.matmul(linalg.normalize(x), bank.T, precision=_PRECISION)
   # Without the barrier XLA merges the slices below into the search and sorts
-  # everything, over 40 times slower on a CPU at k = 200 of 50,000.
+  # everything: 40 times slower on a CPU at k = 200 of 50,000.
   nearest, index = lax.optimization_barrier(lax.top_k(cosines, max(ks)))
   # Relative to the nearest one, as exp(1 / T) may overflow.
   votes = jnp.exp((nearest - nearest[:, :1]) / temperature)
@@ -324,7 +280,7 @@ def _nearest(bank, bank_labels, x, ks, num_classes, temperature):
 def _check_finite(**splits):
   for name, x in splits.items():
     if not np.isfinite(x).all():
-      # Not a ValueError: the training diverged.
+      # Not a ValueError, because training diverged.
       raise FloatingPointError(
         f'{name}_features must be finite, got NaN or infinity'
       )

@@ -14,7 +14,7 @@ _SUMMARY = (
   ('effective rank', 'effective_rank', '{:.1f}'),
   ('prototype cosine', 'prototype_cosine', '{:.3f}'),
 )
-# Of `evaluation_table`: title, key and format.
+# Title, key and format.
 _COLUMNS = (
   ('run', 'run', '{}'),
   ('step', 'step', '{:,}'),
@@ -28,11 +28,7 @@ _COLUMNS = (
 
 
 def table(names: Sequence[str], evaluations: Sequence[dict]) -> str:
-  """Returns a Markdown table with the main results of each run.
-
-  Args:
-    names: Names of the runs.
-    evaluations: Content of `eval.json` of each run.
+  """Returns a Markdown table of the names and `eval.json` of each run.
 
   Example:
     >>> from clop_jax.evaluation import tables
@@ -51,12 +47,9 @@ def table(names: Sequence[str], evaluations: Sequence[dict]) -> str:
 
 
 def evaluation_table(rows: Sequence[dict]) -> str:
-  """Returns a Markdown table of evaluations in several modes.
+  """Returns a Markdown table with a row for each run, step and fraction.
 
   Columns without any value are left out.
-
-  Args:
-    rows: Results for each run, step and fraction of the labels.
 
   Example:
     >>> from clop_jax.evaluation import tables
@@ -67,7 +60,7 @@ def evaluation_table(rows: Sequence[dict]) -> str:
     |-----|------|--------|--------|--------|------------------|
     | a   | 50   | digits | 143    | 0.1    | 0.875            |
   """
-  return _table(_columns_of(rows), rows)
+  return _table([c for c in _COLUMNS if any(c[1] in x for x in rows)], rows)
 
 
 def _table(columns, rows):
@@ -78,30 +71,20 @@ def _table(columns, rows):
   return markdown([title for title, _, _ in columns], cells)
 
 
-def _columns_of(rows):
-  return [c for c in _COLUMNS if any(c[1] in row for row in rows)]
-
-
 def check_table(path: str) -> None:
-  """Raises ValueError if `write_table` could not write to the path."""
+  """Raises ValueError if `write_table` cannot write to the path."""
   folder = os.path.dirname(os.path.abspath(path))
   if not path.endswith(('.csv', '.md')):
     raise ValueError(f'--table must end in .csv or .md, got {path}')
   if not os.path.isdir(folder):
-    raise ValueError(f'--table={path}: there is no folder {folder}')
+    raise ValueError(f'--table={path}: folder {folder} does not exist')
 
 
 def write_table(path: str, text: str, rows: Sequence[dict]) -> None:
-  """Writes a table as Markdown, or its rows with all digits as CSV.
-
-  Args:
-    path: Path that ends in .md or .csv.
-    text: Table in Markdown.
-    rows: Rows as for `evaluation_table`; their keys name the CSV columns.
-  """
+  """Writes the text to a .md file, or the rows with all digits to a .csv."""
   if path.endswith('.csv'):
     file = io.StringIO()
-    keys = [key for _, key, _ in _columns_of(rows)]
+    keys = [key for _, key, _ in _COLUMNS if any(key in x for x in rows)]
     writer = csv.DictWriter(file, keys, lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
@@ -123,5 +106,5 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write(path: str, text: str) -> None:
-  """Writes a text file such that it never exists in part."""
+  """Writes a text file; a partial file never exists."""
   files.write_whole(path, text.encode('utf-8', 'backslashreplace'))

@@ -1,14 +1,14 @@
-"""From a config to the objects it names, and the config of a workdir.
+"""Builds networks, optimizer and train step from a config.
 
-`train`, `evaluate` and the other commands share this file and, with it, one
-meaning of every field. Nothing below it reads a config.
+All commands use this module, so a field has one meaning. `defaults.check` has
+checked the fields, one by one, before.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import os
 import subprocess
-from collections.abc import Callable
 
 from flax import linen as nn
 import jax
@@ -20,7 +20,6 @@ import optax
 from clop_jax import loss
 from clop_jax import prototypes
 from clop_jax.data import augment
-from clop_jax.data import images
 from clop_jax.models import heads
 from clop_jax.models import resnet
 from clop_jax.models import torchvision
@@ -37,7 +36,7 @@ _BACKBONES = {
   50: resnet.ResNet50,
 }
 
-# How each kind begins.
+# Initial prototypes of each kind.
 _PROTOTYPES = {
   'orthonormal': prototypes.orthonormal_prototypes,
   'simplex_etf': prototypes.simplex_etf_prototypes,
@@ -46,106 +45,15 @@ _PROTOTYPES = {
   'aligned': prototypes.orthonormal_prototypes,
 }
 
-
-def _procrustes(class_means, before):
-  del before
-  return prototypes.align_prototypes(class_means)
-
-
 _ALIGNMENTS = {
-  'procrustes': _procrustes,
+  'procrustes': lambda means, before: prototypes.align_prototypes(means),
   'assignment': prototypes.assign_prototypes,
-}
-
-_DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
-
-
-@dataclasses.dataclass(frozen=True)
-class _LossFields:
-  """`config.loss`, and the platform that an automatic block size is for."""
-
-  fields: ml_collections.ConfigDict
-  platform: str | None
-
-  def __getattr__(self, name):
-    return getattr(self.fields, name)
-
-  def rows(self, embeddings, axis_name):
-    """The block size for these embeddings."""
-    if self.fields.block_size is not None:
-      return self.fields.block_size
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    views, batch, _ = embeddings.shape
-    return loss.choose_block_size(
-      views * batch * devices, devices, platform=self.platform
-    )
-
-
-def _nt_xent(config, embeddings, labels, axis_name):
-  del labels
-  return loss.nt_xent_loss(
-    embeddings,
-    temperature=config.temperature,
-    block_size=config.rows(embeddings, axis_name),
-    axis_name=axis_name,
-  )
-
-
-def _supcon(config, embeddings, labels, axis_name):
-  return loss.supcon_loss(
-    embeddings,
-    labels,
-    temperature=config.temperature,
-    variant=config.supcon_variant,
-    block_size=config.rows(embeddings, axis_name),
-    axis_name=axis_name,
-  )
-
-
-def _dcl(config, embeddings, labels, axis_name):
-  del labels
-  return loss.dcl_loss(
-    embeddings, temperature=config.temperature, axis_name=axis_name
-  )
-
-
-def _vicreg(config, embeddings, labels, axis_name):
-  del labels
-  invariance, variance, covariance = config.vicreg_weights
-  return loss.vicreg_loss(
-    embeddings,
-    invariance_weight=invariance,
-    variance_weight=variance,
-    covariance_weight=covariance,
-    axis_name=axis_name,
-  )
-
-
-def _barlow_twins(config, embeddings, labels, axis_name):
-  del labels
-  return loss.barlow_twins_loss(
-    embeddings, redundancy_weight=config.barlow_weight, axis_name=axis_name
-  )
-
-
-def _no_contrastive_loss(config, embeddings, labels, axis_name):
-  del config, embeddings, labels, axis_name
-  return jnp.zeros((), jnp.float32)
-
-
-_CONTRASTIVE = {
-  'nt_xent': _nt_xent,
-  'supcon': _supcon,
-  'dcl': _dcl,
-  'vicreg': _vicreg,
-  'barlow_twins': _barlow_twins,
-  'none': _no_contrastive_loss,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-  """The networks of a config; see `networks`.
+  """The Flax modules of a config.
 
   Attributes:
     backbone: Module from images to features.
@@ -157,23 +65,20 @@ class Networks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-  """What a config names, built; see `build`.
+class Experiment(Networks):
+  """Networks, optimizer and train step of a config; see `build`.
 
   Attributes:
-    backbone: images to features.
-    projection_head: features to embeddings.
-    tx: the Optax chain.
-    create_state: `(key=..., backbone_variables=...) -> state` before the first
-      step, pure; the key is that of the config's seed unless one is given, and
-      the backbone is random unless its variables are, see `InitialWeights`.
-    step: `(state, batch, key, numbers=...) -> (state, metrics)`,
-      `train_step.train_step` with everything else bound. `numbers` are those of
-      the config unless they are given, see `numbers_of`.
+    tx: Optax chain.
+    create_state: Pure function `(key=..., backbone_variables=...) -> state` of
+      the state before the first step. The key is by default that of the
+      config's seed. The backbone is random unless its variables are given, see
+      `InitialWeights`.
+    step: Function `(state, batch, key, numbers=...) -> (state, metrics)`:
+      `train_step.train_step` with everything else bound. `numbers` are by
+      default those of the config, see `numbers_of`.
   """
 
-  backbone: nn.Module
-  projection_head: nn.Module
   tx: optax.GradientTransformation
   create_state: Callable[..., train_state.TrainState]
   step: Callable
@@ -182,22 +87,14 @@ class Experiment:
 def networks(
   config: ml_collections.ConfigDict, *, platform: str | None = None
 ) -> Networks:
-  """Builds the networks of a config.
-
-  Args:
-    config: Config, see `defaults`.
-    platform: Platform for `model.dtype='auto'`, see `build`.
-
-  Raises:
-    ValueError: If the depth or the dtype is unknown.
-  """
+  """Builds the networks of a config; see `build` for the platform."""
   model = config.model
   shared = {
     'bn_scope': model.bn_scope,
     'axis_name': parallel.DATA_AXIS,
     'dtype': compute_dtype(model.dtype, platform),
   }
-  backbone = _choose(_BACKBONES, 'model.depth', model.depth)(
+  backbone = _BACKBONES[model.depth](
     stem=model.stem,
     width_multiplier=model.width_multiplier,
     zero_init_last_bn=model.zero_init_last_bn,
@@ -223,32 +120,43 @@ def build(
   """Builds the networks, the optimizer and the train step of a config.
 
   Args:
-    config: Config, see `defaults`.
+    config: Config of the run.
     total_steps: Number of steps of the whole run.
     steps_per_epoch: Number of steps in an epoch.
-    platform: Platform for which `model.dtype='auto'` and automatic block sizes
-      are chosen: 'cpu', 'gpu' or 'tpu'. None is JAX's default.
-
-  Returns:
-    The experiment.
+    platform: Platform for `model.dtype='auto'` and automatic block sizes:
+      'cpu', 'gpu' or 'tpu'. None is JAX's default.
 
   Raises:
-    ValueError: If the value of a field is wrong; the valid ones are named.
+    ValueError: If fields contradict each other.
   """
   built = networks(config, platform=platform)
-  numbers = numbers_of(config)
-  optimizer_at = functools.partial(
-    _optimizer_at,
-    config,
-    total_steps=total_steps,
-    warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
-  )
+  config_numbers = numbers_of(config)
+  clop_step = _first_step(config, 'loss.clop_after_epochs', steps_per_epoch)
+
+  def optimizer_at(learning_rate):
+    fields = config.optimizer
+    schedule = optimizer.warmup_cosine(
+      learning_rate,
+      total_steps=total_steps,
+      warmup_steps=round(fields.warmup_epochs * steps_per_epoch),
+    )
+    tx = optimizer.create(
+      fields.name,
+      schedule,
+      momentum=fields.momentum,
+      weight_decay=fields.weight_decay,
+      trust_coefficient=fields.trust_coefficient,
+      clip_norm=fields.clip_norm,
+      rate_in_momentum=fields.rate_in_momentum,
+    )
+    return {'tx': tx, 'schedule': schedule}
+
   parts = train_step.Parts(
     backbone=built.backbone,
     projection_head=built.projection_head,
     recipe=recipe(config),
     contrastive=_contrastive_loss(config, platform),
-    clop_weight=numbers['clop_weight'],
+    clop_weight=config_numbers['clop_weight'],
     clop=functools.partial(
       loss.clop_loss,
       distance=config.loss.clop_distance,
@@ -260,85 +168,76 @@ def build(
     log_every=config.train.log_every_steps,
     bn_scope=config.model.bn_scope,
     num_micro_batches=config.train.num_micro_batches,
-    **optimizer_at(numbers['learning_rate']),
+    **optimizer_at(config_numbers['learning_rate']),
   )
+
+  def step(state, batch, key, numbers=None):
+    numbers = config_numbers if numbers is None else numbers
+    clop_weight = numbers['clop_weight']
+    if clop_step:
+      clop_weight *= state.step >= clop_step
+    parts_now = dataclasses.replace(
+      parts, clop_weight=clop_weight, **optimizer_at(numbers['learning_rate'])
+    )
+    return train_step.train_step(
+      state, batch, key, parts_now, axis_name=parallel.DATA_AXIS
+    )
+
   return Experiment(
     backbone=parts.backbone,
     projection_head=parts.projection_head,
     tx=parts.tx,
-    create_state=functools.partial(
-      _create_state, config, parts, _prototype_maker(config)
-    ),
-    step=functools.partial(
-      _step,
-      parts,
-      optimizer_at,
-      numbers,
-      _first_clop_step(config, steps_per_epoch),
-    ),
+    create_state=functools.partial(_create_state, config, parts),
+    step=step,
   )
-
-
-def _step(
-  parts,
-  optimizer_at,
-  own_numbers,
-  first_clop_step,
-  state,
-  batch,
-  key,
-  numbers=None,
-):
-  """Takes a train step; see `Experiment`."""
-  numbers = own_numbers if numbers is None else numbers
-  clop_weight = numbers['clop_weight']
-  if first_clop_step:
-    clop_weight *= state.step >= first_clop_step
-  parts = dataclasses.replace(
-    parts, clop_weight=clop_weight, **optimizer_at(numbers['learning_rate'])
-  )
-  return train_step.train_step(
-    state, batch, key, parts, axis_name=parallel.DATA_AXIS
-  )
-
-
-def _optimizer_at(config, learning_rate, *, total_steps, warmup_steps):
-  """Returns the Optax chain and the schedule for a base learning rate."""
-  schedule = optimizer.warmup_cosine(
-    learning_rate, total_steps=total_steps, warmup_steps=warmup_steps
-  )
-  tx = optimizer.create(
-    config.optimizer.name,
-    schedule,
-    momentum=config.optimizer.momentum,
-    weight_decay=config.optimizer.weight_decay,
-    trust_coefficient=config.optimizer.trust_coefficient,
-    clip_norm=config.optimizer.clip_norm,
-    rate_in_momentum=config.optimizer.rate_in_momentum,
-  )
-  return {'tx': tx, 'schedule': schedule}
 
 
 def _contrastive_loss(config, platform):
-  contrastive = _choose(
-    _CONTRASTIVE, 'loss.contrastive', config.loss.contrastive
-  )
-  if config.loss.contrastive == 'none' and not config.loss.clop_weight:
+  """Returns the function `(embeddings, labels, axis_name) -> loss`."""
+  fields = config.loss
+  if fields.contrastive == 'none' and not fields.clop_weight:
     raise ValueError(
       "config.loss.contrastive is 'none' and config.loss.clop_weight is 0: "
       'nothing is left to train on'
     )
-  return functools.partial(contrastive, _LossFields(config.loss, platform))
+
+  def block_size(embeddings, axis_name):
+    if fields.block_size is not None:
+      return fields.block_size
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    views, batch, _ = embeddings.shape
+    rows = views * batch * devices
+    return loss.choose_block_size(rows, devices, platform=platform)
+
+  def contrastive(z, labels, *, axis_name):
+    options = {'axis_name': axis_name}
+    if fields.contrastive in ('nt_xent', 'supcon', 'dcl'):
+      options['temperature'] = fields.temperature
+    if fields.contrastive in ('nt_xent', 'supcon'):
+      options['block_size'] = block_size(z, axis_name)
+    match fields.contrastive:
+      case 'nt_xent':
+        return loss.nt_xent_loss(z, **options)
+      case 'supcon':
+        variant = fields.supcon_variant
+        return loss.supcon_loss(z, labels, variant=variant, **options)
+      case 'dcl':
+        return loss.dcl_loss(z, **options)
+      case 'vicreg':
+        terms = ('invariance', 'variance', 'covariance')
+        for term, weight in zip(terms, fields.vicreg_weights, strict=True):
+          options[f'{term}_weight'] = weight
+        return loss.vicreg_loss(z, **options)
+      case 'barlow_twins':
+        weight = fields.barlow_weight
+        return loss.barlow_twins_loss(z, redundancy_weight=weight, **options)
+      case 'none':
+        return jnp.zeros((), jnp.float32)
+
+  return contrastive
 
 
-def _prototype_maker(config):
-  images.check_size('config.augment.size', config.augment.size)
-  return _choose(_PROTOTYPES, 'prototypes.kind', config.prototypes.kind)
-
-
-def _create_state(
-  config, parts, make_prototypes, key=None, backbone_variables=None
-):
+def _create_state(config, parts, key=None, backbone_variables=None):
   """Returns the state before the first step; see `Experiment`."""
   size = config.augment.size
   image_shape = (size, size, config.data.channels)
@@ -346,22 +245,24 @@ def _create_state(
   init_key, prototype_key = jax.random.split(key)
   dim = config.model.embedding_dim
   if config.model.head_layers == 0:
-    # No head: the features are the embeddings.
+    # Without a head the features are the embeddings.
     features, _ = jax.eval_shape(
       functools.partial(parts.backbone.init_with_output, train=False),
       init_key,
       jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
     )
     dim = features.shape[-1]
-  prototypes_ = make_prototypes(prototype_key, config.data.num_classes, dim)
+  initial = _PROTOTYPES[config.prototypes.kind](
+    prototype_key, config.data.num_classes, dim
+  )
   return train_state.create(
     init_key,
     backbone=parts.backbone,
     projection_head=parts.projection_head,
     tx=parts.tx,
     image_shape=image_shape,
-    prototypes=prototypes_,
-    prototype_statistics=parts.prototype_rule.statistics(prototypes_),
+    prototypes=initial,
+    prototype_statistics=parts.prototype_rule.statistics(initial),
     backbone_variables=backbone_variables,
   )
 
@@ -381,74 +282,51 @@ def numbers_of(config: ml_collections.ConfigDict) -> dict[str, float]:
   }
 
 
-def _first_clop_step(config, steps_per_epoch):
-  """Steps that are trained without CLOP."""
-  after, epochs = config.loss.clop_after_epochs, config.train.num_epochs
-  if not 0 <= after < epochs:
+def _first_step(config, field, steps_per_epoch):
+  """Returns the first step after the number of epochs in a field."""
+  group, name = field.split('.')
+  after, epochs = config[group][name], config.train.num_epochs
+  if after >= epochs:
     raise ValueError(
-      'config.loss.clop_after_epochs must be at least 0 and below '
-      f'config.train.num_epochs={epochs}, or there would be no CLOP term at '
-      f'all; got {after}'
+      f'config.{field} must be below config.train.num_epochs={epochs}, or it '
+      f'would never begin; got {after}'
     )
   return after * steps_per_epoch
 
 
 def _prototype_rule(config, steps_per_epoch):
-  """What becomes of the prototypes of that kind."""
   fields = config.prototypes
   if fields.kind == 'learned':
     return prototype_rules.Learned(fields.learning_rate)
   if fields.kind != 'aligned':
     return prototype_rules.Fixed()
-  align = _choose(_ALIGNMENTS, 'prototypes.align_by', fields.align_by)
-  first, every = fields.align_after_epochs, fields.align_every_epochs
-  epochs = config.train.num_epochs
-  if not 1 <= first < epochs:
-    raise ValueError(
-      'config.prototypes.align_after_epochs must be at least 1 and below '
-      f'config.train.num_epochs={epochs}, or there would be no CLOP term at '
-      f'all; got {first}'
-    )
-  if every is not None and every < 1:
-    raise ValueError(
-      'config.prototypes.align_every_epochs must be None or at least 1, got '
-      f'{every}'
-    )
+  every = fields.align_every_epochs
+  field = 'prototypes.align_after_epochs'
   return prototype_rules.Aligned(
-    align=align,
-    first_step=first * steps_per_epoch,
+    align=_ALIGNMENTS[fields.align_by],
+    first_step=_first_step(config, field, steps_per_epoch),
     every_steps=None if every is None else every * steps_per_epoch,
     steps_per_epoch=steps_per_epoch,
   )
 
 
 def _pseudo_labels(config, steps_per_epoch):
-  """Labels for unlabelled examples, or None if there are to be none."""
-  fields, epochs = config.loss, config.train.num_epochs
+  """Returns the function that labels unlabelled examples, if any."""
+  fields = config.loss
   if fields.pseudo_label_threshold is None:
     return None
-  if not 0 < fields.pseudo_label_threshold <= 1:
-    raise ValueError(
-      'config.loss.pseudo_label_threshold must be None or in (0, 1], got '
-      f'{fields.pseudo_label_threshold}'
-    )
-  after = fields.pseudo_label_after_epochs
-  if not 0 <= after < epochs:
-    raise ValueError(
-      'config.loss.pseudo_label_after_epochs must be at least 0 and below '
-      f'config.train.num_epochs={epochs}, or there would be none at all; got '
-      f'{after}'
-    )
+  field = 'loss.pseudo_label_after_epochs'
+  first = _first_step(config, field, steps_per_epoch)
 
   def label(embeddings, labels, prototypes_, step):
-    guessed = prototypes.pseudo_labels(
+    pseudo_labels = prototypes.pseudo_labels(
       embeddings,
       labels,
       prototypes_,
       threshold=fields.pseudo_label_threshold,
       temperature=fields.clop_temperature,
     )
-    return jnp.where(step >= after * steps_per_epoch, guessed, labels)
+    return jnp.where(step >= first, pseudo_labels, labels)
 
   return label
 
@@ -462,41 +340,39 @@ def recipe(config: ml_collections.ConfigDict) -> augment.Recipe:
 
 
 def training_key(config: ml_collections.ConfigDict) -> jax.Array:
-  """The key of everything random in the steps of a run."""
+  """Returns the PRNG key of all train steps."""
   return jax.random.fold_in(jax.random.key(config.seed), 1)
 
 
 def compute_dtype(name, platform=None):
-  """Returns the type that the networks compute in, for `model.dtype`."""
+  """Returns the dtype that the networks compute in, for `model.dtype`."""
   if name == 'auto':
     platform = platform or jax.default_backend()
     name = 'float32' if platform == 'cpu' else 'bfloat16'
-  return _choose(_DTYPES, 'model.dtype', name, also=['auto'])
-
-
-def _choose(table, field, name, also=()):
-  if name not in table:
-    valid = [*also, *table]
-    raise ValueError(f'config.{field} must be one of {valid}, got {name!r}')
-  return table[name]
+  return {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}[name]
 
 
 def abstract_state(experiment: Experiment, mesh) -> train_state.TrainState:
-  """Shapes, dtypes and shardings of the state, for restoring."""
+  """Returns shapes, dtypes and shardings of the state, for restoring."""
+  return abstract(experiment.create_state, mesh)
+
+
+def abstract(create: Callable, mesh):
+  """Returns what `create` would return, as shapes replicated over a mesh."""
   sharding = parallel.replicated(mesh)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    jax.eval_shape(experiment.create_state),
+    jax.eval_shape(create),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class InitialWeights:
-  """What `model.initial_weights` names; see `initial_weights`.
+  """The weights in the file `model.initial_weights`.
 
   Attributes:
-    path: of the file.
-    sha256: of the file.
+    path: Path of the file.
+    sha256: Hash of the file.
     variables: `params` and `batch_stats` of the backbone, float32 on the host.
   """
 
@@ -508,18 +384,15 @@ class InitialWeights:
 def initial_weights(
   config: ml_collections.ConfigDict, state: train_state.TrainState
 ) -> InitialWeights | None:
-  """Reads the weights that the backbone is to start from.
+  """Returns the weights that the backbone starts from, None if it is random.
 
   Args:
-    config: see `defaults`.
-    state: of the run, or its shapes.
-
-  Returns:
-    The weights; None if the config names none.
+    config: Config of the run.
+    state: Training state, or its shapes.
 
   Raises:
-    ValueError: if the file is missing or damaged, or its names or shapes do not
-      fit the backbone; all that do not are listed.
+    ValueError: If the file is missing or damaged, or its names or shapes do not
+      fit the backbone. The error lists all that do not fit.
   """
   path = config.model.initial_weights
   if path is None:
@@ -539,32 +412,21 @@ def initial_weights(
 
 
 def commit() -> str | None:
-  """The git commit of this code, '-dirty' if changed; None outside git."""
-  folder = os.path.dirname(os.path.abspath(__file__))
-  try:
-    # Only a checkout of this project: an installed package may lie in another
-    # project's.
-    result = subprocess.run(
-      ['git', '-C', folder, 'ls-files', '--error-unmatch', __file__],
-      capture_output=True,
-      text=True,
-    )
-    if result.returncode:
+  """Returns the git commit of this code, with '-dirty' if it was changed.
+
+  Outside a checkout of this project it is None, also for a package that is
+  installed inside the checkout of another project.
+  """
+  output = ''
+  for arguments in (
+    ['ls-files', '--error-unmatch', __file__],
+    ['describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+  ):
+    command = ['git', '-C', os.path.dirname(os.path.abspath(__file__))]
+    try:
+      output = subprocess.check_output(
+        [*command, *arguments], stderr=subprocess.DEVNULL, text=True
+      )
+    except (OSError, subprocess.CalledProcessError):
       return None
-    result = subprocess.run(
-      [
-        'git',
-        '-C',
-        folder,
-        'describe',
-        '--always',
-        '--dirty',
-        '--abbrev=40',
-        '--exclude=*',
-      ],
-      capture_output=True,
-      text=True,
-    )
-  except OSError:
-    return None
-  return result.stdout.strip() or None
+  return output.strip() or None

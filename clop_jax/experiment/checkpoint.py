@@ -1,8 +1,8 @@
 """Saving and restoring the training state with Orbax.
 
-Every checkpoint holds a checksum of its state. Orbax notices a missing or
-shortened file, but not a changed byte in an array. The checksum uses integers,
-so it is the same on any number of devices.
+Every checkpoint holds a checksum of its state, because Orbax notices a missing
+or truncated file but not a changed byte in an array. The checksum uses
+integers, so it does not depend on the number of devices.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 
 from absl import logging
 from etils import epath
@@ -29,24 +30,21 @@ from clop_jax.runtime import files
 from clop_jax.runtime import parallel
 from clop_jax.training import train_state
 
-FOLDER = 'checkpoints'  # of a workdir
+FOLDER = 'checkpoints'  # in a workdir
 
-MODES = ('max', 'min')
-
-# Orbax uses the path as a glob pattern and takes ':/' for the start of a remote
-# path. TensorStore takes a backslash for a slash, and accepts only UTF-8.
+# Orbax uses the path as a glob pattern and reads ':/' as the start of a remote
+# path. TensorStore reads a backslash as a slash, and accepts only UTF-8.
 _PATTERN = re.compile(r'[\[\]*?]')
 _UNUSABLE = re.compile(r'[\[\]*?\\\ud800-\udfff]|:/')
 
-# Errors that mean damage: a file is missing or of another kind. Any other error
+# A missing file or one of another kind is damage. Any other error of the system
 # (a permission, a disk, a network) says nothing about the content.
-_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-_CODE = re.compile(r"os_error_code='(\d+)'")
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_CODE = re.compile(r"(?:os_error_code='|\[Errno )(\d+)")
 _STATUS = re.compile(
   r'\b(PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|'
-  r'DEADLINE_EXCEEDED|ABORTED|CANCELLED):'
+  r'DEADLINE_EXCEEDED|ABORTED|CANCELLED|ConnectionError|TimeoutError):'
 )
-_WRONG_CHECKSUM = 'its arrays do not have the checksum they were saved with'
 
 
 class DamagedCheckpointError(Exception):
@@ -76,34 +74,18 @@ def check_directory(directory: str) -> None:
 
 
 def system_error(error: BaseException) -> OSError | None:
-  """Returns the system's error behind an error of a read.
+  """Returns the system's error that made a read fail, None if it was damage.
 
-  Orbax and TensorStore wrap such errors in others, some of them only as text.
-
-  Args:
-    error: Error of a read.
-
-  Returns:
-    The system's error, or None if data are damaged or missing.
+  Orbax and TensorStore wrap such errors, some of them only as text.
   """
-  waiting: list[BaseException | None] = [error]
-  seen: list[BaseException] = []
-  while waiting:
-    one = waiting.pop()
-    if one is None or one in seen:
-      continue
-    seen.append(one)
-    waiting += [one.__context__, one.__cause__, *getattr(one, 'exceptions', ())]
-    if isinstance(one, MemoryError):
-      return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    if isinstance(one, OSError) and one.errno not in _DAMAGE:
-      return one
-    code, status = _CODE.search(str(one)), _STATUS.search(str(one))
-    if code and int(code[1]) not in _DAMAGE:
-      return OSError(int(code[1]), os.strerror(int(code[1])))
-    if status and not code:
-      return OSError(errno.EIO, status[1])
-  return None
+  text = ''.join(traceback.format_exception(error, limit=0))
+  codes = {int(code) for code in _CODE.findall(text)} - _DAMAGE
+  if 'MemoryError' in text:
+    codes = {errno.ENOMEM}
+  if codes:
+    return OSError(min(codes), os.strerror(min(codes)))
+  status = _STATUS.search(text)
+  return OSError(errno.EIO, status[1]) if status else None
 
 
 class Checkpoints:
@@ -118,7 +100,7 @@ class Checkpoints:
     best_mode: str = 'max',
     read_only: bool = False,
   ):
-    """Opens the folder and creates it unless `read_only`.
+    """Opens the folder, and creates it unless `read_only`.
 
     Args:
       directory: Path of the folder, local or remote (`gs://`, `s3://`).
@@ -129,16 +111,9 @@ class Checkpoints:
       read_only: True leaves the folder unchanged, for evaluation.
 
     Raises:
-      ValueError: If `keep` is below 1, `best_mode` is unknown, or Orbax cannot
-        read checkpoints in such a folder.
+      ValueError: If Orbax cannot read checkpoints in such a folder.
     """
     check_directory(directory)
-    if keep < 1:
-      raise ValueError(f'keep must be at least 1, got {keep}')
-    if best_mode not in MODES:
-      raise ValueError(
-        f'best_mode must be one of {list(MODES)}, got {best_mode!r}'
-      )
     self._is_remote = files.is_remote(directory)
     self._directory = (
       directory if self._is_remote else os.path.abspath(directory)
@@ -165,7 +140,11 @@ class Checkpoints:
       async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     with _quiet():
-      self._manager = ocp.CheckpointManager(self._place, options=options)
+      self._manager = ocp.CheckpointManager(
+        self._place,
+        options=options,
+        item_handlers=ocp.StandardCheckpointHandler(),
+      )
 
   def _usable(self):
     """Returns the path of the folder, or of a link if Orbax needs one."""
@@ -182,8 +161,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, trace) -> None:
-    # Closing waits for the other processes and for Orbax's threads, which may
-    # be what failed.
+    # Closing waits for the other processes and for Orbax's threads, either of
+    # which may have failed.
     if error is None or (jax.process_count() == 1 and not self._save_failed):
       self.close()
 
@@ -191,13 +170,17 @@ class Checkpoints:
     """Returns the steps with a checkpoint, oldest first."""
     if self._is_remote or not files.is_folder(self._directory):
       return sorted(self._manager.all_steps())
-    # Orbax leaves out a folder that it cannot look at, as if an older one were
-    # the newest.
+    # Orbax skips folders that it cannot open, so an older checkpoint would look
+    # like the newest.
     return sorted(map(int, filter(str.isdigit, os.listdir(self._directory))))
 
   def best_step(self) -> int | None:
     """Returns the step of the best checkpoint by `best_metric`, if any."""
     return self._manager.best_step() if self._has_best else None
+
+  def metrics(self, step: int) -> dict[str, float]:
+    """Returns the metrics that a checkpoint was saved with."""
+    return self._manager.metrics(step) or {}
 
   def save(
     self,
@@ -213,15 +196,20 @@ class Checkpoints:
       metrics: Metrics by name, among them `best_metric`.
 
     Raises:
-      SaveError: If this or an earlier save failed, on a full disk for example,
+      SaveError: If this or an earlier save failed, for example on a full disk,
         or the folder was removed.
     """
     parallel.by_main(self._check_present)
-    checkpoint = {'state': _fields(state), 'checksum': _checksum(state)}
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    # A field that is None is not saved, so that checkpoints from before it
+    # existed look the same.
+    fields = {k: v for k, v in fields.items() if v is not None}
     with self._save_errors():
       self._manager.save(
         step,
-        args=ocp.args.StandardSave(checkpoint),
+        args=ocp.args.StandardSave(
+          {'state': fields, 'checksum': _checksum(fields)}
+        ),
         metrics=dict(metrics) if metrics else None,
         force=True,
       )
@@ -237,11 +225,7 @@ class Checkpoints:
       )
 
   def wait(self) -> None:
-    """Waits until everything passed to `save` is on disk.
-
-    Raises:
-      SaveError: If it cannot be written, or the folder was removed.
-    """
+    """Waits until all saves are on disk, or raises SaveError."""
     with self._save_errors():
       self._manager.wait_until_finished()
     parallel.by_main(self._check_present)
@@ -284,7 +268,7 @@ class Checkpoints:
   def restore(
     self, step: int, target: train_state.TrainState
   ) -> train_state.TrainState:
-    """Returns the state of one step.
+    """Returns the state of one step; see `restore_latest`.
 
     Raises:
       ValueError: If there is no such checkpoint. The error lists the others.
@@ -311,27 +295,24 @@ class Checkpoints:
     *,
     warn: Callable[[str], None] = logging.warning,
   ) -> train_state.TrainState | None:
-    """Returns the newest intact state.
+    """Returns the newest intact state, None if there is no checkpoint.
 
-    A damaged checkpoint is reported through `warn` and the one before it is
+    A damaged checkpoint is reported through `warn`, and the one before it is
     tried. Unless `read_only`, damaged ones are moved to `<directory>_damaged/`
     so that training can save that step again.
 
     Args:
       target: Shapes, dtypes and shardings of the state, as
         `jax.ShapeDtypeStruct` leaves with `sharding`. The devices and processes
-        need not be those that saved it. If its `opt_state` is None, so is that
-        of the result; further fields may be None, too.
+        may differ from those that saved it. Fields that are None, such as
+        `opt_state` for evaluation, stay None.
       warn: Function that reports a damaged checkpoint.
-
-    Returns:
-      The state, or None if there is no checkpoint.
 
     Raises:
       DamagedCheckpointError: If no checkpoint fits: all are damaged, or
         `target` is the state of another model.
       UnreadableCheckpointError: If the system cannot read one. It may be
-        intact, so it stays where it is and no older one takes its place.
+        intact, so it stays where it is and no older one replaces it.
     """
     steps = self.steps()
     damaged = []
@@ -353,112 +334,95 @@ class Checkpoints:
       'in a new workdir, or put an intact copy back'
     )
 
+  def check(self, step: int) -> str | None:
+    """Returns the fault of a checkpoint, or None; needs no model."""
+    # One device suffices, whatever devices saved it.
+    device = jax.local_devices()[0]
+    return self._read(step, jax.sharding.SingleDeviceSharding(device))[1]
+
   def _restore(self, step, target):
     """Returns `(state, None)` or `(None, fault)`, the same on all processes."""
-    scalar = jax.tree.leaves(target)[0].sharding
-    fields = _fields(target)
-    wanted = {
-      'state': fields,
-      'checksum': jax.ShapeDtypeStruct((), jnp.uint32, sharding=scalar),
-    }
-    fault = None
-    if target.opt_state is None:
-      # Evaluation does not know the optimizer, but the checksum includes it.
-      wanted, fault = self._guarded(step, lambda: self._saved(step, scalar))
-    if parallel.all_agree(fault is None):
-      arguments = ocp.args.StandardRestore(wanted)
-      restored, fault = self._read(step, arguments)
-    if not parallel.all_agree(fault is None):
-      return None, fault or 'another process could not read it'
-    fault = _fault(restored)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(target)
+    arrays, fault = self._read(step, leaves[0][1].sharding)
     if fault is not None:
       return None, fault
-    try:
-      state = _selected(restored['state'], fields)
-    except ValueError as error:
-      return None, str(error)
-    return dataclasses.replace(target, **state), None
+    arrays, restored = _by_name(arrays), []
+    for path, leaf in leaves:
+      name = _name(path)
+      restored.append(arrays.get(name))
+      if getattr(restored[-1], 'shape', None) != leaf.shape:
+        return None, f'{name} must have shape {list(leaf.shape)}'
+    return structure.unflatten(restored), None
 
-  def _saved(self, step, sharding):
-    """Returns the shapes and dtypes of all arrays of a checkpoint."""
-    # The manager knows no metadata before it has restored something.
-    folder = epath.Path(self._place) / str(step) / 'default'
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      ocp.StandardCheckpointHandler().metadata(folder).tree,
-    )
+  def _read(self, step, sharding):
+    """Returns `(state as nested dictionaries, None)` or `(None, fault)`.
 
-  def _read(self, step, arguments):
-    """Returns the contents of a checkpoint; see `_guarded`."""
-    return self._guarded(
-      step, lambda: self._manager.restore(step, args=arguments)
-    )
-
-  def _guarded(self, step, work):
-    """Returns `(work(), None)` or `(None, fault)`.
+    All arrays are read, whether needed or not, because the checksum covers
+    them.
 
     Raises:
       UnreadableCheckpointError: On all processes, if the system of one of them
         cannot read it.
     """
-    restored = fault = refusal = None
+    contents = fault = refusal = None
     with _quiet():
       try:
-        restored = work()
+        wanted = jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+          self._manager.item_metadata(step).tree,
+        )
+        arguments = ocp.args.StandardRestore(wanted)
+        contents = self._manager.restore(step, args=arguments)
       except Exception as error:
         # Damage surfaces as whatever the broken layer raises, even a bare
         # Exception from Orbax's array reader.
         lines = str(error).replace(self._place, self._directory).splitlines()
         fault = files.as_text(next(filter(None, lines), type(error).__name__))
-        fault = fault[:200]
         refusal = self._refusal(step) or system_error(error)
       gc.collect()  # collects unfinished coroutines while they are silenced
     if not parallel.all_agree(refusal is None):
       raise self._unreadable(step, refusal)
-    return restored, fault
+    if not parallel.all_agree(fault is None):
+      return None, (fault or 'another process could not read it')[:200]
+    if not isinstance(contents, dict) or {*contents} != {'state', 'checksum'}:
+      return None, 'it is not a checkpoint of a training run'
+    if int(_checksum(contents['state'])) != int(contents['checksum']):
+      return None, 'its arrays do not have the checksum they were saved with'
+    return contents['state'], None
 
   def _refusal(self, step):
     """Returns the error of the first file that the system refuses, if any.
 
-    Orbax takes a file that it cannot look at for one that does not exist.
+    To Orbax, a file that it cannot open does not exist.
     """
     if self._is_remote:
       return None
+
+    def fail(error):
+      raise error
+
+    folder = os.path.join(self._directory, str(step))
     try:
-      for folder, _, names in os.walk(
-        os.path.join(self._directory, str(step)), onerror=_raise
-      ):
+      for place, _, names in os.walk(folder, onerror=fail):
         for name in names:
-          with open(os.path.join(folder, name), 'rb') as file:
+          with open(os.path.join(place, name), 'rb') as file:
             file.read(1)
     except OSError as error:
-      return system_error(error)
+      return None if error.errno in _DAMAGE else error
     return None
 
   def _unreadable(self, step, refusal):
     reason, place = 'another process cannot read it', self._directory
     if refusal is not None:
-      reason = refusal.strerror or str(refusal) or type(refusal).__name__
-      place = str(refusal.filename or os.path.join(place, str(step)))
+      reason = refusal.strerror
+      place = refusal.filename or os.path.join(place, str(step))
     error = UnreadableCheckpointError(
       f'the checkpoint of step {step} cannot be read ({reason}: '
-      f'{files.as_text(place.replace(self._place, self._directory))}); nothing '
-      'was changed. Make it readable and run the same command again'
+      f'{files.as_text(place)}); nothing was changed. Make it readable and run '
+      'the same command again'
     )
     error.errno = None if refusal is None else refusal.errno
     return error
-
-  def check(self, step: int) -> str | None:
-    """Returns the fault of a checkpoint, or None; needs no model."""
-    # On this host, so that one device can check what many have saved.
-    restored, fault = self._read(
-      step, ocp.args.StandardRestore(fallback_sharding=_here())
-    )
-    return _fault(restored) if fault is None else fault
-
-  def metrics(self, step: int) -> dict[str, float]:
-    """Returns the metrics that a checkpoint was saved with."""
-    return self._manager.metrics(step) or {}
 
   def _set_aside(self, steps):
     """Moves damaged checkpoints to a folder beside this one."""
@@ -468,38 +432,19 @@ class Checkpoints:
       aside = epath.Path(f'{self._directory}_damaged')
       aside.mkdir(parents=True, exist_ok=True)
       for step in steps:
-        names = itertools.chain(
-          [f'{step}'], (f'{step}.{n}' for n in itertools.count(2))
-        )
+        names = (f'{step}.{n}' if n else f'{step}' for n in itertools.count())
         place = next(x for x in map(aside.joinpath, names) if not x.exists())
         (epath.Path(self._directory) / str(step)).rename(place)
     parallel.all_agree(True)  # the other processes must look only afterwards
     self._manager.reload()
 
 
-def _raise(error):
-  raise error
-
-
-def _fault(restored):
-  """Returns what is wrong with the contents of a checkpoint, or None."""
-  if not isinstance(restored, dict) or {*restored} != {'state', 'checksum'}:
-    return 'it is not a checkpoint of a training run'
-  if int(_checksum(restored['state'])) != int(restored['checksum']):
-    return _WRONG_CHECKSUM
-  return None
-
-
 def _score(name, mode, metrics):
-  """Returns a metric such that more is better; a missing one is the worst."""
+  """Returns a metric so that more is better; a missing one is the worst."""
   value = metrics.get(name, math.nan)
   if math.isnan(value):
     return -math.inf
   return value if mode == 'max' else -value
-
-
-def _here():
-  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -543,7 +488,7 @@ def verify(workdir: str) -> list[Found]:
 def _quiet():
   """Silences the unfinished coroutines and threads of a failed read.
 
-  The failure itself is raised, and their hundred lines would bury it.
+  Their hundred lines would bury the failure itself, which is raised.
   """
   hook = sys.unraisablehook
   sys.unraisablehook = lambda _: None
@@ -553,37 +498,24 @@ def _quiet():
     sys.unraisablehook = hook
 
 
-def _fields(state):
-  """Returns the fields of a state that are not None.
+def _name(path):
+  return jax.tree_util.keystr(path, simple=True, separator='/')
 
-  Orbax distinguishes a missing field from one that is None, so checkpoints from
-  before a field existed could not be read.
+
+def _by_name(tree):
+  """Returns the leaves of a tree by name.
+
+  Unlike paths, names are the same for a tree that is read without a model.
   """
-  fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-  return {name: value for name, value in fields.items() if value is not None}
-
-
-def _selected(state, fields):
-  """Returns the arrays of a restored state that belong to some fields."""
-  leaves, structure = jax.tree_util.tree_flatten_with_path(fields)
-  saved = dict(jax.tree_util.tree_leaves_with_path(state))
-  for path, leaf in leaves:
-    if path not in saved or saved[path].shape != leaf.shape:
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
-      raise ValueError(f'{name} must have shape {list(leaf.shape)}')
-  return structure.unflatten([saved[path] for path, _ in leaves])
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {_name(path): leaf for path, leaf in leaves}
 
 
 @jax.jit
 def _checksum(tree) -> jax.Array:
   """Returns a uint32 that changes with any single changed entry of a tree."""
   total = jnp.zeros((), jnp.uint32)
-  # By name, because a tree that is read without a model is nested differently.
-  named = {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
-  for _, leaf in sorted(named.items()):
+  for _, leaf in sorted(_by_name(tree).items()):
     bits = _bits(leaf).ravel()
     # Each entry goes through a permutation of the 32-bit numbers that depends
     # on its place, so no single change can vanish, and several cancel only by

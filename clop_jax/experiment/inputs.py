@@ -1,7 +1,4 @@
-"""From `config.data` to sources, labels, readers and loaders.
-
-What `experiment` is for networks and losses, for the commands that read images.
-"""
+"""Sources, labels, readers and loaders of a config."""
 
 import math
 import os
@@ -18,13 +15,13 @@ from clop_jax.data import sources
 
 
 def source(config: ml_collections.ConfigDict, split: str) -> sources.Source:
-  """A split of the config's data set, as `config.data.test_split`."""
+  """Returns a split of the config's data set, by its name there."""
   data = config.data
   return sources.load(data.name, split, data.data_dir, **data.options.to_dict())
 
 
 def training_source(config: ml_collections.ConfigDict) -> sources.Source:
-  """The training split, and after it the unlabelled one if there is one."""
+  """Returns the training split followed by the unlabelled split, if any."""
   labelled = source(config, config.data.train_split)
   if config.data.unlabelled_split is None:
     return labelled
@@ -40,11 +37,11 @@ def on_other_data(
   train_split: str = 'train',
   test_split: str = 'test',
 ) -> ml_collections.ConfigDict:
-  """A run's config with another data set in the place of its own.
+  """Returns a run's config with another data set.
 
-  Channels and sizes stay: the network is made for them. Images that the run
-  took as they are are cut to the middle square and brought to the size of its
-  views, as others may have any size. The number of classes is the source's.
+  Channels and sizes stay, because the network depends on them. If the run took
+  images at their own size, the other images are center-cropped and resized to
+  the size of its views. The number of classes is the source's.
   """
   fields = config.to_dict()
   fields['data'] |= {
@@ -63,7 +60,7 @@ def on_other_data(
 def fitted(
   config: ml_collections.ConfigDict, other: sources.Source
 ) -> sources.Source:
-  """A source that a run was not made for, with as many colours as it sees."""
+  """Returns a source of another data set in the colors of the run."""
   return sources.Grey(other) if config.data.channels == 1 else other
 
 
@@ -72,18 +69,15 @@ def labelled_source(
   split: str,
   given: sources.Source | None = None,
 ) -> tuple[sources.Source, np.ndarray]:
-  """What evaluation reads of 'train' or 'test', and its true labels.
+  """Returns the labelled examples of a split and their true labels `[n]`.
 
   Args:
-    config: see `defaults`; `data.num_classes` is known.
-    split: 'train' or 'test', whose name in the data set the config has.
-    given: examples to take instead of those of the config.
-
-  Returns:
-    The labelled examples, and their labels `[n]` int32.
+    config: Config with a known `data.num_classes`.
+    split: 'train' or 'test'; the config has its name in the data set.
+    given: Examples to use instead of those of the config.
 
   Raises:
-    ValueError: if the split is missing, has no label, or one out of range.
+    ValueError: If the split is missing, has no label, or one out of range.
   """
   name = config.data[f'{split}_split']
   where = f'config.data.{split}_split={name!r}'
@@ -91,13 +85,12 @@ def labelled_source(
     where = f'given[{split!r}]'
   elif not name:
     raise ValueError(
-      f'{where}: this run was trained without one, and evaluation '
-      'needs it; evaluate from Python with examples of your own, '
+      f'{where}: this run was trained without a {split} split, and evaluation '
+      'needs one; evaluate from Python with your own examples: '
       'evaluate.Request(workdir, given=...)'
     )
   try:
     evaluated = source(config, name) if given is None else given
-    # The true ones: what training was not told does not matter here.
     known = sources.labels_of(evaluated)
     label_policy.check_range(known, config.data.num_classes)
   except ValueError as error:
@@ -107,52 +100,45 @@ def labelled_source(
     known = known[known >= 0]
   if not known.size:
     raise ValueError(
-      f'{where} has no labelled example to evaluate with; name another one'
+      f'{where} has no labelled example to evaluate with; choose another split'
     )
   return evaluated, known
 
 
 def check_evaluation(config: ml_collections.ConfigDict) -> None:
-  """Refuses, before the training, what could not be evaluated after it.
-
-  Raises:
-    ValueError: as `labelled_source` and `evaluation_reader`. An empty
-      `data.test_split` passes.
-  """
+  """Raises ValueError, before training, if evaluation would fail after it."""
   if not config.data.test_split:
     return
   try:
     evaluation_reader(config, *labelled_source(config, 'test'))
   except ValueError as error:
     raise ValueError(
-      f'{error} (--config.data.test_split= trains without one to evaluate on)'
+      f'{error} (--config.data.test_split= trains without a test split)'
     ) from error
 
 
 def with_num_classes(
   config: ml_collections.ConfigDict, training: sources.Source
 ) -> ml_collections.ConfigDict:
-  """The config with the number of classes in it.
+  """Returns the config with `data.num_classes`, if need be the source's.
 
   Raises:
-    ValueError: if neither the config nor the source has it, or it is below 2.
+    ValueError: If neither the config nor the source has it, or it is below 2.
   """
   num_classes = config.data.num_classes or getattr(
     training, 'num_classes', None
   )
-  if num_classes and num_classes < 2:
+  if not num_classes:
     raise ValueError(
-      'config.data.num_classes must be at least 2 for prototypes to tell '
-      f'apart, got {num_classes}'
+      'config.data.num_classes must be set, because the source does not have '
+      'it (use 2 if nothing is labelled); got 0'
+    )
+  if num_classes < 2:
+    raise ValueError(
+      f'config.data.num_classes must be at least 2, got {num_classes}'
     )
   if config.data.num_classes:
     return config
-  if not num_classes:
-    raise ValueError(
-      'config.data.num_classes must be the number of classes: it is '
-      f'{config.data.num_classes} and the source does not say (2 will do where '
-      'nothing is labelled)'
-    )
   field = defaults.FIELDS['data.num_classes']
   if not field.accepts(int(num_classes)):
     raise ValueError(
@@ -167,10 +153,10 @@ def with_num_classes(
 def training_labels(
   config: ml_collections.ConfigDict, true_labels: np.ndarray
 ) -> np.ndarray:
-  """The labels that training sees: the policies of the config, applied.
+  """Returns the labels that training sees, by the policies of the config.
 
   Raises:
-    ValueError: for a label out of range, or a policy that cannot be followed.
+    ValueError: If a label is out of range, or a policy does not fit the data.
   """
   data = config.data
   per_class = data.labels_per_class
@@ -180,7 +166,7 @@ def training_labels(
     unlabelled_classes=data.unlabelled_classes,
     imbalance_factor=data.imbalance_factor,
     class_fractions=data.class_fractions,
-    # A count takes the place of the fraction that a config file has set.
+    # A count replaces the fraction that a config file sets.
     label_fraction=data.label_fraction if per_class is None else 1.0,
     labels_per_class=per_class,
     label_noise=data.label_noise,
@@ -194,23 +180,16 @@ def training_reader(
   training: sources.Source,
   labels: np.ndarray,
 ) -> reader_lib.Reader:
-  """Reads what the loaders serve."""
+  """Returns the reader of the training examples."""
   data, augment = config.data, config.augment
-  crops = None
-  if data.host_crops:
-    crops = {
-      'size': augment.size,
-      'crop_area': augment.crop_area,
-      'crop_aspect': augment.crop_aspect,
-      'interpolation': augment.interpolation,
-    }
+  names = ('size', 'crop_area', 'crop_aspect', 'interpolation')
   return reader_lib.Reader(
     training,
     labels,
     channels=data.channels,
     size=data.image_size,
     interpolation=augment.interpolation,
-    crops=crops,
+    crops={x: augment[x] for x in names} if data.host_crops else None,
     seed=config.seed,
     skip_corrupt=data.skip_corrupt,
   )
@@ -222,16 +201,13 @@ def evaluation_reader(
   labels: np.ndarray,
   **changes,
 ) -> reader_lib.Reader:
-  """Reads whole images, or their middle, without anything random.
+  """Returns a reader of whole images, or of their center.
 
   Args:
-    config: see `defaults`.
-    evaluated: the examples.
-    labels: `[n]`, instead of the source's own.
-    **changes: arguments of the reader in the place of those of the config.
-
-  Raises:
-    ValueError: as the reader.
+    config: Config of the run.
+    evaluated: Examples to read.
+    labels: Labels `[n]` to use instead of those of the source.
+    **changes: Arguments of the reader that replace those of the config.
   """
   data, share = config.data, config.eval.crop_share
   size = data.image_size
@@ -250,10 +226,10 @@ def evaluation_reader(
 def is_resident(
   config: ml_collections.ConfigDict, reader: reader_lib.Reader
 ) -> bool:
-  """Whether the set is to be kept on the devices.
+  """Returns True if the data set is kept on the devices.
 
   Raises:
-    ValueError: if the loader is unknown, or cannot serve these images.
+    ValueError: If the loader of the config cannot serve these images.
   """
   return _fits(config, len(reader) * math.prod(reader.shape))
 
@@ -274,7 +250,7 @@ def _fits(config, num_bytes):
 def training_loader(
   config: ml_collections.ConfigDict, reader: reader_lib.Reader, mesh: Mesh
 ) -> loader.Loader:
-  """The loader that the config names, or that suits the set's size."""
+  """Returns the loader of the config, by default the one for the set's size."""
   shared = {
     'batch_size': config.train.batch_size,
     'seed': config.seed,
@@ -297,20 +273,14 @@ def abstract_loader(
   num_examples: int,
   image_shape: tuple[int, ...],
 ) -> loader.AbstractLoader:
-  """Shapes of the data that `training_loader` would serve.
+  """Returns the shapes of the data that `training_loader` would serve.
 
   Args:
-    config: See `defaults`.
+    config: Config of the run.
     mesh: Mesh of the devices, which need not be attached to this process.
     num_examples: Number of training images.
-    image_shape: `(height, width, channels)` of the images in the data set. It
-      is ignored where the config resizes or crops them on the host.
-
-  Returns:
-    The shapes.
-
-  Raises:
-    ValueError: As `training_loader`.
+    image_shape: `(height, width, channels)` of the images in the data set,
+      before the config resizes or crops them.
   """
   data, size = config.data, config.data.image_size
   shape: tuple[int, ...] = (*image_shape[:2], data.channels)
@@ -330,12 +300,10 @@ def abstract_loader(
 def num_workers(
   config: ml_collections.ConfigDict, reader: reader_lib.Reader
 ) -> int:
-  """Worker processes for a pass; -1 is one for each CPU core.
-
-  What would fit the devices is read sooner than processes are started.
-  """
+  """Returns the number of worker processes for a pass over a data set."""
+  # Reading a small set takes less time than starting processes.
   if is_resident(config, reader):
     return 0
   workers = config.data.num_workers
-  # The cores that this process may use, which in a container are not all.
+  # In a container a process may not use all cores of the machine.
   return len(os.sched_getaffinity(0)) if workers == -1 else workers

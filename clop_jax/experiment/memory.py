@@ -1,4 +1,4 @@
-"""Advice for a run that needs more memory than there is."""
+"""Advice for a run that is out of memory."""
 
 import re
 
@@ -26,31 +26,25 @@ def device_advice(
   """Returns the fields that lower the memory of a step, best first.
 
   Args:
-    config: See `defaults`.
+    config: Config of the run.
     has_data: False if the data set is not on the devices.
     share: Share of a device's memory that JAX takes.
   """
-  ways = [
-    'raise config.train.num_micro_batches '
-    f'(now {config.train.num_micro_batches})',
-    f'lower config.train.batch_size (now {config.train.batch_size})',
-  ]
-  if config.model.dtype == 'float32':
-    ways.append("set config.model.dtype='bfloat16'")
-  if (
-    config.loss.contrastive in ('nt_xent', 'supcon')
-    and config.loss.block_size is None
-  ):
-    ways.append('set config.loss.block_size=512')
-  if has_data and config.data.loader != 'stream':
-    ways.append("set config.data.loader='stream'")
-  if share < 1:
-    ways.append(
-      'raise XLA_PYTHON_CLIENT_MEM_FRACTION in the environment (JAX takes '
-      f'{share:g} of a GPU by default)'
-    )
-  ways.append('take more devices')
-  return f'To make it fit: {", ".join(ways)}'
+  train, loss = config.train, config.loss
+  is_blockable = loss.contrastive in ('nt_xent', 'supcon')
+  advice = {
+    f'raise config.train.num_micro_batches (now {train.num_micro_batches})': 1,
+    f'lower config.train.batch_size (now {train.batch_size})': 1,
+    "set config.model.dtype='bfloat16'": config.model.dtype == 'float32',
+    'set config.loss.block_size=512': is_blockable and loss.block_size is None,
+    "set config.data.loader='stream'": (
+      has_data and config.data.loader != 'stream'
+    ),
+    'raise XLA_PYTHON_CLIENT_MEM_FRACTION in the environment (JAX takes '
+    f'{share:g} of a GPU by default)': share < 1,
+    'use more devices': 1,
+  }
+  return f'To make it fit: {", ".join(k for k, v in advice.items() if v)}'
 
 
 def host_advice(config: ml_collections.ConfigDict) -> str:
@@ -61,5 +55,5 @@ def host_advice(config: ml_collections.ConfigDict) -> str:
     f'config.data.prefetch (now {data.prefetch}), config.data.image_size (now '
     f'{data.image_size}) or config.train.batch_size (now '
     f"{config.train.batch_size}), set config.data.loader='stream' (now "
-    f'{data.loader!r}), or take a machine with more memory'
+    f'{data.loader!r}), or use a machine with more memory'
   )

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, and the progress of a training for a person to see."""
+"""`metrics.jsonl`, and the progress that a training prints."""
 
 from collections.abc import Mapping
 import json
@@ -17,21 +17,17 @@ FILE = 'metrics.jsonl'
 
 
 class JsonLines:
-  """A file of one JSON object for each of some steps.
+  """A file with one JSON object per logged step.
 
   Attributes:
-    last_step: of the last line; 0 before the first one.
+    last_step: Step of the last line, 0 if there is none.
   """
 
   def __init__(self, path: str, *, start: int):
-    """Cuts the file back to `start`: what came later is trained again.
-
-    Args:
-      path: of the file; local, or remote as `epath` has it.
-      start: the step to go on from.
+    """Removes lines after step `start`, because those are trained again.
 
     Raises:
-      ValueError: If the file has a line of something else. It stays as it is.
+      ValueError: If a line is damaged. The file is not changed then.
     """
     self._path = path
     entries = entries_until(path, start)
@@ -43,8 +39,7 @@ class JsonLines:
       self._file = open(path, 'a')  # noqa: SIM115 (closed by close)
 
   def write(self, step: int, values: Mapping[str, float | None]) -> None:
-    """Writes the line of a step; what is not finite, or None, becomes null."""
-    # NaN is not JSON; a diagnostic may be NaN where the loss is not.
+    """Writes the line of a step; NaN and infinity become null."""
     entry = {'step': step} | {
       k: None if v is None or not math.isfinite(v) else v
       for k, v in sorted(values.items())
@@ -54,8 +49,7 @@ class JsonLines:
     if self._file is not None:
       self._file.write(line)
       self._file.flush()
-    else:
-      # Remote files cannot be added to.
+    else:  # remote files cannot be appended to
       self._lines.append(line)
       epath.Path(self._path).write_text(''.join(self._lines))
 
@@ -66,16 +60,10 @@ class JsonLines:
 
 
 class MetricsLog(callback.Callback):
-  """Writes one line for each logged step, and prints progress."""
+  """Writes a line for each logged step, and prints progress."""
 
   def __init__(self, path: str, *, steps: range, batch_size: int):
-    """Cuts the log back to `steps.start`: later steps are trained again.
-
-    Args:
-      path: Path of the file, local or remote as `epath` has it.
-      steps: Steps that are left.
-      batch_size: Number of images in a step.
-    """
+    """Opens the log for the steps that are left; see `JsonLines`."""
     self._total_steps = steps.stop
     self._batch_size = batch_size
     self._lines = JsonLines(path, start=steps.start)
@@ -94,17 +82,8 @@ class MetricsLog(callback.Callback):
     self._lines.close()
 
   def logged(self, step: int, metrics: dict[str, float]) -> None:
-    """Writes the metrics of a step, and prints some of them.
-
-    Args:
-      step: Step after which they were taken.
-      metrics: Metrics by name, among them `loss`, `clop_loss` and
-        `effective_rank`.
-    """
+    """Writes the metrics of a step, and prints some of them."""
     self._lines.write(step, metrics)
-    self._show(step, metrics)
-
-  def _show(self, step, metrics):
     shown = {
       'loss': f'{metrics["loss"]:.4f}',
       'clop': f'{metrics["clop_loss"]:.4f}',
@@ -112,7 +91,7 @@ class MetricsLog(callback.Callback):
     }
     left = ''
     if self._first is None:
-      # Steps up to this one waited for the compiler: they tell no speed.
+      # Earlier steps waited for the compiler, so they do not show the speed.
       self._first = (step, time.monotonic())
     else:
       first, began = self._first
@@ -128,41 +107,29 @@ class MetricsLog(callback.Callback):
 
 
 def say(message: str, *, error: bool = False) -> None:
-  """Prints a line, around the progress bar if there is one.
-
-  Args:
-    message: the line.
-    error: to standard error, instead of standard output.
-  """
+  """Prints a line above the progress bar, on stderr if `error`."""
   stream = sys.stderr if error else sys.stdout
   tqdm.tqdm.write(message, file=stream)
   stream.flush()
 
 
 def to_floats(metrics: dict[str, jax.Array]) -> dict[str, float]:
-  """The metrics of one step as plain numbers."""
+  """Returns the metrics of one step as Python numbers."""
   return {k: float(v) for k, v in jax.device_get(metrics).items()}
 
 
 def check(path: str) -> None:
-  """Checks that a file of `JsonLines` can be read, if it exists.
+  """Raises ValueError if a file of `JsonLines` has a damaged line."""
+  entries_until(path, math.inf)
+
+
+def entries_until(path: str, step: float) -> list[dict]:
+  """Returns the lines of a file of `JsonLines` up to a step.
 
   Raises:
-    ValueError: If a line holds something else.
+    ValueError: If a line is damaged.
   """
-  _entries(path)
-
-
-def entries_until(path: str, step: int) -> list[dict]:
-  """The lines of a file of `JsonLines` up to a step; none if it is missing.
-
-  Raises:
-    ValueError: If a line holds something else.
-  """
-  return [entry for entry in _entries(path) if entry['step'] <= step]
-
-
-def _entries(path):
   if not files.exists(path):
     return []
-  return list(files.read_json_lines(path, fix='correct or remove that line'))
+  entries = files.read_json_lines(path, fix='correct or remove that line')
+  return [entry for entry in entries if entry['step'] <= step]

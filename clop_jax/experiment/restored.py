@@ -37,7 +37,7 @@ class Restored:
       uint8 images `[batch, height, width, channels]` of any size. It returns
       float32 features `[batch, feature_dim]` and embeddings `[batch, dim]` (not
       normalized). Images are resized to the size of the run's views and
-      normalized as in training; batch normalization is in evaluation mode. All
+      normalized as in training. Batch normalization is in evaluation mode. All
       transformations of JAX apply.
   """
 
@@ -67,21 +67,18 @@ def load(workdir: str, *, which: str = 'latest', devices=None) -> Restored:
 
   Raises:
     ValueError: If the workdir is missing or holds no run, or has no such
-      checkpoint; the error lists the existing ones.
+      checkpoint. The error lists the existing ones.
     checkpoint.DamagedCheckpointError: If no checkpoint can be restored.
   """
-  config, which = workdir_lib.load_config(workdir), str(which)
+  config = workdir_lib.load_config(workdir)
   mesh = parallel.make_mesh(devices)
   networks = build.networks(config)
-  state = None
+  target = _abstract_state(networks, config, mesh)
   with _checkpoints(config, workdir) as checkpoints:
-    target = _abstract_state(networks, config, mesh)
-    if checkpoints is not None and which == 'latest':
+    if which == 'latest':
       state = checkpoints.restore_latest(target, warn=parallel.warn)
-    elif checkpoints is not None:
-      state = checkpoints.restore(_step(checkpoints, which), target)
-  if state is None:
-    raise _no_checkpoint(workdir)
+    else:
+      state = checkpoints.restore(_step(checkpoints, str(which)), target)
   return Restored(
     config=config,
     experiment=networks,
@@ -103,7 +100,7 @@ def steps(workdir: str) -> list[int]:
 
 
 def check(workdir: str, which: str) -> list[int]:
-  """Refuses a checkpoint that a run does not have, before any long work.
+  """Checks, before any long work, that a run has a checkpoint.
 
   Args:
     workdir: Workdir of a run.
@@ -116,9 +113,7 @@ def check(workdir: str, which: str) -> list[int]:
     ValueError: As `load`.
   """
   with _checkpoints(workdir_lib.load_config(workdir), workdir) as checkpoints:
-    found = checkpoints.steps() if checkpoints is not None else []
-    if not found:
-      raise _no_checkpoint(workdir)
+    found = checkpoints.steps()
     step = None if which in ('latest', 'all') else _step(checkpoints, which)
   if step is not None and step not in found:
     raise ValueError(
@@ -130,12 +125,12 @@ def check(workdir: str, which: str) -> list[int]:
 def frozen(
   networks, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]:
-  """Returns `Restored.pure` of some networks.
+  """Returns `Restored.pure` for some networks.
 
   Args:
     networks: Flax modules as `backbone` and `projection_head`.
     config: Config of the run.
-    mesh: Mesh of the devices, on each of which the outputs are whole.
+    mesh: Mesh of the devices, over which the outputs are replicated.
   """
   recipe, channels = config.augment, config.data.channels
 
@@ -168,9 +163,9 @@ def _check_images(images, channels):
     return
   advice = ''
   if images.shape[-1:] == (channels,) and images.ndim == 3:
-    advice = '; of one image: images[None]'
+    advice = '; for one image use images[None]'
   elif fits:
-    advice = '; of [0, 1]: (255 * images).round().astype(jnp.uint8)'
+    advice = '; for [0, 1] use (255 * images).round().astype(jnp.uint8)'
   raise ValueError(
     f'images must be uint8 [batch, height, width, {channels}], as the run was '
     f'trained on, got {images.dtype} {list(images.shape)}{advice}'
@@ -179,18 +174,24 @@ def _check_images(images, channels):
 
 @contextlib.contextmanager
 def _checkpoints(config, workdir):
-  """Opens the checkpoints of a workdir; None if it has no folder of them."""
-  if not files.is_folder(epath.Path(workdir) / checkpoint.FOLDER):
-    yield None
-    return
-  with workdir_lib.open_checkpoints(
-    config, workdir, read_only=True
-  ) as checkpoints:
+  """Opens the checkpoints of a workdir; raises ValueError if there are none."""
+  with contextlib.ExitStack() as stack:
+    found = []
+    if files.is_folder(epath.Path(workdir) / checkpoint.FOLDER):
+      checkpoints = stack.enter_context(
+        workdir_lib.open_checkpoints(config, workdir, read_only=True)
+      )
+      found = checkpoints.steps()
+    if not found:
+      raise ValueError(
+        f'--workdir={workdir} holds no checkpoint yet; train first: python -m '
+        f'clop_jax.train --config=... --workdir={workdir}'
+      )
     yield checkpoints
 
 
 def _abstract_state(networks, config, mesh):
-  """Returns the shapes of what evaluation needs of a checkpoint."""
+  """Returns the shapes of the part of a checkpoint that evaluation needs."""
   size, channels = config.augment.size, config.data.channels
 
   def create():
@@ -211,18 +212,7 @@ def _abstract_state(networks, config, mesh):
       prototypes=jnp.zeros((config.data.num_classes, embeddings.shape[-1])),
     )
 
-  sharding = parallel.replicated(mesh)
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    jax.eval_shape(create),
-  )
-
-
-def _no_checkpoint(workdir):
-  return ValueError(
-    f'--workdir={workdir} holds no checkpoint yet; train first: python -m '
-    f'clop_jax.train --config=... --workdir={workdir}'
-  )
+  return build.abstract(create, mesh)
 
 
 def _step(checkpoints, which):

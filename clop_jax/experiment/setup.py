@@ -23,12 +23,12 @@ class Examples:
   """Training examples and their labels.
 
   Attributes:
-    source: Examples with the labels that the data set has.
+    source: Examples with the labels of the data set.
     is_named: True if the config names the source, so that the run can be
       evaluated from its workdir alone.
     true_labels: Labels of the data set, `[n]` int32.
     labels: Labels that training sees, `[n]` int32; -1 is unlabelled.
-    reader: Reader of what the loader serves.
+    reader: Reader of the training images.
   """
 
   source: sources.Source
@@ -43,7 +43,7 @@ class Setup:
   """A run that is ready to go; see `prepare` and `plan`.
 
   Attributes:
-    config: Config with the number of classes in it.
+    config: Config with the number of classes.
     mesh: Mesh of the devices.
     data: Loader of the training batches, or only their shapes.
     experiment: Networks, optimizer and train step.
@@ -73,12 +73,14 @@ class Setup:
   def chunks(self, start: int = 0) -> list[range]:
     """Returns the steps from `start` on, as one range for each dispatch."""
     train = self.config.train
-    return split_steps(
-      start,
-      self.total_steps,
-      train.steps_per_dispatch,
-      (train.log_every_steps, self.save_every),
-    )
+    boundaries = (train.log_every_steps, self.save_every)
+    chunks = []
+    while start < self.total_steps:
+      ends = [(start // every + 1) * every for every in boundaries]
+      end = min(start + train.steps_per_dispatch, self.total_steps, *ends)
+      chunks.append(range(start, end))
+      start = end
+    return chunks
 
   @property
   def longest(self) -> int:
@@ -93,16 +95,16 @@ def prepare(
   devices=None,
   load: bool = True,
 ) -> Setup:
-  """Prepares a run and checks everything that can be checked by now.
+  """Prepares a run, and checks the config and the data.
 
-  Nothing is written and nothing is compiled. The train step is traced, so wrong
-  values that only break there are found here.
+  Nothing is written or compiled. The train step is traced, which finds the
+  remaining wrong values.
 
   Args:
     config: Config of the run, see `defaults`.
     source: Training examples to use instead of those that `config.data` names.
     devices: Devices to train on; None is all.
-    load: If False, do not read the images: for checks and previews.
+    load: If False, do not read the images, for checks and previews.
 
   Returns:
     The setup.
@@ -111,6 +113,16 @@ def prepare(
     ValueError: If a field of the config is invalid, the data do not fit it, or
       the devices cannot share the batch.
     OSError: If the data cannot be read.
+
+  Example:
+    >>> import jax
+    >>> from clop_jax import defaults
+    >>> from clop_jax.experiment import setup
+    >>> config = defaults.get_config()
+    >>> config.data.name = 'synthetic'
+    >>> run = setup.prepare(config, devices=jax.devices()[:1], load=False)
+    >>> run.total_steps == config.train.num_epochs * run.data.steps_per_epoch
+    True
   """
   defaults.check(config)
   mesh = parallel.make_mesh(devices)
@@ -129,7 +141,7 @@ def prepare(
       config, mesh, num_examples=len(reader), image_shape=reader.shape
     )
   setup = _setup(config, mesh, data, shared, examples=examples)
-  check_best(setup)
+  _check_best(setup)
   return setup
 
 
@@ -138,16 +150,10 @@ def read_labels(
 ) -> tuple[ml_collections.ConfigDict, Examples]:
   """Reads the labels of the training examples, but no image.
 
-  Args:
-    config: Config of the run, see `defaults`.
-    source: Training examples to use instead of those that `config.data` names.
+  Arguments and errors are those of `prepare`.
 
   Returns:
-    The config with the number of classes in it, and the examples.
-
-  Raises:
-    ValueError: If the data or their labels do not fit the config.
-    OSError: If the data cannot be read.
+    The config with the number of classes, and the examples.
   """
   is_named = source is None
   if source is None:
@@ -186,11 +192,8 @@ def plan(
   data = inputs.abstract_loader(
     config, mesh, num_examples=num_examples, image_shape=image_shape
   )
-  sharding = parallel.replicated(mesh)
-  shared = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    jax.eval_shape(lambda: _shared(config, np.zeros(num_examples, np.int32))),
-  )
+  true_labels = np.zeros(num_examples, np.int32)
+  shared = build.abstract(lambda: _shared(config, true_labels), mesh)
   return _setup(config, mesh, data, shared, platform=platform)
 
 
@@ -219,8 +222,8 @@ def _setup(config, mesh, data, shared, *, platform=None, examples=None):
 
 def _shared(config, true_labels):
   """Returns the arguments of every dispatch other than the data."""
-  # Numbers are arguments, not constants: runs that differ in them alone share
-  # what JAX's compilation cache holds.
+  # Numbers are arguments, not constants, so that runs that differ only in them
+  # share an entry of JAX's compilation cache.
   numbers = jax.tree.map(np.float32, build.numbers_of(config))
   shared = {'key': build.training_key(config), 'numbers': numbers}
   if config.loss.pseudo_label_threshold is not None:
@@ -229,7 +232,7 @@ def _shared(config, true_labels):
 
 
 def count_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> int:
-  """Returns the number of steps of a run; the one place to convert epochs."""
+  """Returns the number of steps of a run."""
   steps = config.train.num_epochs * steps_per_epoch
   if steps >= 2**31:
     raise ValueError(
@@ -239,25 +242,7 @@ def count_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> int:
   return steps
 
 
-def split_steps(start, stop, size, boundaries) -> list[range]:
-  """Returns ranges of at most `size` steps that end at the boundaries.
-
-  Args:
-    start: First step.
-    stop: End of the last range.
-    size: Most steps of a range.
-    boundaries: Numbers at whose multiples a range must end.
-  """
-  chunks = []
-  while start < stop:
-    ends = [(start // every + 1) * every for every in boundaries]
-    end = min(start + size, stop, *ends)
-    chunks.append(range(start, end))
-    start = end
-  return chunks
-
-
-def check_best(setup: Setup) -> None:
+def _check_best(setup):
   """Raises ValueError if `train.keep_best` names no metric that is logged."""
   train = setup.config.train
   names = setup.program.metric_names(setup.longest)

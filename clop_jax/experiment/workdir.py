@@ -1,6 +1,7 @@
 """The workdir of a run: config, labels and lock file.
 
-A workdir may be remote (`gs://`, `s3://`) if `etils.epath` and Orbax reach it.
+A workdir may be remote (`gs://`, `s3://`), as far as `etils.epath` and Orbax
+support it.
 """
 
 from collections.abc import Iterator
@@ -24,13 +25,9 @@ from clop_jax.runtime import files
 from clop_jax.runtime import locks
 from clop_jax.runtime import parallel
 
-
-# Groups of the config that do not affect training.
-_NOT_TRAINED = ('watch', 'eval')
-
 CONFIG, LABELS = 'config.json', 'labels.npz'
 _CONFIG_FIX = 'put an intact copy back, or use another --workdir'
-_LABELS_FIX = 'delete it, and the command that trained the run writes it again'
+_LABELS_FIX = 'delete it; the command that trained the run writes it again'
 
 
 def open_checkpoints(
@@ -71,8 +68,7 @@ def claim(
   If the run then fails before it has logged or saved a step, they are removed
   again, so that a corrected command can use the workdir.
 
-  The main process holds the lock until it ends, and the others wait here for
-  it. A remote folder has no lock.
+  The main process holds the lock, and the other processes wait for it here.
 
   Args:
     config: Config of the run.
@@ -84,39 +80,32 @@ def claim(
     ValueError: If another run uses the workdir, or it was made with another
       config or other data. Nothing is written then.
   """
+  paths = [epath.Path(workdir) / name for name in (CONFIG, LABELS)]
+  log = epath.Path(workdir) / metrics_log.FILE
+  new = []
   with contextlib.ExitStack() as stack:
-    made = []
 
     def begin():
       checkpoint.check_directory(workdir)
       _check_config(config, workdir)
       _check_labels(workdir, labels)
-      metrics_log.check(os.path.join(workdir, metrics_log.FILE))
+      metrics_log.check(str(log))
       stack.enter_context(locked(workdir))
-      # Only now can no other run write there.
-      _check_config(config, workdir)
-      _check_labels(workdir, labels)
-      paths = [epath.Path(workdir) / name for name in (CONFIG, LABELS)]
-      made.extend(path for path in paths if not files.exists(path))
+      new.extend(path for path in paths if not files.exists(path))
       _save_config(config, workdir)
-      _save_labels(workdir, labels, true_labels)
+      if paths[1] in new:
+        files.write_whole(paths[1], label_policy.pack(labels, true_labels))
 
     parallel.by_main(begin)
     try:
       yield
     except Exception:
       with contextlib.suppress(OSError):
-        if made and not _has_begun(workdir):
-          for path in made:
+        is_logged = files.exists(log) and log.read_bytes()
+        if not is_logged and not has_checkpoint(workdir):
+          for path in new:
             path.unlink(missing_ok=True)
       raise
-
-
-def _has_begun(workdir):
-  """Returns True if a run has logged or saved a step."""
-  log = epath.Path(workdir) / metrics_log.FILE
-  logged = files.exists(log) and bool(log.read_bytes())
-  return logged or has_checkpoint(workdir)
 
 
 @contextlib.contextmanager
@@ -130,7 +119,7 @@ def locked(workdir: str) -> Iterator[None]:
   """
   path = epath.Path(workdir)
   path.mkdir(parents=True, exist_ok=True)
-  if '://' in str(workdir):
+  if files.is_remote(path):
     yield
     return
   with open(path / '.lock', 'a+') as file:
@@ -153,21 +142,16 @@ def _check_config(config, workdir):
   """Raises ValueError if the workdir was made with another config."""
   if not files.exists(epath.Path(workdir) / CONFIG):
     return
-  unlike = differences(
-    _trained(to_json(load_config(workdir))), _trained(to_json(config))
-  )
+  saved, new = to_json(load_config(workdir)), to_json(config)
+  # Groups that do not affect training.
+  for group in ('watch', 'eval'):
+    saved.pop(group), new.pop(group)
+  unlike = differences(saved, new)
   if unlike:
     raise ValueError(
       f'--workdir={workdir} was made with another config: '
       f'{"; ".join(unlike)}. Use another --workdir, or the same config'
     )
-
-
-def _trained(config):
-  """Returns the part of a config that affects training."""
-  return {
-    name: value for name, value in config.items() if name not in _NOT_TRAINED
-  }
 
 
 def _save_config(config, workdir):
@@ -179,8 +163,7 @@ def _save_config(config, workdir):
     # Evaluation reads its settings here: those of the last training command.
     saved = files.read_json(path, fix=_CONFIG_FIX)
     content = saved | {'eval': content['eval']}
-  text = json.dumps(content, indent=2) + '\n'
-  files.write_whole(path, text.encode())
+  files.write_whole(path, f'{json.dumps(content, indent=2)}\n'.encode())
 
 
 def _check_labels(workdir, labels):
@@ -191,16 +174,10 @@ def _check_labels(workdir, labels):
   before = _read_labels(path)
   if not np.array_equal(before, labels):
     raise ValueError(
-      f'{path} was made from other data than config.data gives now '
+      f'{path} was made from other data than those of config.data '
       f'({before.size:,} examples there, {labels.size:,} here); use another '
       '--workdir, or the same data'
     )
-
-
-def _save_labels(workdir, labels, true_labels):
-  path = epath.Path(workdir) / LABELS
-  if not files.exists(path):
-    files.write_whole(path, label_policy.pack(labels, true_labels))
 
 
 def _read_labels(path):
@@ -235,29 +212,13 @@ def find(path: str) -> list[str]:
   """
   if files.is_remote(path) or files.exists(path) or not glob.has_magic(path):
     return _within(path) or [path]
-  found = [inner for match in _matches(path) for inner in _within(match)]
+  found = [x for match in sorted(glob.glob(path)) for x in _within(match)]
   if not found:
     raise ValueError(
       f'--workdir={path} matches no workdir of a run (a folder with '
       'config.json, or with such folders in it)'
     )
-  return list(dict.fromkeys(found))
-
-
-def _matches(pattern):
-  """Returns the paths that match a pattern, sorted.
-
-  Leading folders that exist under that name also count, as in `runs/[2024]/*`.
-  """
-  found = {*glob.glob(pattern)}
-  folder, rest = '', pattern
-  while '/' in rest:
-    name, rest = rest.split('/', 1)
-    folder += f'{name}/'
-    if not files.is_folder(folder):
-      break
-    found |= {*glob.glob(glob.escape(folder) + rest)}
-  return sorted(found)
+  return found
 
 
 def _within(path):
@@ -269,7 +230,7 @@ def _within(path):
   def fail(error):
     if os.path.normpath(error.filename) == os.path.normpath(path):
       raise error
-    parallel.warn(f'{error.filename} is left out: {error.strerror}')
+    parallel.warn(f'skipping {error.filename}: {error.strerror}')
 
   onerror = fail if files.is_folder(path) else None
   for folder, folders, names in os.walk(path, onerror=onerror):
@@ -281,13 +242,11 @@ def _within(path):
 
 
 def load_config(workdir: str) -> ml_collections.ConfigDict:
-  """Returns the config of a workdir.
-
-  Missing fields, of a workdir of an older version, get their defaults.
+  """Returns the config of a workdir, with defaults for missing fields.
 
   Raises:
-    ValueError: If the folder is missing or no workdir, or its config cannot be
-      read.
+    ValueError: If the folder is missing or is no workdir, or its config is
+      damaged.
   """
   folder = epath.Path(workdir)
   if not files.is_folder(folder):
@@ -299,19 +258,18 @@ def load_config(workdir: str) -> ml_collections.ConfigDict:
   if not files.exists(path):
     raise ValueError(
       f'--workdir={workdir} holds no config.json, so it is not the workdir of '
-      'a run; it has: '
+      'a run; it contains: '
       + (', '.join(sorted(x.name for x in folder.iterdir())) or 'nothing')
     )
   saved = completed(files.read_json(path, fix=_CONFIG_FIX), str(path))
-  # Dictionaries become groups by themselves; lists stay lists.
   return ml_collections.ConfigDict(saved).lock()
 
 
 def completed(saved: Any, path: str) -> dict:
-  """Returns a config from a file with defaults for missing fields.
+  """Returns a config, perhaps of another version, with all known fields.
 
   Args:
-    saved: Config as `to_json` returns it, perhaps of another version.
+    saved: Config as `to_json` returns it.
     path: Path of the file, for errors.
 
   Raises:

@@ -10,25 +10,22 @@ from clop_jax.models import resnet
 
 
 class ProjectionHead(nn.Module):
-  """SimCLR's projection head: features to embeddings, float32 out.
+  """SimCLR's projection head: features to float32 embeddings.
 
-  `num_layers - 1` times dense, batch normalization (optional) and ReLU, then a
-  dense layer. The last layer is linear: behind a ReLU the embeddings could not
-  reach a prototype that has negative entries.
+  Hidden layers are dense, batch normalization (optional) and ReLU. The last
+  layer is linear: behind a ReLU the embeddings could not reach a prototype with
+  negative entries.
 
   `__call__(features, train)`: `[batch, feature_dim]` to `[batch, dim]`.
 
   Attributes:
-    dim: dimension of the embeddings.
-    hidden_dim: width of the hidden layers.
-    num_layers: dense layers; 0 hands the features on as the embeddings.
-    use_bn: batch normalization in the hidden layers.
-    bn_scope: as in `resnet.ResNet`.
-    axis_name: as in `resnet.ResNet`.
-    dtype: precision of the hidden layers; the last one is float32.
-
-  Raises:
-    ValueError: for an unknown `bn_scope`.
+    dim: Dimension of the embeddings.
+    hidden_dim: Width of the hidden layers.
+    num_layers: Number of dense layers. If 0, the features are the embeddings.
+    use_bn: True for batch normalization in the hidden layers.
+    bn_scope: As for `resnet.ResNet`.
+    axis_name: As for `resnet.ResNet`.
+    dtype: Precision of the hidden layers. The last one is float32.
 
   Reference:
     Chen et al., arXiv 2002.05709, sections 2.1 and 4.2.
@@ -43,14 +40,14 @@ class ProjectionHead(nn.Module):
   dtype: Any = jnp.float32
 
   def __post_init__(self):
-    resnet.bn_axis(self.bn_scope, self.axis_name)  # refuses an unknown scope
+    resnet.bn_axis(self.bn_scope, self.axis_name)
     super().__post_init__()
 
   @nn.compact
   def __call__(self, features: jax.Array, train: bool) -> jax.Array:
     x = features
     for index in range(self.num_layers - 1):
-      # The bias would be taken out again by the normalization.
+      # Batch normalization would remove the bias.
       x = nn.Dense(
         self.hidden_dim,
         use_bias=not self.use_bn,
@@ -74,13 +71,13 @@ class ProjectionHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-  """A linear classifier on features: `[batch, dim]` to float32 logits."""
+  """Linear classifier: features `[batch, dim]` to float32 logits."""
 
   num_classes: int
 
   @nn.compact
   def __call__(self, features: jax.Array) -> jax.Array:
-    # Zeros: before training every class is equally likely.
+    # With zeros every class is equally likely before training.
     return nn.Dense(
       self.num_classes, kernel_init=nn.initializers.zeros, dtype=jnp.float32
     )(features)

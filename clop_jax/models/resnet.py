@@ -1,8 +1,8 @@
-"""ResNet backbones in Flax: images to features, no classifier.
+"""ResNet backbones in Flax: images to features, without a classifier.
 
-Strides, explicit padding and parameter names follow PyTorch's well-known
-models, so that weights and features can be carried over; the stride of a
-bottleneck sits in its 3x3 convolution (ResNet v1.5).
+Strides, explicit padding and parameter names follow torchvision, so weights can
+be converted (see `torchvision`). The stride of a bottleneck is in its 3x3
+convolution (ResNet v1.5).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,16 +16,12 @@ import jax.numpy as jnp
 STEMS = ('cifar', 'imagenet')
 BN_SCOPES = ('global', 'device')
 
-# He initialization over the fan-out keeps the gradient's scale through depth.
+# He initialization over the fan-out keeps the scale of gradients.
 _KERNEL_INIT = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 def bn_axis(bn_scope: str, axis_name: str | None) -> str | None:
-  """The axis that batch normalization averages its statistics over.
-
-  Raises:
-    ValueError: for an unknown scope.
-  """
+  """Returns the axis over which batch normalization averages statistics."""
   if bn_scope not in BN_SCOPES:
     raise ValueError(
       f'bn_scope must be one of {list(BN_SCOPES)}, got {bn_scope!r}'
@@ -38,7 +34,7 @@ def _conv(features, kernel_size, strides, dtype, name):
     features,
     (kernel_size, kernel_size),
     strides=strides,
-    # 'SAME' pads unevenly at stride 2; PyTorch pads both sides alike.
+    # 'SAME' pads unevenly at stride 2, PyTorch does not.
     padding=(kernel_size - 1) // 2,
     use_bias=False,
     kernel_init=_KERNEL_INIT,
@@ -53,7 +49,7 @@ class BasicBlock(nn.Module):
   filters: int
   strides: int
   norm: Callable[..., nn.Module]
-  zero_init_last_bn: bool
+  last_scale: Callable[..., jax.Array]
   dtype: Any
 
   expansion = 1
@@ -63,7 +59,7 @@ class BasicBlock(nn.Module):
     y = _conv(self.filters, 3, self.strides, self.dtype, 'conv1')(x)
     y = nn.relu(self.norm(name='bn1')(y))
     y = _conv(self.filters, 3, 1, self.dtype, 'conv2')(y)
-    y = self.norm(name='bn2', scale_init=_last_scale(self.zero_init_last_bn))(y)
+    y = self.norm(name='bn2', scale_init=self.last_scale)(y)
     return nn.relu(_shortcut(self, x, y.shape) + y)
 
 
@@ -73,7 +69,7 @@ class BottleneckBlock(nn.Module):
   filters: int
   strides: int
   norm: Callable[..., nn.Module]
-  zero_init_last_bn: bool
+  last_scale: Callable[..., jax.Array]
   dtype: Any
 
   expansion = 4
@@ -85,12 +81,8 @@ class BottleneckBlock(nn.Module):
     y = _conv(self.filters, 3, self.strides, self.dtype, 'conv2')(y)
     y = nn.relu(self.norm(name='bn2')(y))
     y = _conv(self.filters * self.expansion, 1, 1, self.dtype, 'conv3')(y)
-    y = self.norm(name='bn3', scale_init=_last_scale(self.zero_init_last_bn))(y)
+    y = self.norm(name='bn3', scale_init=self.last_scale)(y)
     return nn.relu(_shortcut(self, x, y.shape) + y)
-
-
-def _last_scale(zero_init):
-  return nn.initializers.zeros if zero_init else nn.initializers.ones
 
 
 def _shortcut(block, x, shape):
@@ -101,29 +93,26 @@ def _shortcut(block, x, shape):
 
 
 class ResNet(nn.Module):
-  """A ResNet without its classifier.
+  """ResNet without a classifier.
 
   `__call__(images, train)`: float images `[batch, height, width, channels]` to
   float32 features `[batch, feature_dim]`, the global average pool of the last
   stage.
 
   Attributes:
-    stage_sizes: blocks per stage; each stage after the first halves the image.
+    stage_sizes: Number of blocks in each stage. Every stage but the first
+      halves the image.
     block: `BasicBlock` or `BottleneckBlock`.
-    width: filters of the first stage before the multiplier.
-    width_multiplier: scales every stage's filters.
-    stem: 'cifar' (3x3, stride 1, no pooling: images up to 64 px) or 'imagenet'
-      (7x7, stride 2, then max pooling).
-    zero_init_last_bn: start each block as the identity (the scale of its last
-      batch normalization is 0).
-    bn_scope: batch statistics over the 'global' batch or over each 'device'.
-    axis_name: the mapped axis that a global batch is split over; None outside
-      a mapped function.
-    dtype: precision of the computation; parameters and batch statistics are
+    width: Number of filters of the first stage.
+    width_multiplier: Factor on the filters of every stage.
+    stem: 'cifar' (3x3, stride 1, no pooling, for images up to 64 px) or
+      'imagenet' (7x7, stride 2, then max pooling).
+    zero_init_last_bn: True to start each block as the identity (the scale of
+      its last batch normalization is 0).
+    bn_scope: 'global' for batch statistics over all devices, or 'device'.
+    axis_name: Mapped axis of the batch, or None outside a mapped function.
+    dtype: Precision of the computation. Parameters and batch statistics are
       float32.
-
-  Raises:
-    ValueError: for an unknown `stem` or `bn_scope`.
 
   Reference:
     He et al., "Deep residual learning for image recognition", arXiv 1512.03385,
@@ -156,30 +145,28 @@ class ResNet(nn.Module):
       dtype=self.dtype,
       axis_name=bn_axis(self.bn_scope, self.axis_name),
     )
+    ones, zeros = nn.initializers.ones, nn.initializers.zeros
     width = round(self.width * self.width_multiplier)
     x = images.astype(self.dtype)
+    kernel_size, strides = (7, 2) if self.stem == 'imagenet' else (3, 1)
+    x = _conv(width, kernel_size, strides, self.dtype, 'conv1')(x)
+    x = nn.relu(norm(name='bn1')(x))
     if self.stem == 'imagenet':
-      x = _conv(width, 7, 2, self.dtype, 'conv1')(x)
-      x = nn.relu(norm(name='bn1')(x))
       x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-    else:
-      x = _conv(width, 3, 1, self.dtype, 'conv1')(x)
-      x = nn.relu(norm(name='bn1')(x))
     for stage, num_blocks in enumerate(self.stage_sizes):
       for index in range(num_blocks):
         x = self.block(
           filters=width * 2**stage,
           strides=2 if stage > 0 and index == 0 else 1,
           norm=norm,
-          zero_init_last_bn=self.zero_init_last_bn,
+          last_scale=zeros if self.zero_init_last_bn else ones,
           dtype=self.dtype,
           name=f'layer{stage + 1}_{index}',
         )(x)
     return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
 
 
-# Three stages of one block and 16 filters: the smallest of the paper's CIFAR
-# family, for tests and for CPUs.
+# The smallest of the paper's CIFAR family, for tests and CPUs.
 ResNet8 = functools.partial(
   ResNet, stage_sizes=(1, 1, 1), block=BasicBlock, width=16
 )

@@ -1,10 +1,8 @@
-"""Weights of `models.resnet` under torchvision's names, and back.
+"""Conversion of `models.resnet` weights to and from torchvision's names.
 
-Both have the same layers; only names and layouts differ. A convolution is
+Both have the same layers with other names and layouts. A convolution is
 `[height, width, in, out]` in Flax and `[out, in, height, width]` in PyTorch.
-Batch normalization is the same function of its four vectors in evaluation mode:
-epsilon is 1e-5 in both. (In training the running averages move alike, Flax's
-momentum 0.9 being PyTorch's 0.1, but for the running variance Flax averages the
+Batch normalization agrees in evaluation mode. (In training, Flax averages the
 biased variance of a batch and PyTorch the unbiased one.)
 
 Reference:
@@ -18,11 +16,12 @@ import re
 from typing import Any
 
 from etils import epath
+from flax import traverse_util
 import numpy as np
 
 ENDINGS = ('.safetensors', '.pth')
 
-# Of which PyTorch says the same by other names.
+# PyTorch's names of Flax's leaves.
 _LEAVES = {
   'kernel': 'weight',
   'scale': 'weight',
@@ -38,9 +37,9 @@ _DOWNSAMPLE = {
   'downsample_conv': 'downsample.0',
   'downsample_bn': 'downsample.1',
 }
-# What a file may hold besides a backbone: torchvision's classifier, PyTorch's
-# count of batches, and what `export` adds.
-_BESIDES = re.compile(
+# Entries of a file that are not the backbone's: torchvision's classifier,
+# PyTorch's counts of batches, and what `export` adds.
+_IGNORED = re.compile(
   r'fc\..*|(?:.*\.)?num_batches_tracked|projection_head\..*|prototypes'
 )
 _PUBLISHED = (18, 34, 50)
@@ -49,23 +48,22 @@ _PUBLISHED = (18, 34, 50)
 def to_torchvision(
   variables: Mapping[str, Any], *, num_batches: int = 0, prefix: str = ''
 ) -> dict[str, np.ndarray]:
-  """A network's variables as PyTorch's state dict has them.
+  """Converts a network's variables to a PyTorch state dict.
 
   Args:
-    variables: `{'params': ..., 'batch_stats': ...}` of a `resnet.ResNet`, or of
-      a `heads.ProjectionHead`.
-    num_batches: that batch normalization has averaged over; each layer's
-      `num_batches_tracked`.
-    prefix: before every name, as 'projection_head.'.
+    variables: `{'params': ..., 'batch_stats': ...}` of a `resnet.ResNet` or a
+      `heads.ProjectionHead`.
+    num_batches: Value of each layer's `num_batches_tracked`.
+    prefix: Prefix of every name, such as 'projection_head.'.
 
   Returns:
     Contiguous arrays by name.
 
   Raises:
-    ValueError: for a layer that torchvision's networks have nothing like.
+    ValueError: If a layer has no name in torchvision.
   """
   weights = {}
-  for path, value in _leaves(variables):
+  for path, value in traverse_util.flatten_dict(variables).items():
     name = prefix + _name(path)
     value = np.asarray(value)
     if path[-1] == 'kernel':
@@ -81,12 +79,11 @@ def to_torchvision(
 def from_torchvision(
   weights: Mapping[str, np.ndarray], like: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """The inverse of `to_torchvision`, for a backbone.
+  """Converts a PyTorch state dict to a backbone's variables.
 
   Args:
-    weights: arrays by name. A classifier (`fc.*`), `num_batches_tracked`, and
-      a projection head and prototypes of `export`, may be among them and are
-      left.
+    weights: Arrays by name. The classifier (`fc.*`), `num_batches_tracked`, and
+      the projection head and prototypes of `export` are ignored.
     like: `{'params': ..., 'batch_stats': ...}` of the backbone, of which only
       structure and shapes matter.
 
@@ -94,103 +91,68 @@ def from_torchvision(
     float32 arrays in the structure of `like`.
 
   Raises:
-    ValueError: if a name is missing or unexpected, or a shape is another, or a
-      value is not finite; all such names are listed.
+    ValueError: If a name is missing or unexpected, or an array has another
+      shape or is not finite.
   """
-  targets = {_name(path): (path, leaf) for path, leaf in _leaves(like)}
-  faults = []
-  missing = [name for name in targets if name not in weights]
-  if missing:
-    faults.append(f'missing: {", ".join(missing)}')
-  unexpected = [
-    name
-    for name in weights
-    if name not in targets and not _BESIDES.fullmatch(name)
-  ]
-  if unexpected:
-    faults.append(f'unexpected: {", ".join(unexpected)}')
-  found, shapes, broken = {}, [], []
+  targets = {
+    _name(path): (path, leaf)
+    for path, leaf in traverse_util.flatten_dict(like).items()
+  }
+  faults = {
+    'missing': [name for name in targets if name not in weights],
+    'unexpected': [
+      name
+      for name in weights
+      if name not in targets and not _IGNORED.fullmatch(name)
+    ],
+    'wrong shape': [],
+    'not finite': [],
+  }
+  leaves = {}
   for name, (path, leaf) in targets.items():
     if name not in weights:
       continue
     value = np.asarray(weights[name])
-    if path[-1] == 'kernel' and value.ndim == 4:
-      value = value.transpose(2, 3, 1, 0)
-    if value.shape != tuple(leaf.shape):
-      expected = _torch_shape(leaf.shape)
-      shapes.append(f'{name} {np.shape(weights[name])}, must be {expected}')
+    expected = tuple(leaf.shape)
+    if len(expected) == 4:
+      height, width, inputs, outputs = expected
+      expected = outputs, inputs, height, width
+    if value.shape != expected:
+      faults['wrong shape'].append(f'{name} {value.shape}, must be {expected}')
       continue
-    found[path] = np.ascontiguousarray(value, np.float32)
-    if not np.isfinite(found[path]).all():
-      broken.append(name)
-  if shapes:
-    faults.append(f'of another shape: {", ".join(shapes)}')
-  if broken:
-    faults.append(f'not finite: {", ".join(broken)}')
-  if faults:
-    # The way out first: the lists can be long.
+    if value.ndim == 4:
+      value = value.transpose(2, 3, 1, 0)
+    leaves[path] = np.ascontiguousarray(value, np.float32)
+    if not np.isfinite(leaves[path]).all():
+      faults['not finite'].append(name)
+  if any(faults.values()):
+    listed = [f'{k}: {_first(names)}' for k, names in faults.items() if names]
     raise ValueError(
-      'the weights do not fit the backbone; '
-      + '; '.join(_advice(weights, targets) + faults)
+      'the weights do not fit the backbone; check config.model.depth, '
+      'config.model.stem, config.model.width_multiplier and '
+      f'config.data.channels; {"; ".join(listed)}'
     )
-  return _nested(found)
+  return traverse_util.unflatten_dict(leaves)
 
 
-def _advice(weights, targets):
-  """The way out, where depth or the first layer tell it."""
-  theirs, ours = _blocks(weights), _blocks(targets)
-  if theirs and theirs != ours:
-    return [
-      f'these have {theirs} where config.model.depth has the backbone have '
-      f'{ours}'
-    ]
-  if 'conv1.weight' not in weights or 'conv1.weight' not in targets:
-    return []
-  shape = np.shape(weights['conv1.weight'])
-  if len(shape) != 4:
-    return []
-  _, inputs, *theirs = shape
-  *ours, channels, _ = targets['conv1.weight'][1].shape
-  if tuple(theirs) == (7, 7) != tuple(ours):
-    return ["these are of config.model.stem='imagenet'"]
-  if tuple(theirs) == (3, 3) != tuple(ours):
-    return ["these are of config.model.stem='cifar'"]
-  if inputs != channels:
-    return [
-      f'these are of config.data.channels={inputs}'
-      + (' (grey images are repeated over 3)' if inputs == 3 else '')
-    ]
-  return []
-
-
-def _blocks(names):
-  """The number of blocks in each stage, and of which kind, as a text."""
-  stages, bottleneck = {}, False
-  for name in names:
-    match = re.match(r'layer(\d+)\.(\d+)\.(conv3)?', name)
-    if match:
-      stage, block = int(match[1]), int(match[2])
-      stages[stage] = max(stages.get(stage, 0), block + 1)
-      bottleneck = bottleneck or match[3] is not None
-  if not stages:
-    return ''
-  kind = 'bottleneck' if bottleneck else 'basic'
-  counts = ', '.join(str(stages[stage]) for stage in sorted(stages))
-  return f'{counts} {kind} blocks'
+def _first(names, count=5):
+  """Joins the first names and counts the others."""
+  others = len(names) - count
+  more = f' and {others} more' if others > 0 else ''
+  return ', '.join(names[:count]) + more
 
 
 def read(path: str) -> tuple[dict[str, np.ndarray], str]:
-  """A state dict from a file of a user's.
+  """Reads a state dict.
 
   Args:
-    path: ends in .safetensors, or in .pth where PyTorch is installed.
+    path: Path ending in .safetensors, or in .pth where PyTorch is installed.
 
   Returns:
     Arrays by name, and the file's SHA-256.
 
   Raises:
-    ValueError: for another ending, a file that is missing or damaged, or that
-      holds something else.
+    ValueError: If the file does not exist, is damaged or is no state dict.
   """
   if not path.endswith(ENDINGS):
     raise ValueError(f'must end in {" or ".join(ENDINGS)}')
@@ -213,11 +175,10 @@ def _safetensors(data):
   try:
     return safetensors.numpy.load(data)
   except safetensors.SafetensorError as error:
-    raise ValueError(f'it is damaged, or no safetensors ({error})') from error
+    raise ValueError(f'it is damaged or not safetensors ({error})') from error
   except KeyError as error:
     raise ValueError(
-      f'it holds numbers of type {error}, which NumPy does not have; save them '
-      'as float32'
+      f'it has dtype {error}, which NumPy does not support; save it as float32'
     ) from error
 
 
@@ -226,23 +187,23 @@ def _pth(data):
     import torch
   except ImportError as error:
     raise ValueError(
-      'reading .pth needs PyTorch; where it is installed, make a safetensors '
-      'file of it: safetensors.torch.save_file(torch.load(path), new_path)'
+      'reading .pth needs PyTorch; convert it where PyTorch is installed: '
+      'safetensors.torch.save_file(torch.load(path), new_path)'
     ) from error
   try:
     loaded = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+  # PyTorch raises many kinds for damaged files and for objects that could run
+  # code.
   except Exception as error:
-    # As many kinds as there are ways to be damaged; of another class than
-    # tensors, which could run code, is one.
     reason = ' '.join(str(error).split())[:200]
     raise ValueError(f'PyTorch cannot read it ({reason})') from error
   if not isinstance(loaded, dict) or not all(
     isinstance(value, torch.Tensor) for value in loaded.values()
   ):
-    kinds = list(loaded) if isinstance(loaded, dict) else type(loaded).__name__
+    content = list(loaded) if isinstance(loaded, dict) else type(loaded)
     raise ValueError(
-      'it must hold a state dict, tensors by name, as '
-      f'torch.save(model.state_dict(), path) writes; it holds {kinds}'
+      'it must contain a state dict, as written by '
+      f'torch.save(model.state_dict(), path), got {content}'
     )
   return {
     name: (value.float() if value.is_floating_point() else value).numpy()
@@ -253,29 +214,27 @@ def _pth(data):
 def construction(
   *, depth: int, stem: str, channels: int, width_multiplier: float
 ) -> list[str] | None:
-  """Lines of Python that make torchvision's network for exported weights.
+  """Returns lines of Python that create torchvision's network.
 
   Args:
-    depth: layers.
-    stem: as in `resnet.ResNet`.
-    channels: of an image.
-    width_multiplier: as in `resnet.ResNet`.
+    depth: Number of layers.
+    stem: As for `resnet.ResNet`.
+    channels: Number of channels of an image.
+    width_multiplier: As for `resnet.ResNet`.
 
   Returns:
-    The lines; None if torchvision has no such network.
+    The lines, or None if torchvision has no such network.
   """
   if depth not in _PUBLISHED or width_multiplier != 1:
     return None
   lines = [f'model = torchvision.models.resnet{depth}()']
-  if stem == 'cifar':
-    lines += [
-      f'model.conv1 = torch.nn.Conv2d({channels}, 64, 3, 1, 1, bias=False)',
-      'model.maxpool = torch.nn.Identity()',
-    ]
-  elif channels != 3:
+  if stem == 'cifar' or channels != 3:
+    kernel = '3, 1, 1' if stem == 'cifar' else '7, 2, 3'
     lines.append(
-      f'model.conv1 = torch.nn.Conv2d({channels}, 64, 7, 2, 3, bias=False)'
+      f'model.conv1 = torch.nn.Conv2d({channels}, 64, {kernel}, bias=False)'
     )
+  if stem == 'cifar':
+    lines.append('model.maxpool = torch.nn.Identity()')
   return [*lines, 'model.fc = torch.nn.Identity()']
 
 
@@ -285,37 +244,10 @@ def _name(path):
   match = _LAYER.fullmatch('/'.join(layer))
   if match is None or leaf not in _LEAVES:
     raise ValueError(
-      f'{"/".join(path)} has no name in torchvision: only the ResNets of '
-      'clop_jax.models and their projection heads have'
+      f'{"/".join(path)} has no name in torchvision; only the ResNets of '
+      'clop_jax.models and their projection heads have names'
     )
   name = _DOWNSAMPLE.get(match['name'], match['name'])
   if match['stage']:
     name = f'layer{match["stage"]}.{match["block"]}.{name}'
   return f'{name}.{_LEAVES[leaf]}'
-
-
-def _torch_shape(shape):
-  if len(shape) != 4:
-    return tuple(shape)
-  height, width, inputs, outputs = shape
-  return outputs, inputs, height, width
-
-
-def _leaves(tree, path=()):
-  """`(path, leaf)` of all leaves."""
-  for name, value in tree.items():
-    if isinstance(value, Mapping):
-      yield from _leaves(value, (*path, name))
-    else:
-      yield (*path, name), value
-
-
-def _nested(leaves):
-  """The tree of leaves by path."""
-  tree = {}
-  for path, value in leaves.items():
-    group = tree
-    for name in path[:-1]:
-      group = group.setdefault(name, {})
-    group[path[-1]] = value
-  return tree

@@ -1,8 +1,4 @@
-"""What has been compiled once is kept: a second start waits a few seconds.
-
-The commands switch it on (`cli.run`); a program that imports `clop_jax`
-decides for itself.
-"""
+"""JAX's persistent compilation cache, so later runs start in seconds."""
 
 import os
 import sys
@@ -12,17 +8,15 @@ import jax
 
 
 def enable() -> str | None:
-  """Keeps compiled programs in the user's cache folder, for all later runs.
+  """Enables the cache in `$XDG_CACHE_HOME/clop_jax/compiled`.
 
-  The folder is `clop_jax/compiled` in `$XDG_CACHE_HOME` or `~/.cache`; it may
-  be deleted at any time. JAX names entries by the program, the versions and the
-  device, so none is used where it does not belong. A folder that the user chose
-  (`JAX_COMPILATION_CACHE_DIR`) stays, and `JAX_ENABLE_COMPILATION_CACHE=false`
-  switches it off.
+  The default of `$XDG_CACHE_HOME` is `~/.cache`. A folder chosen by
+  `JAX_COMPILATION_CACHE_DIR` stays, and `JAX_ENABLE_COMPILATION_CACHE=false`
+  disables the cache. The folder may be deleted at any time.
 
   Returns:
-    The folder in use, or None without one: it cannot be made or written to,
-    which costs nothing but time and is a line on stderr.
+    The folder in use. None if the cache is disabled, or after a warning if the
+    folder cannot be written.
   """
   config: Any = jax.config  # its fields are not typed
   if not config.jax_enable_compilation_cache:
@@ -30,17 +24,17 @@ def enable() -> str | None:
   if config.jax_compilation_cache_dir:
     return config.jax_compilation_cache_dir
   cache = os.environ.get('XDG_CACHE_HOME', '')
-  if not os.path.isabs(cache):  # so the standard has it
+  if not os.path.isabs(cache):  # the XDG standard ignores relative paths
     cache = os.path.join(os.path.expanduser('~'), '.cache')
   folder = os.path.join(cache, 'clop_jax', 'compiled')
   try:
     os.makedirs(folder, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
-      raise PermissionError(f'{folder} cannot be written to')
+      raise PermissionError(f'{folder} cannot be written')
   except OSError as error:
     print(
-      f'warning: what is compiled is not kept ({error}); set '
-      'JAX_COMPILATION_CACHE_DIR to a folder that can be written to',
+      f'warning: compiled programs are not cached ({error}); set '
+      'JAX_COMPILATION_CACHE_DIR to a writable folder',
       file=sys.stderr,
     )
     return None

@@ -1,4 +1,4 @@
-"""Locks on files, which end with the process that holds them."""
+"""File locks that end with the process that holds them."""
 
 import errno
 import fcntl
@@ -7,22 +7,22 @@ import os
 import sys
 from typing import IO
 
-# As Lustre without the mount option flock and some kinds of NFS answer.
+# Errors of Lustre without the mount option flock, and of some NFS.
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def take(file: IO, *, wait: bool = False) -> bool:
-  """Locks an open file for this process alone.
+  """Locks a file that is open for writing, until it is closed.
 
   Args:
-    file: File that is open for writing; closing it ends the lock.
-    wait: True waits for a process that holds the lock.
+    file: The file.
+    wait: If True, waits for a process that holds the lock.
 
   Returns:
     True, or False after a warning if the file system has no locks.
 
   Raises:
-    BlockingIOError: If another process holds the lock, unless `wait`.
+    BlockingIOError: If another process holds the lock and `wait` is False.
   """
   try:
     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -36,7 +36,6 @@ def take(file: IO, *, wait: bool = False) -> bool:
 
 @functools.cache
 def _warn(folder, reason):
-  """Warns, once for each folder."""
   print(
     f'warning: {folder} cannot be locked ({reason}), so nothing stops two '
     'commands from writing there at once; start only one at a time',

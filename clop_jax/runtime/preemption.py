@@ -1,11 +1,11 @@
-"""Preemption: SIGTERM ends a run that saves and can be resumed.
+"""Preemption: after SIGTERM a run saves its state and exits.
 
 Schedulers send SIGTERM before they take a machine away, often to one machine of
-several. JAX's preemption service, which Orbax uses too, listens to it in runs
-of several processes and agrees on the step after which all of them save.
+several. In runs of several processes, JAX's preemption service listens to it
+and agrees on a step after which all of them save.
 
-JAX is imported only where it is needed: `listen` is called before the imports
-of a command, which take seconds.
+JAX is imported only where it is needed, because commands call `listen` before
+their other imports, which take seconds.
 """
 
 import atexit
@@ -16,7 +16,7 @@ import sys
 import threading
 from typing import Any
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command resumes.
+# EX_TEMPFAIL of sysexits.h: rerun the same command to resume.
 EXIT_CODE = 75
 
 _NOTHING_TO_SAVE = (
@@ -24,30 +24,29 @@ _NOTHING_TO_SAVE = (
 )
 
 _asked = threading.Event()
-_ending = threading.Lock()
 _notice: 'Notice | None' = None  # the one that is entered
 
 
 class PreemptionError(Exception):
-  """The run was preempted and has saved; the same command resumes it."""
+  """The run was preempted and has saved. The same command resumes it."""
 
 
 def listen() -> None:
   """Makes SIGTERM end this process with `EXIT_CODE` while no `Notice` listens.
 
   Before its first step and after its last one, a command loses nothing by
-  ending at once. Also shortens the output of an early Ctrl-C to one line. Call
-  this first, in the main thread.
+  ending at once. Also shortens the output of Ctrl-C to one line. Call this
+  first, in the main thread.
   """
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
-  # Python calls its handlers in the main thread, which may spend minutes in C++
-  # to restore or compile. The descriptor is written to at once.
+  # Python calls its handlers in the main thread, which may be in C++ for
+  # minutes to restore or compile. A thread reads the descriptor at once.
   signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   threading.Thread(target=_obey, args=(reader,), daemon=True).start()
-  signal.signal(signal.SIGTERM, lambda *_: _end())
-  # Registered first, called last. Python would restore the default action,
-  # which replaces the exit code.
+  signal.signal(signal.SIGTERM, lambda *_: None)
+  # Python restores the default action when it exits, which would replace the
+  # exit code.
   atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
   sys.excepthook = _excepthook
 
@@ -59,19 +58,12 @@ def _obey(reader):
     if os.read(reader, 1)[0] != signal.SIGTERM:
       continue
     if _notice is None:
-      _end()  # returns only if the handler is ending the process already
-    elif _notice is noticed:  # the second one
+      with contextlib.suppress(AttributeError, OSError):  # without a stdout
+        os.write(sys.__stdout__.fileno(), _NOTHING_TO_SAVE)
       os._exit(EXIT_CODE)
-    else:
-      noticed = _notice
-
-
-def _end():
-  # The handler and the thread may both come here.
-  if _ending.acquire(blocking=False):
-    with contextlib.suppress(AttributeError, OSError):  # without a stdout
-      os.write(sys.__stdout__.fileno(), _NOTHING_TO_SAVE)
-    os._exit(EXIT_CODE)
+    if _notice is noticed:  # the second one
+      os._exit(EXIT_CODE)
+    noticed = _notice
 
 
 def _excepthook(kind, error, trace):
@@ -85,8 +77,8 @@ class Notice:
   """Listens for SIGTERM while it is entered.
 
   The first signal makes `reached` return True. In a run of one process a second
-  one ends the process at once. A checkpoint that is being written is then left
-  incomplete, and the next run resumes from the one before.
+  one ends the process at once. An incomplete checkpoint is then ignored, and
+  the next run resumes from the one before.
   """
 
   _came = False
@@ -98,7 +90,7 @@ class Notice:
     # Python lets only the main thread listen.
     if threading.current_thread() is threading.main_thread():
       self._outer, _notice = _notice, self
-      if not _is_distributed():  # else JAX's service listens
+      if not _is_distributed():  # JAX's service listens otherwise
         self._previous = signal.signal(signal.SIGTERM, self._handle)
     return self
 
@@ -123,7 +115,7 @@ class Notice:
 
     Args:
       steps: Steps that were dispatched since the last call, from 0. Every
-        process calls this with the same ranges.
+        process must pass the same ranges.
     """
     if not _is_distributed():
       return self.came()
@@ -136,10 +128,10 @@ class Notice:
 
 
 def ask() -> None:
-  """Preempts this run of one process like a first SIGTERM, from any thread.
+  """Preempts this run of one process, from any thread.
 
-  A SIGTERM to the whole job before or after this does not count as the second.
-  Ends the process at once if there is nothing to save.
+  A SIGTERM before or after this is still the first one. Ends the process at
+  once if there is nothing to save.
   """
   _asked.set()
   if _notice is None:

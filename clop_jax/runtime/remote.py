@@ -1,22 +1,20 @@
-"""Paths on remote file systems, and the packages that reach them."""
+"""Checks of remote paths, and of the packages that reach them."""
 
 import importlib.util
 import re
 
 import fsspec
 
-# Schemes that both `etils.epath` and Orbax know.
+# Schemes that both `etils.epath` and Orbax support.
 _PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}
 
 
 def check(name: str, value: str) -> None:
-  """Checks that the remote paths in the value of an argument can be reached.
-
-  Nothing is connected: this is about packages that are not installed.
+  """Checks that the packages for remote paths in an argument are installed.
 
   Args:
-    name: Name of the argument, for the error.
-    value: A path, or a text with paths in it, as `FIELD=gs://bucket/run`.
+    name: Name of the argument.
+    value: A path, or a text that contains paths, as `FIELD=gs://bucket/run`.
 
   Raises:
     ValueError: If the scheme of a path is unknown, or a package is missing.
@@ -25,14 +23,14 @@ def check(name: str, value: str) -> None:
     if scheme not in _PACKAGES:
       known = ' or '.join(f'{known}://' for known in _PACKAGES)
       raise ValueError(
-        f'{name}={value}: {scheme}:// is not supported; give a local path, or '
-        f'one that begins with {known}'
+        f'{name}={value}: {scheme}:// is not supported; use a local path, or '
+        f'one that starts with {known}'
       )
     try:
-      # As `etils.epath` does.
+      # The name that `etils.epath` uses.
       fsspec.get_filesystem_class({'gs': 'gcs'}.get(scheme, scheme))
     except ImportError as error:
-      # epath prefers TensorFlow, which reaches Google's storage by itself.
+      # epath prefers TensorFlow, which supports Google's storage.
       if scheme == 'gs' and importlib.util.find_spec('tensorflow'):
         continue
       package = _PACKAGES[scheme]
@@ -43,10 +41,6 @@ def check(name: str, value: str) -> None:
 
 
 def check_local(name: str, value: str) -> None:
-  """Checks that the value of an argument is not a remote path.
-
-  Raises:
-    ValueError: If it is one.
-  """
+  """Raises ValueError if the value of an argument is a remote path."""
   if re.match(r'\w[\w+.-]*://', value):
     raise ValueError(f'{name} must be a local path, got {value}')

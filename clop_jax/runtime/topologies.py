@@ -6,13 +6,14 @@ or `cuda` of this package.
 
 from collections.abc import Sequence
 import dataclasses
-import importlib.util
 import math
 import os
 import re
 
 import jax
 from jax.experimental import topologies
+
+from clop_jax.runtime import extras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,8 @@ class Chip:
   usable: float = 1.0
 
   def seconds_to_send(self, sent: float, devices: int) -> float:
-    """Seconds that the slowest link of a ring of devices takes."""
-    reached = 1.0
-    bandwidth = math.inf
+    """Returns the seconds on the slowest link of a ring of devices."""
+    reached, bandwidth = 1.0, math.inf
     for neighbours, link in self.links:
       if reached < devices:
         bandwidth = min(bandwidth, link)
@@ -51,67 +51,41 @@ class Chip:
     return 0.0 if devices == 1 else sent / bandwidth
 
 
-# TPU links are counted in one direction, half of the published figure, and all
-# links of the torus are busy. A GPU reaches its neighbours by NVLink in a node
-# of 8, then the others by one 400 Gbit/s adapter.
+def _tpu_chip(version, kind, memory, bandwidth, flops, neighbours, link):
+  name = f'TPU {version}'
+  return Chip(
+    name, 'tpu', (kind, name), memory, bandwidth, flops, ((neighbours, link),)
+  )
+
+
+def _hopper_chip(name, kind, memory, bandwidth):
+  # NVLink in a node of 8, and one 400 Gbit/s adapter for each GPU beyond.
+  links = ((8, 450e9), (math.inf, 50e9))
+  return Chip(name, 'cuda', (kind,), memory, bandwidth, 989e12, links, 0.75)
+
+
+# TPU links are counted in one direction, half of the published figure, with all
+# links of the torus busy.
 CHIPS = {
-  'v5e': Chip(
-    'TPU v5e',
-    'tpu',
-    ('TPU v5 lite', 'TPU v5e'),
-    16 * 2**30,
-    819e9,
-    197e12,
-    ((256, 200e9),),
+  'v5e': _tpu_chip('v5e', 'TPU v5 lite', 16 * 2**30, 819e9, 197e12, 256, 200e9),
+  'v5p': _tpu_chip('v5p', 'TPU v5', 95 * 2**30, 2765e9, 459e12, 8960, 600e9),
+  'v6e': _tpu_chip(
+    'v6e', 'TPU v6 lite', 32 * 2**30, 1640e9, 918e12, 256, 400e9
   ),
-  'v5p': Chip(
-    'TPU v5p',
-    'tpu',
-    ('TPU v5', 'TPU v5p'),
-    95 * 2**30,
-    2765e9,
-    459e12,
-    ((8960, 600e9),),
+  'h100': _hopper_chip(
+    'H100 SXM', 'NVIDIA H100 80GB HBM3', 84942979072, 3352e9
   ),
-  'v6e': Chip(
-    'TPU v6e',
-    'tpu',
-    ('TPU v6 lite', 'TPU v6e'),
-    32 * 2**30,
-    1640e9,
-    918e12,
-    ((256, 400e9),),
-  ),
-  'h100': Chip(
-    'H100 SXM',
-    'cuda',
-    ('NVIDIA H100 80GB HBM3',),
-    84942979072,
-    3352e9,
-    989e12,
-    ((8, 450e9), (math.inf, 50e9)),
-    0.75,
-  ),
-  'h200': Chip(
-    'H200 SXM',
-    'cuda',
-    ('NVIDIA H200',),
-    150754820096,
-    4800e9,
-    989e12,
-    ((8, 450e9), (math.inf, 50e9)),
-    0.75,
-  ),
+  'h200': _hopper_chip('H200 SXM', 'NVIDIA H200', 150754820096, 4800e9),
 }
 
 _EXAMPLES = 'v5e:2x2, v5e:16x16, v5p:2x2x1, v6e:4x4, h100:1, h100:8, h200:8'
-# Modules of which one must be there. The platform is also the extra's name.
+# One module of the platform must be installed. The platform is also the extra.
 _COMPILERS = {
   'tpu': ('libtpu',),
-  'cuda': ('jax_plugins.xla_cuda12', 'jax_plugins.xla_cuda13'),
+  'cuda': ('jax_cuda12_plugin', 'jax_cuda13_plugin'),
 }
 
-# The compiler for GPUs wants the device's limits. Those of both are Hopper's.
+# The compiler for GPUs needs the device's limits. H100 and H200 share them.
 _HOPPER = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -139,15 +113,17 @@ device_description_str: "{kind}"
 """
 
 
+def is_compiler_installed(chip: Chip) -> bool:
+  """Returns True if programs can be compiled for the chip."""
+  return any(map(extras.is_installed, _COMPILERS[chip.platform]))
+
+
 def devices(name: str) -> tuple[Chip, Sequence[jax.Device]]:
-  """Returns devices of a slice or host that need not be attached.
+  """Returns the chip and the devices of a topology, to compile programs for.
 
   Args:
-    name: `CHIP:SHAPE`. For a TPU the shape of the slice, as 'v5e:4x4'; for a
-      GPU the number of devices, as 'h100:8'.
-
-  Returns:
-    The chip, and the devices, which programs can be compiled for.
+    name: `CHIP:SHAPE`. For a TPU, SHAPE is that of the slice, as 'v5e:4x4'; for
+      a GPU, the number of devices, as 'h100:8'.
 
   Raises:
     ValueError: If the topology is unknown, or the platform's compiler is not
@@ -167,7 +143,11 @@ def devices(name: str) -> tuple[Chip, Sequence[jax.Device]]:
     )
   if not math.prod(shape):
     raise ValueError(f'--topology={name} has no device')
-  _check_compiler(name, chip)
+  if not is_compiler_installed(chip):
+    raise ValueError(
+      f'--topology={name} needs the compiler for {chip.name}, which is not '
+      f"installed: pip install 'clop-jax[{chip.platform}]'"
+    )
   try:
     if chip.platform == 'tpu':
       return chip, _tpu(name, shape)
@@ -175,24 +155,9 @@ def devices(name: str) -> tuple[Chip, Sequence[jax.Device]]:
   except (RuntimeError, ValueError) as error:
     text = ' '.join(str(error).split())
     raise ValueError(
-      f'--topology={name} was refused by the compiler ({text:.200}); slices '
-      f'that exist are for example {_EXAMPLES}'
+      f'the compiler refused --topology={name} ({text:.200}); examples of '
+      f'slices that exist: {_EXAMPLES}'
     ) from error
-
-
-def _check_compiler(name, chip):
-  if not any(_is_installed(module) for module in _COMPILERS[chip.platform]):
-    raise ValueError(
-      f'--topology={name} needs the compiler for {chip.name}, which is not '
-      f"installed: pip install 'clop-jax[{chip.platform}]'"
-    )
-
-
-def _is_installed(module):
-  try:
-    return importlib.util.find_spec(module) is not None
-  except ModuleNotFoundError:
-    return False
 
 
 def chip_of(device: jax.Device) -> Chip | None:
@@ -204,21 +169,21 @@ def chip_of(device: jax.Device) -> Chip | None:
 
 
 def _tpu(name, shape):
-  # So that the compiler's library does not look for a TPU's host, and does not
-  # wait for another process that has locked the TPU of this one.
-  for variable, value in (
-    ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-    ('TPU_SKIP_MDS_QUERY', '1'),
-    ('TPU_ACCELERATOR_TYPE', 'v5litepod-8'),
-    ('TPU_WORKER_HOSTNAMES', 'localhost'),
-    ('TPU_WORKER_ID', '0'),
-  ):
-    os.environ.setdefault(variable, value)
-  options = {}
-  if math.prod(shape) == 1:
-    options['chips_per_host_bounds'] = (1, 1, 1)
+  # libtpu must not look for a TPU's host, or wait for the process that uses the
+  # TPU of this machine.
+  os.environ.update(
+    {
+      'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+      'TPU_SKIP_MDS_QUERY': '1',
+      'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+      'TPU_WORKER_HOSTNAMES': 'localhost',
+      'TPU_WORKER_ID': '0',
+    }
+    | os.environ
+  )
+  single = {'chips_per_host_bounds': (1, 1, 1)} if math.prod(shape) == 1 else {}
   return topologies.get_topology_desc(
-    platform='tpu', topology_name=name, **options
+    platform='tpu', topology_name=name, **single
   ).devices
 
 

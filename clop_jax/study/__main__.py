@@ -1,14 +1,13 @@
-"""Trains and evaluates every cell of a grid, and puts the results in one table.
+"""Trains and evaluates every cell of a grid, and writes a table and a report.
 
 python -m clop_jax.study --config=configs/digits.py --workdir=runs/study \
   --grid optimizer.learning_rate=0.001,0.01,0.1,1,10 \
   --grid loss.clop_weight=0,1 --grid seed=0,1,2
 
-Each cell has its own workdir, `<workdir>/cells/<name>`, as of `train` and
-`evaluate`. `<workdir>/results.csv` has a line for each cell that is done,
-diverged or failed, and `report.html` shows them. The same command again (or
-`--workdir` alone) resumes the study, and runs failed cells again. More values
-of the same fields make the study larger.
+`<workdir>/results.csv` has a row for each cell, `<workdir>/report.html` shows
+them, and `<workdir>/cells/<name>` is the workdir of a cell. Run the same
+command (or `--workdir` alone) again to resume the study and retry failed cells.
+More values of the same fields make the study larger.
 """
 
 import os
@@ -24,7 +23,7 @@ from clop_jax.study import grid
 from clop_jax.study import plan
 from clop_jax.study import report
 
-# As `run.EXECUTORS`; `run` is imported later, since it needs an extra.
+# As `run.EXECUTORS`; `run` needs an extra, so it is imported later.
 _EXECUTORS = ('local', 'slurm')
 
 
@@ -36,22 +35,25 @@ def define_flags() -> None:
     'grid', [], 'FIELD=VALUE,VALUE of the config; repeat it for more fields.'
   )
   flags.DEFINE_enum(
-    'executor', 'local', _EXECUTORS, 'Where jobs run: here or on Slurm.'
+    'executor',
+    'local',
+    _EXECUTORS,
+    'Where jobs run: on this machine or on Slurm.',
   )
   flags.DEFINE_integer(
     'jobs',
     None,
-    'Number of jobs at a time, each of which runs one cell after another; '
+    'Number of jobs at a time, each of which runs cell after cell; '
     'default: one per core on local CPUs, else one.',
     lower_bound=1,
   )
   flags.DEFINE_multi_string(
     'slurm',
     [],
-    "KEY=VALUE of sbatch for each Slurm job, with submitit's names, such as "
+    'KEY=VALUE of sbatch for each Slurm job, by names of submitit, such as '
     'partition=gpu, time=120 (minutes), gpus_per_node=1 or setup=COMMAND.',
   )
-  flags.DEFINE_bool('report', True, 'Make report.html at the end.')
+  flags.DEFINE_bool('report', True, 'Write report.html at the end.')
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """One cell of a study: checked before the study starts, trained, evaluated."""
 
 import contextlib
-import copy
 import gc
 import json
 import os
@@ -21,17 +20,16 @@ from clop_jax.experiment import inputs
 from clop_jax.experiment import setup
 from clop_jax.runtime import files
 from clop_jax.runtime import preemption
+from clop_jax.study import grid
 
-# In a cell's workdir: what it printed, and its outcome.
-LOG = 'log.txt'
-RECORD = 'cell.json'
-# The fields of `RECORD` and their types, except those that may be missing.
-FIELDS = {'status': str, 'error': str | None, 'commit': str | None}
-# A diverged cell is a result: it would diverge again.
-THROUGH = ('done', 'diverged')
+# Files in a cell's workdir: what it printed, and its outcome.
+LOG, RECORD = 'log.txt', 'cell.json'
+# Diverging is a result: the cell would diverge again.
+FINAL = ('done', 'diverged')
+_FIELDS = {'status': str, 'error': str | None, 'commit': str | None}
 _LONGEST_ERROR = 300
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
-# Arguments of the compiled step, so cells that differ in them share a program.
+# Arguments of the compiled step: cells that differ in them share a program.
 _TRACED = ('optimizer.learning_rate', 'loss.clop_weight', 'seed')
 
 
@@ -49,16 +47,22 @@ def check(cells: dict[str, dict]) -> tuple[str, str | None]:
   for name, values in cells.items():
     config = ml_collections.ConfigDict(values).lock()
     read = json.dumps([values['data'], values['eval']], sort_keys=True)
-    traced = json.dumps(_untraced(values), sort_keys=True)
+    untraced = grid.applied(values, dict.fromkeys(_TRACED))
+    program = json.dumps(untraced, sort_keys=True)
     try:
       defaults.check(config)
-      _check_watch(config)
+      if config.watch.probe_every_epochs:
+        raise ValueError(
+          'config.watch.probe_every_epochs must be 0, got '
+          f'{config.watch.probe_every_epochs}: a study evaluates its cells '
+          'instead of watching them'
+        )
       if read not in data:
-        # Once, and not in all jobs at a time: it may prepare a data set.
+        # Once here, and not in all jobs at once: this may prepare a data set.
         data[read] = _check_data(config)
-      if traced not in programs:
-        programs[traced] = _check_step(config, data[read])
-      build.build(config, **programs[traced])
+      if program not in programs:
+        programs[program] = _check_step(config, data[read])
+      build.build(config, **programs[program])
     except _USER_ERRORS as error:
       return jax.default_backend(), f'cell {name}: {_one_line(error)}'
     except Exception as error:
@@ -67,33 +71,13 @@ def check(cells: dict[str, dict]) -> tuple[str, str | None]:
   return jax.default_backend(), None
 
 
-def _untraced(values):
-  """Returns a config without the fields that cells of one program vary."""
-  values = copy.deepcopy(values)
-  for field in _TRACED:
-    group, *rest = field.split('.')
-    if rest:
-      values[group].pop(rest[0])
-    else:
-      values.pop(group)
-  return values
-
-
-def _check_watch(config):
-  if config.watch.probe_every_epochs:
-    raise ValueError(
-      'config.watch.probe_every_epochs must be 0: the cells of a study are not '
-      f'watched but evaluated; got {config.watch.probe_every_epochs}'
-    )
-
-
 def _check_data(config):
-  """Checks both splits; returns the training source."""
+  """Checks both splits and returns the training source."""
   source = inputs.training_source(config)
   config = inputs.with_num_classes(config, source)
   if not config.data.test_split:
     raise ValueError(
-      'config.data.test_split must name a split: a study evaluates each cell; '
+      'config.data.test_split must name a split, which a study evaluates on; '
       f'got {config.data.test_split!r}'
     )
   inputs.evaluation_reader(config, *inputs.labelled_source(config, 'test'))
@@ -101,9 +85,9 @@ def _check_data(config):
 
 
 def _check_step(config, source):
-  """Traces a training step on shapes; returns the lengths for `build`."""
+  """Traces a training step on shapes and returns the lengths for `build`."""
   run = setup.prepare(config, source=source, load=False)
-  build.initial_weights(run.config, run.state)  # refuses what does not fit
+  build.initial_weights(run.config, run.state)  # raises if they do not fit
   return {
     'total_steps': run.total_steps,
     'steps_per_epoch': run.data.steps_per_epoch,
@@ -114,8 +98,7 @@ def run(values: dict, workdir: str, **record) -> None:
   """Trains a cell, or resumes its training, and evaluates it.
 
   Writes `cell.json` with `status` (done, diverged or failed), `error` (one line
-  or None), `train_seconds` and `evaluate_seconds` (None if the training did not
-  finish).
+  or None), `train_seconds` and `evaluate_seconds`.
 
   Args:
     values: Config of the cell, as JSON has it.
@@ -123,16 +106,16 @@ def run(values: dict, workdir: str, **record) -> None:
     **record: Further fields of `cell.json`.
 
   Raises:
-    preemption.PreemptionError: After SIGTERM, when the state has been saved.
+    preemption.PreemptionError: After SIGTERM, once the state is saved.
   """
   config = ml_collections.ConfigDict(values).lock()
   outcome: dict[str, Any] = {'status': 'done', 'error': None}
-  start, seconds = time.monotonic(), []
+  times = [time.monotonic()]
   try:
     with _printing_to(os.path.join(workdir, LOG)):
       try:
         train.train(config, workdir, watched=False)
-        seconds.append(time.monotonic() - start)
+        times.append(time.monotonic())
         evaluate.evaluate(evaluate.Request(workdir)).write(workdir)
       except Exception:
         traceback.print_exc()
@@ -143,21 +126,37 @@ def run(values: dict, workdir: str, **record) -> None:
     diverged = isinstance(error, FloatingPointError)
     outcome['status'] = 'diverged' if diverged else 'failed'
     outcome['error'] = _cause(error)
-  seconds.append(time.monotonic() - start - sum(seconds))
-  outcome['train_seconds'] = round(seconds[0], 2)
+  times.append(time.monotonic())
+  outcome['train_seconds'] = round(times[1] - times[0], 2)
   done = outcome['status'] == 'done'
-  outcome['evaluate_seconds'] = round(seconds[1], 2) if done else None
-  # A folder that cannot be written to stops this cell only.
+  outcome['evaluate_seconds'] = round(times[2] - times[1], 2) if done else None
+  # A folder that cannot be written stops this cell only.
   with contextlib.suppress(OSError):
     write_record(workdir, outcome | record)
-  # A traceback keeps the arrays of its frames alive.
-  gc.collect()
+  gc.collect()  # a traceback keeps the arrays of its frames alive
 
 
 def write_record(workdir: str, outcome: dict) -> None:
   """Writes the outcome of a cell, and the commit, into its workdir."""
   text = json.dumps(outcome | {'commit': build.commit()}) + '\n'
   files.write_whole(os.path.join(workdir, RECORD), text.encode())
+
+
+def read_record(workdir: str) -> dict | None:
+  """Returns the outcome of a cell, or None if it is missing or damaged."""
+  return read(os.path.join(workdir, RECORD), _FIELDS)
+
+
+def read(path: str, fields: dict) -> dict | None:
+  """Returns the object of a JSON file if its fields have these types."""
+  try:
+    content = files.read_json(path, fix='')
+  except (ValueError, FileNotFoundError, NotADirectoryError):
+    return None
+  valid = all(
+    isinstance(content.get(x, ()), kind) for x, kind in fields.items()
+  )
+  return content if valid else None
 
 
 def _one_line(error):
@@ -168,11 +167,10 @@ def _one_line(error):
 
 
 def _cause(error):
-  """Returns the error as the table has it; the log has all of it."""
+  """Returns the error for the table, shortened."""
   text = _one_line(error)
   if isinstance(error, FloatingPointError):
-    # The rest is advice for a single run.
-    text = text.split(';')[0]
+    text = text.split(';')[0]  # the rest is advice for a single run
   if len(text) > _LONGEST_ERROR:
     text = f'{text[: _LONGEST_ERROR - 3]}...'
   return text
@@ -180,13 +178,13 @@ def _cause(error):
 
 @contextlib.contextmanager
 def _printing_to(path):
-  """Appends to a file what is printed, by libraries in C++ as well."""
+  """Appends all output to a file, also that of C++ libraries."""
   streams = (sys.stdout, sys.stderr)
   kept = [os.dup(stream.fileno()) for stream in streams]
-  with open(path, 'a') as file:
-    for stream in streams:
-      os.dup2(file.fileno(), stream.fileno())
   try:
+    with open(path, 'a') as file:
+      for stream in streams:
+        os.dup2(file.fileno(), stream.fileno())
     yield
   finally:
     for stream, descriptor in zip(streams, kept, strict=True):

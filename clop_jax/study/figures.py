@@ -25,7 +25,7 @@ _TSNE_LEAST = 20  # distinct points; fewer show nothing that PCA does not
 
 
 class StudyFigure(NamedTuple):
-  """A drawn figure, with a heading that also stands for the picture."""
+  """A drawn figure; the title is also its alternative text."""
 
   title: str
   caption: str
@@ -35,9 +35,9 @@ class StudyFigure(NamedTuple):
 def sweep_figures(study: results.Study) -> list[StudyFigure]:
   """Draws accuracy and effective rank against each number of the grid.
 
-  A grid without numbers gets dots for its first field instead.
+  For a grid without numbers, draws dots for its first field.
   """
-  # Two CLOP weights are a comparison and not a sweep.
+  # Two CLOP weights are compared, not swept.
   pair = (
     [results.WEIGHT] if len(study.grid.get(results.WEIGHT, [])) == 2 else []
   )
@@ -48,10 +48,7 @@ def sweep_figures(study: results.Study) -> list[StudyFigure]:
 
 
 def cell_figures(study: results.Study) -> list[StudyFigure]:
-  """Draws curves, spectra and embeddings of a few done cells.
-
-  Files that cannot be read are left out, with a note in the study.
-  """
+  """Draws curves, spectra and embeddings of a few done cells."""
   names = study.examples()
   if not names:
     return []
@@ -71,7 +68,7 @@ def _path(study, name):
 
 def _sweep(study, x, metric):
   rest = [f for f in study.fields if f != x]
-  # The CLOP weights make the lines, or else names, which have no axis.
+  # The first makes the lines: the CLOP weights, else a field of names.
   rest.sort(key=lambda f: (f != results.WEIGHT, study.is_numeric(f)))
   settings = results.groups(study.counted, rest[1:])
   panels = settings[:_MOST_PANELS]
@@ -93,7 +90,7 @@ def _sweep(study, x, metric):
     name, value = 'number of classes', study.num_classes or math.nan
     if metric == 'linear_top1':
       name, value = 'chance', 100 / value
-    # Further off it would press the data against an edge.
+    # Farther away it would flatten the curves.
     if low - 3 * (high - low) <= value <= high + 3 * (high - low):
       for axis in used:
         axis.axhline(value, label=name, **figures.REFERENCE)
@@ -120,7 +117,7 @@ def _draw_panel(study, axis, panel, x, line, metric):
     style = figures.line_style(index)
     style['label'] = results.settings_name(setting)
     values = _SWEPT[metric][1] * cells[metric]
-    # Names have places beside each other, and so have their lines there.
+    # The dots of a name stand side by side.
     side = 0.5 * (index - (len(levels) - 1) / 2) / max(2, len(levels))
     places = cells[x].cat.codes + side
     if numeric:
@@ -139,7 +136,7 @@ def _draw_panel(study, axis, panel, x, line, metric):
     if diverged.any():
       style |= {'marker': 'x', 'linestyle': 'none', 'markersize': 9}
       style |= {'label': 'a diverged run', 'zorder': 4}
-      # Not clipped, since the rank of a diverged run lies on the axis.
+      # Not clipped: the rank of a diverged run lies on the axis.
       axis.plot(places[diverged], values[diverged], clip_on=False, **style)
 
 
@@ -204,12 +201,12 @@ def _planes(embeddings, labels):
   embeddings = embeddings[chosen].astype(np.float32)
   planes = {'PCA': figures.principal_plane(embeddings)}
   if len(np.unique(embeddings, axis=0)) >= _TSNE_LEAST:
-    # Slow to import, and a study without embeddings needs neither.
+    # Slow to import.
     from sklearn import manifold
     import threadpoolctl
 
     perplexity = min(30.0, (len(embeddings) - 1) / 3)
-    # Its many short parallel loops are very slow where cores are shared.
+    # Its short parallel loops are very slow on shared cores.
     with threadpoolctl.threadpool_limits(1, user_api='openmp'):
       fit = manifold.TSNE(perplexity=perplexity, random_state=0)
       planes['t-SNE'] = fit.fit_transform(embeddings)

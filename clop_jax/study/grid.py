@@ -1,4 +1,4 @@
-"""The grid of a study: the values of its fields, and the cells they make."""
+"""The grid of a study: the values of its fields, and its cells."""
 
 from collections.abc import Sequence
 import copy
@@ -15,8 +15,7 @@ from clop_jax import fields
 from clop_jax.runtime import files
 
 _BOOLEANS = {'true': True, 'false': False}
-# In bytes, on the common file systems.
-_LONGEST_NAME = 255
+_LONGEST_NAME = 255  # bytes, on common file systems
 
 
 def parse(
@@ -46,14 +45,12 @@ def parse(
     field, equals, values = given.partition('=')
     if not (field and equals):
       raise ValueError(
-        '--grid must be field=value,value, as optimizer.learning_rate=0.1,1; '
-        f'got {given!r}'
+        '--grid must be field=value,value, such as '
+        f'optimizer.learning_rate=0.1,1; got {given!r}'
       )
-    declared = _declaration(field, config)
     if field in grid:
-      raise ValueError(
-        f'--grid {field} is repeated; give all its values at once'
-      )
+      raise ValueError(f'--grid {field} is repeated; pass all its values once')
+    declared = _declaration(field, config)
     grid[field] = []
     for value in values.split(','):
       parsed = _value(field, value, declared)
@@ -64,26 +61,24 @@ def parse(
 
 
 def _declaration(field, config):
-  """Returns the declaration of a field, which an option gets from its value."""
+  """Returns the declaration of a field; that of an option is by its value."""
   group, last = _group_of(field, config)
-  declared = defaults.FIELDS.get(field)
-  parent = _open_group(field)
-  if parent is not None:
+  if parent := _open_group(field):
     return dataclasses.replace(parent, kind=float)
   if isinstance(group[last], ml_collections.ConfigDict):
     raise ValueError(
       f'--grid {field}: config.{field} is a group; name a field of it: '
       f'{", ".join(sorted(group[last])) or "it has none"}'
     )
+  declared = defaults.FIELDS.get(field)
   if declared is None:
     kind, optional = group.get_type(last), group[last] is None
     lengths = (0, 0) if kind in (tuple, list) else None
     declared = fields.Field(None, '', kind, optional=optional, lengths=lengths)
   if declared.lengths is not None:
     raise ValueError(
-      f'--grid {field}: config.{field} is a list, and a comma separates the '
-      'values of a grid; set it for the whole study with '
-      f'--config.{field}=...'
+      f'--grid {field}: config.{field} is a list, which a grid cannot vary; '
+      f'set it for all cells by --config.{field}=...'
     )
   return declared
 
@@ -96,36 +91,35 @@ def _open_group(field):
 
 
 def _group_of(field, config):
-  """Returns the group of a config that has a field, and the field's own name.
+  """Returns the group of a config that has a field, and the field's last name.
 
   Raises:
     ValueError: If the config does not have the field.
   """
+  names = field.split('.')
   group = config
-  *path, last = field.split('.')
-  for depth, name in enumerate([*path, last]):
-    if depth == len(path) and _open_group(field) is not None:
+  for depth, name in enumerate(names, 1):
+    if depth == len(names) and _open_group(field):
       break
-    if not hasattr(group, 'keys') or name not in group:
-      has = sorted(group) if hasattr(group, 'keys') else []
+    known = sorted(group) if hasattr(group, 'keys') else []
+    if name not in known:
       raise ValueError(
-        f'--grid {field}: {".".join(["config", *path[:depth]])} has no field '
-        f'{name!r}; it has: {", ".join(has) or "no fields"}'
+        f'--grid {field}: {".".join(["config", *names[: depth - 1]])} has no '
+        f'field {name!r}; it has: {", ".join(known) or "no fields"}'
       )
-    if depth < len(path):
+    if depth < len(names):
       group = group[name]
-  return group, last
+  return group, names[-1]
 
 
 def _value(field, given, declared):
   if declared.optional and given == 'None':
     return None
   try:
-    value = (
-      _BOOLEANS[given.lower()]
-      if declared.kind is bool
-      else (declared.kind(given))
-    )
+    if declared.kind is bool:
+      value = _BOOLEANS[given.lower()]
+    else:
+      value = declared.kind(given)
   except (KeyError, ValueError):
     value = math.nan  # which no field accepts
   if not declared.accepts(value):
@@ -145,14 +139,8 @@ def text(value: Any) -> str:
 def cells(grid: dict[str, list]) -> dict[str, dict[str, Any]]:
   """Returns every combination of the values, by the cell's name.
 
-  The name is a file name. It has the last part of each field's name, or all of
-  it where last parts are equal: `learning_rate=0.1,clop_weight=0`.
-
-  Args:
-    grid: Values of each field; see `parse`.
-
-  Returns:
-    The fields and values of each cell. The first field changes last.
+  The name is a file name such as `learning_rate=0.1,clop_weight=0`. It has the
+  full names of fields whose last parts are equal. The first field changes last.
 
   Raises:
     ValueError: If two cells have the same name, or a name is too long.
@@ -170,12 +158,12 @@ def cells(grid: dict[str, list]) -> dict[str, dict[str, Any]]:
     ]
     name = ','.join(parts)
     if name in named:
-      raise ValueError(f'--grid has two cells {name}; leave one of them out')
+      raise ValueError(f'--grid has two cells {name}; remove one of them')
     if len(name.encode()) > _LONGEST_NAME:
       raise ValueError(
-        f'--grid makes a cell whose name, a folder, has {len(name.encode())} '
-        f'bytes, and {_LONGEST_NAME} are allowed: {name:.60}...; set long '
-        'values for the whole study with --config.FIELD=, or vary fewer fields'
+        f'--grid: the name of a cell must have at most {_LONGEST_NAME} bytes, '
+        f'got {len(name.encode())} bytes: {name:.60}...; vary fewer fields, or '
+        'set long values for all cells by --config.FIELD='
       )
     named[name] = dict(zip(grid, values, strict=True))
   return named

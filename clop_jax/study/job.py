@@ -1,8 +1,7 @@
-"""The process of a study's job: it runs cells until none is left.
+"""The process of a job, which runs one cell of a study after another.
 
-Several jobs, on one machine or several, share the study's folder. Each claims a
-cell by a lock, which ends with the process that holds it, and signs a line in
-the locked file, which remains: it counts the attempts.
+Jobs share the study's folder. A job claims a cell by a lock on a file, which
+ends with its process, and adds a line to the file for each attempt.
 """
 
 from collections.abc import Callable
@@ -20,92 +19,80 @@ import jax
 import submitit
 
 from clop_jax.runtime import compilation_cache
-from clop_jax.runtime import files
 from clop_jax.runtime import locks
 from clop_jax.runtime import preemption
 from clop_jax.study import cell
 
-# A cell that fails is tried again this often by one call of `study`, in total.
+# Attempts at a cell in one call of `study`.
 ATTEMPTS = 2
-# In a lifeline: locked while the command runs; exists when jobs should end.
+# Files of a local job's command: locked while it runs; tells jobs to end.
 ALIVE, END = 'alive', 'end'
 _CLAIM = '.claim'
 
 
 def call(
-  lifeline: str | None,
+  command: str | None,
   environment: dict[str, str | None],
   function: Callable[..., Any],
   *arguments: Any,
 ) -> Any:
-  """Calls a function in a new process that submitit has started.
+  """Calls a function in a process that submitit has started.
 
   Args:
-    lifeline: Folder of the command that started the process, which ends with
-      it; see `ALIVE`. None for a process that outlives the command.
+    command: Folder with `ALIVE` and `END` of the command, with which the
+      process ends. None for a process that outlives the command.
     environment: Environment variables to set, or to delete if None.
     function: Function to call.
     *arguments: Its arguments.
-
-  Returns:
-    The function's value.
   """
   for name, value in environment.items():
-    if value is None:
-      os.environ.pop(name, None)
-    else:
+    os.environ.pop(name, None)
+    if value is not None:
       os.environ[name] = value
   # Orbax and TFDS log every file they touch.
   logging.set_verbosity(logging.FATAL)
-  if lifeline is not None:
-    threading.Thread(target=_follow, args=(lifeline,), daemon=True).start()
+  if command is not None:
+    threading.Thread(target=_follow, args=(command,), daemon=True).start()
   return function(*arguments)
 
 
-def _follow(lifeline):
-  """Ends this process when the command has ended, or asks for it."""
+def _follow(command):
+  """Ends this process with the command, or preempts it if the command asks."""
   asked = False
   while True:
     try:
-      with open(os.path.join(lifeline, ALIVE), 'r+') as file:
-        ended = locks.take(file)
-    except BlockingIOError:
-      ended = False
-    except OSError:
-      ended = True  # the command has removed it
-    if ended:
+      with open(os.path.join(command, ALIVE), 'r+') as file:
+        locks.take(file)
       os._exit(1)
-    if not asked and os.path.exists(os.path.join(lifeline, END)):
-      # Not by a signal, which could be the second SIGTERM after a scheduler's
-      # and end the process while it saves.
+    except BlockingIOError:
+      pass
+    except OSError:  # removed by the command
+      os._exit(1)
+    if not asked and os.path.exists(os.path.join(command, END)):
+      # A signal could be the second one, after that of a scheduler, and end the
+      # process while it saves.
       asked = True
       preemption.ask()
     time.sleep(0.2)
 
 
-def work(
-  cells: dict[str, tuple[dict, str]],
-  study: str,
-  owner: str,
-) -> None:
+def work(cells: dict[str, tuple[dict, str]], study: str, owner: str) -> None:
   """Runs the cells that no other job runs, until none is left.
 
   Args:
     cells: Config (as JSON has it) and workdir of each cell, by name.
-    study: Identifier of the call of `study`. Attempts of other calls do not
-      count.
+    study: Identifier of the call of `study`, whose attempts count.
     owner: Identifier of this job.
   """
-  # Blocked when the command started this process, for submitit's controller.
+  # Blocked while the command started this process.
   signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
   preemption.listen()
-  # Sent by Slurm before the time limit. submitit's own handler would ask for a
-  # new time, and not save.
+  # Sent by Slurm before the time limit. submitit's handler would not save.
   limit = signal.Signals[f'SIG{submitit.JobEnvironment.USR_SIG}']
   signal.signal(limit, lambda *_: preemption.ask())
   faulthandler.enable()
   compilation_cache.enable()
-  # Cells that differ in numbers only are one program, compiled once.
+  # Cells that differ only in numbers share a program.
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   try:
@@ -120,9 +107,9 @@ def take_cells(
   """Runs the cells that no other process runs; see `work`.
 
   Raises:
-    preemption.PreemptionError: After SIGTERM, when the state has been saved.
+    preemption.PreemptionError: After SIGTERM, once the state is saved.
   """
-  # First each cell once, then those that have failed or lost their process.
+  # Every cell has its first attempt before any has its second.
   for attempt in range(1, ATTEMPTS + 1):
     for values, workdir in cells.values():
       with _claimed(workdir, study, owner, attempt) as claimed:
@@ -132,7 +119,7 @@ def take_cells(
 
 @contextlib.contextmanager
 def _claimed(workdir, study, owner, attempt):
-  """Claims a cell for its n-th attempt; gives False if it is not available."""
+  """Claims a cell for an attempt; gives False if it is not available."""
   os.makedirs(workdir, exist_ok=True)
   with open(os.path.join(workdir, _CLAIM), 'a') as file:
     try:
@@ -140,7 +127,9 @@ def _claimed(workdir, study, owner, attempt):
     except BlockingIOError:
       yield False
       return
-    if is_through(workdir) or len(owners(workdir, study)) != attempt - 1:
+    record = cell.read_record(workdir)
+    ended = record is not None and record['status'] in cell.FINAL
+    if ended or len(owners(workdir, study)) != attempt - 1:
       yield False
       return
     size = os.fstat(file.fileno()).st_size
@@ -152,15 +141,6 @@ def _claimed(workdir, study, owner, attempt):
       # This was no attempt: another job resumes it.
       file.truncate(size)
       raise
-
-
-def is_through(workdir: str) -> bool:
-  """Returns True if a cell needs no further attempt."""
-  path = os.path.join(workdir, cell.RECORD)
-  try:
-    return files.read_json(path, fix='')['status'] in cell.THROUGH
-  except (OSError, ValueError, KeyError):
-    return False
 
 
 def owners(workdir: str, study: str) -> list[str]:

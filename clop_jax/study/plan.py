@@ -1,4 +1,4 @@
-"""The folder of a study: what is to be run, and what is saved."""
+"""The folder of a study: the cells to run, and the results so far."""
 
 import contextlib
 import csv
@@ -16,11 +16,11 @@ from clop_jax.study import cell
 from clop_jax.study import grid as grid_lib
 
 FILE, RESULTS = 'study.json', 'results.csv'
-# A study killed before it began may leave these.
-_NOTHING = {'.lock', f'{FILE}.partial'}
-_FIX = 'put an intact copy back, or use another --workdir'
-# What the line about a cell shows of its eval.json.
-_SHOWN = dict.fromkeys(
+# A study that was killed early may leave these.
+_IGNORED = {'.lock', f'{FILE}.partial'}
+_FIX = 'restore an intact copy or use another --workdir'
+# Printed when a cell ends, so eval.json must have them.
+_RESULTS = dict.fromkeys(
   ('linear_top1', 'knn_top1', 'effective_rank'), int | float
 )
 
@@ -38,7 +38,7 @@ class Plan:
     config: ml_collections.ConfigDict | None,
     grid: dict[str, list] | None,
   ):
-    """Reads the folder, and writes nothing; see `run.study`.
+    """Reads the folder and writes nothing; see `run.study`.
 
     Raises:
       ValueError: If the folder holds something else or another study, or the
@@ -51,14 +51,13 @@ class Plan:
         raise ValueError('--config must name a file of configs/, got none')
       if not grid:
         raise ValueError(
-          '--grid must name a field and its values, as '
+          '--grid must name a field and its values, such as '
           '--grid optimizer.learning_rate=0.1,1; got none'
         )
       saved = {'config': workdir_lib.to_json(config), 'grid': grid}
     grid = grid or saved['grid']
     _check_same(workdir, saved, config, grid)
     self._config = saved['config']
-    # In the order of the study, new values last.
     self._grid = {
       field: values + [v for v in grid[field] if v not in values]
       for field, values in saved['grid'].items()
@@ -69,7 +68,7 @@ class Plan:
       for name, values in self._every.items()
       if all(value in grid[field] for field, value in values.items())
     }
-    self._outcomes, self._results, self._broken = {}, {}, []
+    self._outcomes, self._damaged = {}, []
     for name in self._every:
       self._read(name)
 
@@ -82,7 +81,7 @@ class Plan:
     return {
       name: config
       for name, config in self.cells.items()
-      if self._outcomes.get(name, {}).get('status') not in cell.THROUGH
+      if self._outcomes.get(name, {}).get('status') not in cell.FINAL
     }
 
   def save(self) -> None:
@@ -90,7 +89,7 @@ class Plan:
     saved = {'config': self._config, 'grid': self._grid}
     _write(self._workdir, FILE, json.dumps(saved, indent=2) + '\n')
     self._write_results()
-    for path in self._broken:
+    for path in self._damaged:
       print(
         f'warning: {path} is empty or damaged; that cell runs again',
         file=sys.stderr,
@@ -102,10 +101,6 @@ class Plan:
     with contextlib.suppress(FileNotFoundError):
       os.remove(os.path.join(self.folder(name), cell.RECORD))
 
-  def record(self, name: str) -> dict | None:
-    """Returns the record that a cell's job has written, or None."""
-    return self._load_of(name, cell.RECORD, cell.FIELDS)
-
   def finish(self, name: str, error: str | None = None) -> dict:
     """Adds the outcome of a cell to the results.
 
@@ -116,18 +111,14 @@ class Plan:
     Returns:
       The cell's row of `results.csv`.
     """
-    self._outcomes.pop(name, None)
-    self._read(name)
-    outcome = self._outcomes.get(name)
-    if outcome is None:
+    outcome = self._read(name)
+    if outcome is None or (error and outcome['status'] not in cell.FINAL):
       error = error or f'{self.folder(name)}: its results cannot be read'
-    if error and (outcome is None or outcome['status'] not in cell.THROUGH):
       outcome = {'status': 'failed', 'error': error}
-      self._outcomes[name] = outcome | {'commit': build.commit()}
-      self._results[name] = {}
-      # Where even this cannot be written, the other cells can still run.
+      # If even this cannot be written, the other cells can still run.
       with contextlib.suppress(OSError):
         cell.write_record(self.folder(name), outcome)
+      self._outcomes[name] = outcome | {'commit': build.commit()}
     self._write_results()
     return self._row(name)
 
@@ -136,46 +127,36 @@ class Plan:
     return [self._row(name) for name in self.cells if name in self._outcomes]
 
   def _read(self, name):
-    outcome = self.record(name)
-    if outcome is None:
-      return
-    self._results[name] = {}
-    if outcome['status'] == 'done':
-      result = self._load_of(name, 'eval.json', _SHOWN)
-      if result is None:
-        return
-      self._results[name] = {
-        k: v
-        for k, v in result.items()
-        if isinstance(v, (int, float)) and k != 'seed'
+    """Reads the outcome of a cell, None if it has not ended."""
+    folder = self.folder(name)
+    outcome = cell.read_record(folder)
+    damaged = os.path.join(folder, cell.RECORD)
+    if outcome is not None and outcome['status'] == 'done':
+      damaged = os.path.join(folder, 'eval.json')
+      numbers = cell.read(damaged, _RESULTS)
+      outcome = numbers and outcome | {
+        'results': {
+          k: v
+          for k, v in numbers.items()
+          if isinstance(v, (int, float)) and k != 'seed'
+        }
       }
-    self._outcomes[name] = outcome
-
-  def _load_of(self, name, file, fields):
-    """Returns the content of a cell's file, None if missing or damaged."""
-    path = os.path.join(self.folder(name), file)
-    if not files.exists(path):
-      return None
-    try:
-      content = files.read_json(path, fix='that cell runs again')
-    except ValueError:
-      content = {}
-    if all(isinstance(content.get(x, ()), kind) for x, kind in fields.items()):
-      return content
-    self._broken.append(path)
-    return None
+    if outcome is not None:
+      self._outcomes[name] = outcome
+    elif files.exists(damaged):
+      self._damaged.append(damaged)
+    return outcome
 
   def _row(self, name):
-    values = self._every[name]
+    values, outcome = self._every[name], self._outcomes[name]
     config = grid_lib.applied(self._config, values)
-    outcome = self._outcomes[name]
     return {
       'cell': name,
       'status': outcome['status'],
       'error': outcome['error'],
       **{field: grid_lib.text(value) for field, value in values.items()},
       'seed': config['seed'],
-      **self._results[name],
+      **outcome.get('results', {}),
       'train_seconds': outcome.get('train_seconds'),
       'evaluate_seconds': outcome.get('evaluate_seconds'),
       'commit': outcome['commit'],
@@ -186,11 +167,9 @@ class Plan:
     rows = [self._row(name) for name in self._every if name in self._outcomes]
     last = ('train_seconds', 'evaluate_seconds', 'commit', 'config')
     columns = ['cell', 'status', 'error', *self._grid, 'seed']
-    for row in rows:
-      columns += [name for name in row if name not in {*columns, *last}]
-    columns = list(dict.fromkeys([*columns, *last]))
+    columns += [x for row in rows for x in row if x not in last]
     text = io.StringIO()
-    table = csv.DictWriter(text, columns, restval='')
+    table = csv.DictWriter(text, dict.fromkeys([*columns, *last]), restval='')
     table.writeheader()
     table.writerows(rows)
     _write(self._workdir, RESULTS, text.getvalue())
@@ -223,12 +202,11 @@ def load(workdir: str) -> dict | None:
 
 
 def _check_empty(workdir):
-  """Refuses a folder that holds something other than a study."""
   if not files.exists(workdir):
     return
   if not files.is_folder(workdir):
     raise ValueError(f'--workdir={workdir} is a file, not a folder')
-  names = sorted({*os.listdir(workdir)} - _NOTHING)
+  names = sorted({*os.listdir(workdir)} - _IGNORED)
   if 'config.json' in names:
     raise ValueError(
       f'--workdir={workdir} is the workdir of a run, not of a study; use '
@@ -236,7 +214,7 @@ def _check_empty(workdir):
     )
   if names:
     raise ValueError(
-      f'--workdir={workdir} holds no {FILE}, so it is not the workdir of a '
+      f'--workdir={workdir} has no {FILE}, so it is not the workdir of a '
       f'study; it has: {", ".join(names)}. Use another --workdir'
     )
 
@@ -255,7 +233,7 @@ def _check_same(workdir, saved, config, grid):
     )
   if unlike:
     raise ValueError(
-      f'--workdir={workdir} is of another study: {"; ".join(unlike)}. Use '
+      f'--workdir={workdir} belongs to another study: {"; ".join(unlike)}. Use '
       'another --workdir, or the same config and fields (values may be added)'
     )
 

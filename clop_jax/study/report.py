@@ -17,11 +17,7 @@ def check_installed() -> None:
 
 
 def study_report(workdir: str) -> str:
-  """Writes the page, figures and table of a study; returns the page's path.
-
-  `report.html` has all figures inside and needs no network. `figures/*.png` are
-  the same figures, `table.md` has the means for documents. A diverged cell
-  counts as chance accuracy and effective rank 0 in means, a failed one not.
+  """Writes `report.html`, `figures/` and `table.md`; returns the page's path.
 
   Args:
     workdir: Folder of a study, finished or not.
@@ -31,7 +27,7 @@ def study_report(workdir: str) -> str:
       package is missing.
   """
   check_installed()
-  # Only here, so that a study runs without these packages.
+  # Only here, so that a study runs without pandas, matplotlib and Jinja2.
   import jinja2
 
   from clop_jax.study import figures
@@ -75,8 +71,8 @@ def _caption(statuses):
   return (
     'Mean ± standard deviation over the seeds (n - 1 in the denominator; '
     f'{tables.NONE} with one seed). {statuses.get("diverged", 0)} diverged: '
-    'these count at the accuracy of chance, 1 / number of classes (0 if that '
-    'is unknown), and effective rank 0, and not in the prototype cosine. '
+    'these count as the accuracy of chance, 1 / number of classes (0 if that '
+    'is unknown), and effective rank 0, but not in the prototype cosine. '
     f'{statuses.get("failed", 0)} failed: these are left out.'
   )
 

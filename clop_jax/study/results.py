@@ -1,8 +1,4 @@
-"""The results of a study as data frames and rows of tables.
-
-`clop_jax.study` leaves `study.json` (base config and grid), `results.csv` (a
-row for each cell) and a folder for each cell; `read_study` reads them.
-"""
+"""The results of a study as data frames and rows of tables."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -16,6 +12,7 @@ import pandas as pd
 from clop_jax.evaluation import tables
 from clop_jax.runtime import files
 from clop_jax.study import grid as grid_lib
+from clop_jax.study import plan
 
 WEIGHT = 'loss.clop_weight'
 _STATUSES = ('failed', 'diverged', 'done')
@@ -43,7 +40,7 @@ _number = functools.partial(pd.to_numeric, errors='coerce')
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """A study and the results that it has so far.
+  """A study and its results so far.
 
   Attributes:
     workdir: Folder of the study.
@@ -93,13 +90,13 @@ class Study:
   def examples(self) -> dict[str, str]:
     """Returns the names of at most four done cells of one seed.
 
-    These are the first two and the last two of the grid, with only the first
-    and the last of the CLOP weights, which change fastest.
+    These are the first two and the last two settings, with the first and the
+    last of the CLOP weights only.
     """
     done = self.cells[self.cells['status'] == 'done']
     fields = sorted(self.fields, key=lambda field: field == WEIGHT)
-    done = done.sort_values(['seed', *fields], kind='stable')
     done = done[done['seed'] == done['seed'].min()]
+    done = done.sort_values(fields, kind='stable') if fields else done
     if WEIGHT in fields:
       done = done[done[WEIGHT].isin([self.grid[WEIGHT][i] for i in (0, -1)])]
     done = pd.concat([done[:2], done[2:][-2:]])
@@ -109,29 +106,29 @@ class Study:
     return {c: n or c for c, n in zip(done['cell'], names, strict=True)}
 
   def arrays(self, cell: str) -> dict[str, np.ndarray]:
-    """Returns the arrays of a cell's embeddings.npz, or none with a note."""
+    """Returns the arrays of a cell's embeddings.npz, or {} with a note."""
     names = ('embeddings', 'labels', 'spectrum')
     read = functools.partial(files.read_npz, names=names)
     return self._read(cell, 'embeddings.npz', read)
 
   def curves(self, cell: str) -> pd.DataFrame:
-    """Returns a cell's metrics.jsonl, up to a damaged line with a note."""
+    """Returns a cell's metrics.jsonl up to a damaged line, with a note."""
     rows: list[dict] = []
-    self._read(
-      cell,
-      'metrics.jsonl',
-      lambda path, fix: rows.extend(files.read_json_lines(path, fix=fix)),
-    )
+
+    def read(path, fix):
+      rows.extend(files.read_json_lines(path, fix=fix))
+
+    self._read(cell, 'metrics.jsonl', read)
     return pd.DataFrame(rows, dtype=float)
 
   def evaluation(self, cell: str) -> dict:
-    """Returns a cell's eval.json by dotted names, or nothing with a note."""
+    """Returns a cell's eval.json by dotted names, or {} with a note."""
     return _flat(self._read(cell, 'eval.json', files.read_json))
 
   def _read(self, cell: str, file: str, read: Callable) -> dict:
     try:
       path = os.path.join(self.workdir, 'cells', cell, file)
-      return read(path, fix='evaluate or run that cell again')
+      return read(path, fix='evaluate that cell or run it again')
     except FileNotFoundError:
       self.notes.append(f'{file} of cell {cell}: does not exist')
     except (ValueError, OSError) as error:
@@ -140,33 +137,17 @@ class Study:
 
 
 def read_study(workdir: str) -> Study:
-  """Reads a study, finished or not.
-
-  Args:
-    workdir: Folder of the study.
-
-  Returns:
-    The study. Without results.csv it has no cells.
+  """Reads a study, finished or not; without results.csv it has no cells.
 
   Raises:
     ValueError: If the folder holds no study, or its files are damaged.
   """
-  path = os.path.join(workdir, 'study.json')
-  if not files.exists(path):
-    raise ValueError(
-      f'workdir={workdir} holds no study.json; make a study: python -m '
-      f'clop_jax.study --config=... --workdir={workdir} --grid ...'
-    )
-  try:
-    content = files.read_json(path, fix='put an intact copy back')
-    config, grid = _flat(dict(content['config'])), dict(content['grid'])
-    grid = {f: list(map(grid_lib.text, v)) for f, v in grid.items()}
-  except (ValueError, LookupError, TypeError) as error:
-    raise ValueError(
-      f'{path} must hold "config" and "grid", a list of values for each '
-      f'field; got {error!r}'
-    ) from error
-  study = Study(workdir, config, grid, _read_cells(workdir, grid), [])
+  saved = plan.load(workdir)
+  if saved is None:
+    raise ValueError(f'workdir={workdir} has no {plan.FILE}, so it is no study')
+  grid = {f: list(map(grid_lib.text, v)) for f, v in saved['grid'].items()}
+  cells = _read_cells(workdir, grid)
+  study = Study(workdir, _flat(saved['config']), grid, cells, [])
   _add_evaluations(study)
   return study
 
@@ -225,21 +206,17 @@ def settings_name(settings: dict[str, str]) -> str:
   """
   names = []
   for field, text in settings.items():
-    # A text names itself, a number needs its field but no unit.
-    is_text = math.isnan(_number(text)) and text not in (
-      'true',
-      'false',
-      'None',
-    )
-    name = text if is_text else f'{title(field).split(",")[0]} {text}'
+    # A text stands for itself, a number needs its field but no unit.
+    named = math.isnan(_number(text)) and text not in ('true', 'false', 'None')
+    name = text if named else f'{title(field).split(",")[0]} {text}'
     names.append('without CLOP' if (field, text) == (WEIGHT, '0') else name)
   return ', '.join(names)
 
 
 def _read_cells(workdir, grid):
-  path = os.path.join(workdir, 'results.csv')
+  path = os.path.join(workdir, plan.RESULTS)
   columns = ['cell', 'status', *grid]
-  damaged = f'{path} is damaged; run the study again, which writes it anew: '
+  damaged = f'{path} is damaged; run the study again to rewrite it: '
   try:
     cells = pd.read_csv(path, dtype=str, keep_default_na=False)
   except FileNotFoundError:
@@ -253,20 +230,13 @@ def _read_cells(workdir, grid):
     if status not in _STATUSES:
       raise ValueError(f'{damaged}status is {status!r:.40} for cell {cell:.40}')
   for field, values in grid.items():
-    texts = [_spelled(text, values) for text in cells[field]]
-    levels = list(dict.fromkeys([*values, *texts]))
-    cells[field] = pd.Categorical(texts, levels, ordered=True)
+    levels = list(dict.fromkeys([*values, *cells[field]]))
+    cells[field] = pd.Categorical(cells[field], levels, ordered=True)
   numbers = [*_METRICS, 'train_seconds', 'evaluate_seconds']
   columns = [*cells, 'error', 'commit', 'seed', *numbers]
   cells = cells.reindex(columns=list(dict.fromkeys(columns)), fill_value='')
   cells[numbers] = cells[numbers].apply(_number).astype(float)
   return cells.sort_values(list(grid), ignore_index=True)
-
-
-def _spelled(text, values):
-  """Returns a value of a CSV file as the grid spells it."""
-  same = (v for v in values if v == text or _number(v) == _number(text))
-  return next(same, text)
 
 
 def _add_evaluations(study):
@@ -280,11 +250,11 @@ def _add_evaluations(study):
     cells[column] = [str(e.get(column) or '') for e in evaluations]
   known = cells.get(field, pd.Series(study.config.get(field), cells.index))
   known = _number(known.astype(object)).astype(float)
-  # Without a number in the config it is that of the data.
+  # If the config has no number, it is that of the data.
   known = known.where(
     known > 0, [_number(e.get(f'config.{field}')) for e in evaluations]
   )
-  # A diverged cell has as many classes as the done ones on the same data.
+  # A diverged cell has as many classes as done cells on the same data.
   of_data = ('data.name', 'data.data_dir', 'data.options', 'data.train_split')
   data = [cells[f] for f in study.fields if f.startswith(of_data)]
   same = known.groupby(data or [known.index >= 0], observed=True)

@@ -1,6 +1,6 @@
 """Contact sheets of training images and their augmented views."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from clop_jax.data import reader as reader_lib
 
 _TRIPLES = 4  # in a row
 _PIXELS = 96  # approximate size to which smaller images are enlarged
-_GAP, _GROUP_GAP = 2, 10  # pixels between images, and further between groups
+_GAP, _GROUP_GAP = 2, 10  # pixels between images, and between groups
 
 
 class Sheets:
@@ -43,20 +43,7 @@ class Sheets:
       keys = augment.example_keys(key, step, index)
       return augment.two_views(keys, images, recipe)
 
-    self._make: Callable = make
-    self._lower = make.lower
-
-  def compile(self, count: int) -> None:
-    """Compiles the augmentation ahead, for sheets of `count` images only."""
-    shape = (count, *self._reader.shape)
-    if self._crops:
-      shape = (shape[1], count, *shape[2:])
-    self._make = self._lower(
-      self._key,
-      jax.ShapeDtypeStruct((), np.int32),
-      jax.ShapeDtypeStruct((count,), np.int32),
-      jax.ShapeDtypeStruct(shape, np.uint8),
-    ).compile()
+    self._make = make
 
   def draw(self, step: int, index: Sequence[int] | np.ndarray) -> np.ndarray:
     """Draws a triple (image, view, view) for each example.
@@ -99,8 +86,7 @@ def paste(
     rows: Rows of equal length of images `[height, width, 1 or 3]`, uint8. Each
       image is centred in a cell of the size of the largest one.
     scale: Factor by which each pixel is repeated.
-    group: Number of images of a row that stand together, apart from the next
-      ones.
+    group: Number of images in a row before a wider gap.
 
   Returns:
     Picture `[height, width, 3]`, uint8.

@@ -22,13 +22,7 @@ class Probe:
   """Evaluates the state of a training, and writes `probe.jsonl`."""
 
   def __init__(self, setup: setup_lib.Setup, workdir: str, frozen: Callable):
-    """Checks the data; writes nothing.
-
-    Args:
-      setup: Run, see `setup.prepare`.
-      workdir: Workdir of the run.
-      frozen: Function `(variables, images) -> (features, embeddings)`, see
-        `restored.frozen`.
+    """Checks the data and writes nothing; see `Pictures` for the arguments.
 
     Raises:
       ValueError: If there is no test split, or the evaluation batch does not
@@ -60,7 +54,7 @@ class Probe:
       variables: Variables of the networks, not changed and not kept.
 
     Returns:
-      Results by name; None where there was nothing to measure by.
+      Results by name; None for measures that do not exist.
 
     Raises:
       FloatingPointError: If features are not finite.
@@ -72,7 +66,6 @@ class Probe:
         self._config, reader, apply, self._mesh
       )
     results = {}
-    # On every process: the others would only wait for this one.
     for measure in _MEASURES[self._config.watch.probe]:
       results |= measure(self._config, features, labels)
     if self._lines is not None:
@@ -86,7 +79,6 @@ class Probe:
     return results
 
   def close(self) -> None:
-    """Closes the file."""
     if self._lines is not None:
       self._lines.close()
 
@@ -95,14 +87,15 @@ def _readers(setup):
   """Returns the readers of the protocol's splits."""
   config = setup.config
   field = f'config.watch.probe_every_epochs={config.watch.probe_every_epochs}'
+  reason = ''
   if not setup.examples.is_named:
-    reason = 'a source of your own comes without one'
-  else:
-    reason = '' if config.data.test_split else 'config.data.test_split is empty'
+    reason = 'a custom source has none'
+  elif not config.data.test_split:
+    reason = 'config.data.test_split is empty'
   if reason:
     raise ValueError(
-      f'{field} needs a test split, and {reason}; set it to 0 and evaluate '
-      'afterwards'
+      f'{field} needs a test split, but {reason}; set it to 0 and evaluate '
+      'after the training'
     )
   try:
     parallel.check_batch_size(config.eval.batch_size, setup.mesh)

@@ -1,5 +1,6 @@
 """Trace of some training steps, recorded by `jax.profiler`."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -13,14 +14,14 @@ FOLDER = 'profile'
 
 
 class Profiler(callback.Callback):
-  """Records whole dispatches, from the second one on.
+  """Records whole dispatches after the first, in which everything warms up.
 
-  Devices and host warm up during the first dispatch. Everything between two
-  dispatches is recorded as well: waiting for data, log lines, checkpoints.
+  The trace also has what happens between dispatches: waiting for data, log
+  lines, checkpoints.
   """
 
   def __init__(self, workdir: str, num_steps: int):
-    """Stores what to record.
+    """Checks the arguments.
 
     Args:
       workdir: Workdir of the run; the trace goes to its `profile/`.
@@ -33,14 +34,9 @@ class Profiler(callback.Callback):
     """
     if num_steps < 1:
       raise ValueError(f'--profile must be at least 1 step, got {num_steps}')
-    if files.is_remote(workdir):
+    if files.is_remote(workdir) or files.as_text(workdir) != workdir:
       raise ValueError(
-        f'--profile writes to local folders only, got --workdir={workdir}; '
-        'profile a short run in a local one'
-      )
-    if files.as_text(workdir) != workdir:
-      raise ValueError(
-        '--profile needs a workdir whose name is UTF-8, got '
+        '--profile needs a local workdir with a name in UTF-8, got '
         f'--workdir={files.as_text(workdir)}'
       )
     self._folder = os.path.join(workdir, FOLDER)
@@ -48,13 +44,11 @@ class Profiler(callback.Callback):
       os.path.join(self._folder, 'trace'), f'--profile={num_steps}'
     )
     self._num_steps = num_steps
-    # The other processes record nothing.
-    self._done = not parallel.is_main()
-    self._recorded, self._last = range(0), 0
-    self._annotation: Any = None
+    self._done = not parallel.is_main()  # the main process records
+    self._recorded: range | None = None
+    self._annotation: Any = contextlib.ExitStack()
 
   def started(self, steps: range, state: Any) -> None:
-    """Stores the last step."""
     self._last = steps.stop
 
   def reached(self, steps: range, state: Any) -> None:
@@ -66,29 +60,28 @@ class Profiler(callback.Callback):
     """
     if self._done:
       return
-    if self._annotation is None:
+    if self._recorded is None:
       if steps.stop == self._last:
         return
       jax.block_until_ready(state)
       self._start(steps.stop)
     else:
-      self._annotation.__exit__(None, None, None)
+      self._annotation.close()
       self._recorded = range(self._recorded.start, steps.stop)
       if len(self._recorded) >= self._num_steps:
         jax.block_until_ready(state)
         self._stop()
         return
-    # TensorBoard and XProf tell steps apart by it.
-    self._annotation = jax.profiler.StepTraceAnnotation(
-      'train', step_num=steps.stop
+    # Marks the steps for TensorBoard and XProf.
+    self._annotation.enter_context(
+      jax.profiler.StepTraceAnnotation('train', step_num=steps.stop)
     )
-    self._annotation.__enter__()
 
   def close(self, failed: bool = False) -> None:
     """Writes the trace of a run that ends early."""
     if self._done:
       return
-    if self._annotation is not None:
+    if self._recorded is not None:
       self._stop()
     else:
       print(

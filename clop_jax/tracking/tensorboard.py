@@ -1,6 +1,5 @@
 """Event files for TensorBoard, written by tensorboardX."""
 
-from collections.abc import Callable
 import contextlib
 import io
 import os
@@ -22,7 +21,7 @@ _PREFIX = 'clop_jax'  # under which tensorboardX finds `_EventFile`
 
 
 def check(workdir: str) -> None:
-  """Raises OSError if the workdir's `tensorboard/` cannot be written to."""
+  """Raises OSError if the workdir's `tensorboard/` cannot be written."""
   folder = os.path.join(workdir, FOLDER)
   if not files.is_remote(folder) and os.path.lexists(folder):
     files.check_writable(
@@ -38,13 +37,13 @@ class TensorBoard:
 
     Args:
       workdir: Workdir, local or remote; the file goes to its `tensorboard/`.
-      start: Step at which the run starts. TensorBoard hides what older files
-        hold of later steps.
+      start: Step at which the run starts. TensorBoard hides later steps of
+        older files.
 
     Raises:
       OSError: If the file cannot be written.
     """
-    # These imports take half a second, which only those who watch should pay.
+    # These imports take half a second.
     from tensorboardX import SummaryWriter
     from tensorboardX import record_writer
 
@@ -66,8 +65,8 @@ class TensorBoard:
 
   def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
     """Adds a histogram of finite numbers `[n]`."""
-    # A fixed number of bins: a rule that goes by the spread of the values makes
-    # millions where nearly all are equal, as in a collapse.
+    # tensorboardX's rule makes millions of bins for values that are nearly
+    # equal, as in a collapse.
     values = np.asarray(values, np.float64)
     self._writer.add_histogram(tag, values, step, bins=BINS)
 
@@ -80,14 +79,7 @@ class TensorBoard:
     self._writer.add_text(tag, text, step)
 
   def close(self, failed: bool = False) -> None:
-    """Writes what is left and closes the file.
-
-    Args:
-      failed: Ignored.
-
-    Raises:
-      OSError: If an event could not be written.
-    """
+    """Writes what is left; raises OSError if an event could not be written."""
     self._writer.close()
     self._file.raise_failure()
 
@@ -95,48 +87,47 @@ class TensorBoard:
 class _EventFile:
   """The file that tensorboardX writes to; it is its own factory.
 
-  tensorboardX writes in a thread. An exception would end that thread, and the
-  training would wait for it forever. So the first one is kept for the training
-  to raise.
+  tensorboardX writes in a thread, which an exception would end, and the
+  training would wait for it forever. So the training raises the first one.
   """
 
   def __init__(self, folder):
     self._folder, self._failure = folder, None
     self._remote = files.is_remote(folder)
-    self._guard(self._create)
+    with self._guarded():
+      folder = epath.Path(folder)
+      folder.mkdir(parents=True, exist_ok=True)
+      self._path = _next_path(folder)
+      # Remote files cannot be appended to: they are sent whole.
+      self._stream = io.BytesIO() if self._remote else self._path.open('wb')
     self.raise_failure()
-
-  def _create(self):
-    folder = epath.Path(self._folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    self._path = _next_path(folder)
-    # Remote files cannot be appended to: they are sent whole.
-    self._stream = io.BytesIO() if self._remote else self._path.open('wb')
 
   def directory_check(self, path):
     pass  # created above
 
   def open(self, path):
-    return self  # with a name of our own
+    return self  # under our own path
 
   def write(self, data):
-    self._guard(self._stream.write, data)
+    with self._guarded():
+      self._stream.write(data)
 
   def flush(self):
-    self._guard(self._stream.flush)
-    if self._remote:
-      self._guard(lambda: self._path.write_bytes(self._stream.getvalue()))
+    with self._guarded():
+      self._stream.flush()
+      if self._remote:
+        self._path.write_bytes(self._stream.getvalue())
 
   def close(self):
     with contextlib.suppress(OSError):  # already kept by `flush`
       self._stream.close()
 
-  def _guard(self, work: Callable, *arguments, **keywords):
-    if self._failure is None:
-      try:
-        work(*arguments, **keywords)
-      except Exception as error:  # remote file systems raise many kinds
-        self._failure = error
+  @contextlib.contextmanager
+  def _guarded(self):
+    try:
+      yield
+    except Exception as error:  # remote file systems raise many kinds
+      self._failure = self._failure or error
 
   def raise_failure(self):
     """Raises OSError if the file could not be written."""
@@ -145,7 +136,7 @@ class _EventFile:
     reason = getattr(self._failure, 'strerror', None) or self._failure
     failure = OSError(
       f'config.watch.tensorboard=True: {files.as_text(str(self._folder))} '
-      f'cannot be written ({reason}); make it writable, or pass '
+      f'cannot be written ({reason}); make it writable or pass '
       '--config.watch.tensorboard=false'
     )
     failure.errno = getattr(self._failure, 'errno', None)
@@ -155,7 +146,7 @@ class _EventFile:
 def _next_path(folder):
   """Returns a path that sorts after the existing event files.
 
-  TensorBoard reads files in the order of their names. A run may resume on a
+  TensorBoard reads files in the order of their names, and a run may resume on a
   host whose clock is behind.
   """
   names = [path.name for path in folder.iterdir()]

@@ -23,23 +23,19 @@ class WandbLog:
   """One run of Weights & Biases. A training that resumes starts another one."""
 
   def __init__(self, workdir: str, config: dict, *, mode: str, start: int):
-    """Starts the run.
-
-    The project is the environment's `WANDB_PROJECT`, or `clop_jax`. The runs of
-    one workdir form a group.
+    """Starts the run, in the group of all runs of the workdir.
 
     Args:
       workdir: Workdir of the training. Files go to its `wandb/`, or to that of
         the current folder if the workdir is remote.
       config: Config for the page of the run.
-      mode: `'offline'` (files to send later) or `'online'`.
+      mode: 'offline' (files to send later) or 'online'.
       start: Step at which the training starts.
 
     Raises:
       OSError: If the run cannot start.
     """
-    # This import takes a second or two, which only those who ask should pay.
-    import wandb
+    import wandb  # takes a second or two
 
     init: Any = wandb.init
     name = os.path.basename(os.path.normpath(workdir))
@@ -51,7 +47,7 @@ class WandbLog:
         name=f'{name}, from step {start}' if start else name,
         group=name,
         config=config,
-        # The command shows its output itself, with a progress bar.
+        # The command prints its own output, with a progress bar.
         settings=wandb.Settings(console='off'),
       )
     except wandb.Error as error:
@@ -62,17 +58,14 @@ class WandbLog:
     self._wandb = wandb
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    """Adds numbers by tag."""
     self._run.log(values, step=step)
 
   def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
-    """Adds a histogram of finite numbers `[n]`."""
     counts = np.histogram(values, bins=tensorboard.BINS)
     histogram = self._wandb.Histogram(np_histogram=counts)
     self._run.log({tag: histogram}, step=step)
 
   def picture(self, step: int, tag: str, image: np.ndarray) -> None:
-    """Adds an image `[height, width, 3]`, uint8."""
     self._run.log({tag: self._wandb.Image(image)}, step=step)
 
   def text(self, step: int, tag: str, text: str) -> None:
@@ -80,5 +73,4 @@ class WandbLog:
     self._run.alert(tag, f'step {step}: {text}', level='WARN')
 
   def close(self, failed: bool = False) -> None:
-    """Ends the run and sends what is left."""
     self._run.finish(exit_code=int(failed))

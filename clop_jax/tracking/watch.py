@@ -1,7 +1,7 @@
 """Callback for all that `config.watch` asks for.
 
-Nothing here changes the training. In a run of several processes all of them
-compute embeddings and features; only the main process draws, writes and prints.
+Nothing here changes the training. With several processes, all of them compute
+embeddings and features; only the main process draws, writes and prints.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ class Watch(callback.Callback):
 
     Args:
       setup: Run, see `setup.prepare`.
-      workdir: Workdir of the run. Gets `tensorboard/`, `wandb/` and
+      workdir: Workdir of the run. It gets `tensorboard/`, `wandb/` and
         `probe.jsonl`, as the config says.
       wandb: Mode of Weights & Biases, see `wandb.MODES`. None is off.
 
     Raises:
-      ValueError: If a field of `config.watch` is wrong, a module or the data of
-        a probe is missing, or `probe.jsonl` is damaged.
-      OSError: If the workdir cannot be written to.
+      ValueError: If a field of `config.watch` is wrong, a package or the data
+        of a probe is missing, or `probe.jsonl` is damaged.
+      OSError: If the workdir cannot be written.
     """
     config, epoch = setup.config, setup.data.steps_per_epoch
     self._config, self._workdir, self._wandb = config, workdir, wandb
@@ -53,13 +53,22 @@ class Watch(callback.Callback):
     if fields.tensorboard and not extras.is_installed('tensorboardX'):
       self._tensorboard = False
       parallel.warn(
-        'nothing is written for TensorBoard, since tensorboardX is missing: '
-        "pip install 'clop-jax[track]'"
+        'TensorBoard gets no event files because tensorboardX is not '
+        "installed: pip install 'clop-jax[track]'"
       )
-    draws = fields.images_every_epochs and (self._tensorboard or wandb)
-    if draws:
+    self._sinks, self._closing = [], contextlib.ExitStack()
+    self._images_every = 0
+    self._probe_every = fields.probe_every_epochs * epoch
+    frozen = restored.frozen(setup.experiment, config, setup.mesh)
+    if fields.images_every_epochs and (self._tensorboard or wandb):
       field = f'config.watch.images_every_epochs={fields.images_every_epochs}'
       extras.check(field, 'track', 'matplotlib')
+      # Shorter runs draw at their end.
+      every = min(fields.images_every_epochs, config.train.num_epochs)
+      self._images_every = every * epoch
+      self._pictures = pictures.Pictures(setup, frozen)
+    if self._probe_every:
+      self._probe = online_probe.Probe(setup, workdir, frozen)
     self._alarm = collapse_alarm.CollapseAlarm(
       num_classes=config.data.num_classes,
       dim=setup.state.prototypes.shape[-1],
@@ -69,17 +78,6 @@ class Watch(callback.Callback):
       clop_weight=config.loss.clop_weight,
       contrastive=config.loss.contrastive,
     )
-    self._sinks, self._closing = [], contextlib.ExitStack()
-    self._images_every = self._probe_every = 0
-    frozen = restored.frozen(setup.experiment, config, setup.mesh)
-    if draws:
-      # Runs that are shorter have pictures at their end.
-      every = min(fields.images_every_epochs, config.train.num_epochs)
-      self._images_every = every * epoch
-      self._pictures = pictures.Pictures(setup, frozen)
-    if fields.probe_every_epochs:
-      self._probe_every = fields.probe_every_epochs * epoch
-      self._probe = online_probe.Probe(setup, workdir, frozen)
     parallel.by_main(self._check_files)
 
   def _check_files(self):
@@ -91,9 +89,6 @@ class Watch(callback.Callback):
   def started(self, steps: range, state: Any) -> None:
     """Opens the files, and makes up for a probe that preemption prevented.
 
-    Call it once the workdir is claimed, and before the training step is
-    compiled: what draws compiles meanwhile.
-
     Args:
       steps: Steps that are left.
       state: Training state at `steps.start`.
@@ -102,9 +97,6 @@ class Watch(callback.Callback):
       OSError: If something cannot be written, on every process.
       ValueError: On the other processes, if the main process fails.
     """
-    if _passed(steps, self._images_every):
-      self._closing.callback(self._pictures.close)
-      self._pictures.prepare()
     owes_probe = False
 
     def open_files():
@@ -112,16 +104,15 @@ class Watch(callback.Callback):
       self._open_sinks(steps.start)
       if self._probe_every:
         self._closing.callback(self._probe.close)
-        done = range(self._probe.open(steps.start), steps.start)
-        # Also if it was due earlier in the last dispatch.
-        owes_probe = _passed(done, self._probe_every)
+        last = self._probe.open(steps.start)
+        owes_probe = _passed(range(last, steps.start), self._probe_every)
 
     parallel.by_main(open_files)
     if self._probe_every and not parallel.all_agree(not owes_probe):
       self._measure(steps.start, state)
 
   def _open_sinks(self, start):
-    # A collapse that was reported before is not reported again.
+    # So that a collapse is not reported again.
     log = os.path.join(self._workdir, metrics_log.FILE)
     for entry in metrics_log.entries_until(log, start):
       self._alarm.record(entry['step'], entry.get('effective_rank'))
@@ -135,13 +126,11 @@ class Watch(callback.Callback):
 
   def logged(self, step: int, metrics: dict[str, float]) -> None:
     """Logs the metrics of a step, and warns of a collapse."""
-    if not parallel.is_main():
-      return
-    self._deliver()
-    self._write_scalars(step, 'train', metrics)
-    warning = self._alarm.record(step, metrics['effective_rank'])
-    if warning is not None:
-      self._warn(step, warning)
+    if parallel.is_main():
+      self._write_scalars(step, 'train', metrics)
+      warning = self._alarm.record(step, metrics['effective_rank'])
+      if warning is not None:
+        self._warn(step, warning)
 
   def due(self, steps: range) -> bool:
     """Returns True if pictures or a probe are due after these steps."""
@@ -150,33 +139,30 @@ class Watch(callback.Callback):
     )
 
   def reached(self, steps: range, state: Any) -> None:
-    """Makes what is due; within a dispatch it comes at its end."""
+    """Makes the pictures and the probe that were due within a dispatch."""
     if _passed(steps, self._images_every):
       self._draw(steps.stop, state)
     if _passed(steps, self._probe_every):
       self._measure(steps.stop, state)
 
   def close(self, failed: bool = False) -> None:
-    """Delivers the last picture and closes the files."""
     with self._closing as closing:
       for sink in self._sinks:
         closing.callback(sink.close, failed=failed)
-      self._deliver()
-
-  def _deliver(self):
-    if self._images_every:
-      self._pictures.deliver(self._sinks)
+      if self._images_every:
+        self._pictures.deliver(self._sinks)
 
   def _draw(self, step, state):
-    self._deliver()
-    failure = self._pictures.failure()
-    if not parallel.all_agree(failure is None):
+    finite, reason = True, None
+    try:
+      finite = self._pictures.draw(step, state.variables, self._sinks)
+    except RuntimeError as error:  # of XLA, such as too little memory
+      reason = str(error).strip().partition('\n')[0]
+    if not parallel.all_agree(reason is None):
       self._images_every = 0
-      self._warn(
-        step,
-        f'no pictures: what draws them cannot be compiled ({_short(failure)})',
-      )
-    elif not self._pictures.draw(step, state.variables, self._sinks):
+      reason = reason or 'another process failed'
+      self._warn(step, f'pictures are off, drawing failed: {reason}')
+    elif not finite:
       self._warn(step, 'embeddings that are not finite cannot be drawn')
 
   def _measure(self, step, state):
@@ -188,11 +174,7 @@ class Watch(callback.Callback):
       self._write_scalars(step, 'probe', results)
 
   def _write_scalars(self, step, group, values):
-    tagged = {
-      f'{group}/{name}': value
-      for name, value in values.items()
-      if value is not None  # nothing to measure by
-    }
+    tagged = {f'{group}/{k}': v for k, v in values.items() if v is not None}
     for sink in self._sinks:
       sink.scalars(step, tagged)
 
@@ -206,11 +188,3 @@ class Watch(callback.Callback):
 def _passed(steps, every):
   """Returns True if a multiple of `every` is passed; never if it is 0."""
   return every > 0 and steps.stop // every > steps.start // every
-
-
-def _short(error):
-  """Returns an error's first line; None is an error of another process."""
-  if error is None:
-    return 'on another process'
-  first = str(error).strip().partition('\n')[0]
-  return f'{type(error).__name__}: {first}' if first else type(error).__name__

@@ -7,16 +7,12 @@ class Callback:
   """Base class of callbacks; a context manager that closes itself.
 
   In a run of several processes, all of them call the same hooks at the same
-  steps.
+  steps. A hook must not change or keep the training state, because the next
+  dispatch donates it.
   """
 
   def started(self, steps: range, state: Any) -> None:
-    """Prepares for a run, before its first step.
-
-    Args:
-      steps: Steps that are left.
-      state: Training state at `steps.start`, not to be changed or kept.
-    """
+    """Prepares for the remaining steps; `state` is that of `steps.start`."""
 
   def logged(self, step: int, metrics: dict[str, float]) -> None:
     """Receives the metrics of a logged step."""
@@ -26,20 +22,10 @@ class Callback:
     return False
 
   def reached(self, steps: range, state: Any) -> None:
-    """Receives the result of a dispatch.
-
-    Args:
-      steps: Steps of the dispatch.
-      state: Training state at `steps.stop`, not to be changed. It is donated to
-        the next dispatch.
-    """
+    """Receives the steps of a dispatch and the state at `steps.stop`."""
 
   def close(self, failed: bool = False) -> None:
-    """Writes what is left and closes files.
-
-    Args:
-      failed: True if the training ends with an exception.
-    """
+    """Closes files; `failed` is True if training ends with an exception."""
 
   def __enter__(self):
     return self

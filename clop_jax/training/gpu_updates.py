@@ -2,9 +2,9 @@
 
 Launching a kernel takes as long as updating a small layer, and Optax's
 transformations become several kernels for each of the hundreds of arrays of a
-deep network. Those here give the same updates and have the same states. They
-are for XLA's GPU compiler alone: TPUs keep arrays in tiles, so there
-`on_flat_leaves` would rearrange every parameter.
+deep network. These give the same updates and have the same states. They are
+only for XLA's GPU compiler: TPUs keep arrays in tiles, so `on_flat_leaves`
+would rearrange every parameter there.
 """
 
 import jax
@@ -25,50 +25,35 @@ def on_flat_leaves(
 ) -> optax.GradientTransformation:
   """Applies an element-wise transformation to 1-D views of all arrays.
 
-  Leaves of one size can then be updated by one kernel, whatever their shapes.
-  The gradient of a convolution's kernel also comes in another memory layout
-  than the kernel has. XLA would compute the update in the gradient's layout and
-  transpose parameters and momentum there and back. Instead the gradient alone
-  is transposed.
-
-  Args:
-    tx: Transformation that updates each element of a leaf by one rule.
-
-  Returns:
-    The transformation. Its updates and its state have the shapes of `tx`.
+  One kernel can then update all leaves of one size. Also, the gradient of a
+  convolution kernel has another memory layout than the kernel. XLA would
+  compute the update in that layout and transpose parameters and momentum twice.
+  Here it transposes only the gradient.
   """
+
+  def flat(tree):
+    return jax.tree.map(lambda x: jnp.ravel(x) if jnp.ndim(x) > 1 else x, tree)
+
+  def shaped_like(tree, like):
+    return jax.tree.map(lambda x, y: jnp.reshape(x, jnp.shape(y)), tree, like)
 
   def update(updates, state, params=None):
     # Without barriers XLA would cancel the reshapes before and after.
-    gradients = jax.tree.map(lax.optimization_barrier, _flat(updates))
-    new_updates, new_state = tx.update(gradients, _flat(state), _flat(params))
-    return _shaped_like(new_updates, updates), _shaped_like(new_state, state)
+    gradients = jax.tree.map(lax.optimization_barrier, flat(updates))
+    new_updates, new_state = tx.update(gradients, flat(state), flat(params))
+    return shaped_like(new_updates, updates), shaped_like(new_state, state)
 
   return optax.GradientTransformation(tx.init, update)
-
-
-def _flat(tree):
-  return jax.tree.map(lambda x: jnp.ravel(x) if jnp.ndim(x) > 1 else x, tree)
-
-
-def _shaped_like(tree, like):
-  return jax.tree.map(lambda x, y: jnp.reshape(x, jnp.shape(y)), tree, like)
 
 
 def scale_by_learning_rate(
   schedule: optax.Schedule,
 ) -> optax.GradientTransformation:
-  """As `optax.scale_by_learning_rate`, with the rate read from an array.
+  """Like `optax.scale_by_learning_rate`, with the rate read from an array.
 
-  XLA joins the updates of leaves of one size in one kernel if they read an
-  array in common. A scalar is not enough, and without the barrier XLA would
-  notice that the array holds nothing but a scalar.
-
-  Args:
-    schedule: Learning rate as a function of the step.
-
-  Returns:
-    The transformation.
+  XLA updates leaves of one size in one kernel if they read a common array. A
+  scalar is not enough. Without the barrier XLA would notice that the array
+  holds only a scalar.
   """
 
   def step_size(step):
@@ -81,14 +66,7 @@ def scale_by_learning_rate(
 def scale_by_trust_ratio(
   trust_coefficient: float,
 ) -> optax.GradientTransformation:
-  """As `optax.scale_by_trust_ratio`, with `leaf_norms`.
-
-  Args:
-    trust_coefficient: Norm of an update over the norm of its parameter.
-
-  Returns:
-    The transformation.
-  """
+  """Like `optax.scale_by_trust_ratio`, with `leaf_norms`."""
 
   def update(updates, state, params):
     leaves, treedef = jax.tree.flatten(updates)
@@ -105,18 +83,11 @@ def scale_by_trust_ratio(
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-  """As `optax.clip_by_global_norm`, with `leaf_norms`.
-
-  Args:
-    max_norm: Largest norm of all updates together.
-
-  Returns:
-    The transformation.
-  """
+  """Like `optax.clip_by_global_norm`, with `leaf_norms`."""
 
   def update(updates, state, params=None):
     del params
-    norm = jnp.sqrt(jnp.sum(leaf_norms(updates) ** 2))
+    (norm,) = global_norms([updates])
     clipped = jax.tree.map(
       lambda x: jnp.where(norm < max_norm, x, x / norm * max_norm), updates
     )
@@ -126,14 +97,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def global_norms(trees) -> list[jax.Array]:
-  """As `optax.tree.norm` of each tree, with `leaf_norms`.
-
-  Args:
-    trees: Sequence of trees of floating arrays.
-
-  Returns:
-    The norm of each tree.
-  """
+  """Returns `optax.tree.norm` of each tree, with `leaf_norms`."""
   leaves = [jax.tree.leaves(tree) for tree in trees]
   squares = leaf_norms(leaves, leaves_per_kernel=90) ** 2
   ends = np.cumsum([len(x) for x in leaves])
@@ -143,17 +107,10 @@ def global_norms(trees) -> list[jax.Array]:
 def leaf_norms(
   tree, *, leaves_per_kernel: int = _LEAVES_PER_KERNEL
 ) -> jax.Array:
-  """Returns the Euclidean norm of every leaf.
+  """Returns the Euclidean norm of every leaf, in the order of the leaves.
 
   The leaves are cut into rows of equal length, so that one kernel reduces the
-  rows of many leaves. It reads the leaves where they are.
-
-  Args:
-    tree: Tree with at least one floating array.
-    leaves_per_kernel: Number of leaves that one kernel can read.
-
-  Returns:
-    Norms `[leaves]`, in the order of `jax.tree.leaves`.
+  rows of many leaves. It reads the leaves in place.
 
   Example:
     >>> import jax.numpy as jnp
@@ -164,19 +121,18 @@ def leaf_norms(
   """
   leaves = [jnp.ravel(x) for x in jax.tree.leaves(tree)]
   width = min(_ROW_WIDTH, max(x.size for x in leaves))
+
+  def rows(x):
+    return jnp.pad(x, (0, -x.size % width)).reshape(-1, width)
+
   parts = []
   for start in range(0, len(leaves), leaves_per_kernel):
     part = leaves[start : start + leaves_per_kernel]
-    rows = jnp.concatenate([_rows(x, width) for x in part])
-    parts.append(jnp.sum(rows * rows, axis=1))
+    entries = jnp.concatenate([rows(x) for x in part])
+    parts.append(jnp.sum(entries * entries, axis=1))
   row_sums = jnp.concatenate(parts)
-  # By leaf. A scatter-add would not be deterministic.
+  # Sums of the rows of each leaf. A scatter-add would not be deterministic.
   numbers = np.arange(len(leaves))
   owners = np.repeat(numbers, [-(-x.size // width) for x in leaves])
   sums = jnp.where(owners == numbers[:, None], row_sums, 0)
   return jnp.sqrt(jnp.sum(sums, axis=1))
-
-
-def _rows(x, width):
-  """`[size]` to `[rows, width]`, padded with zeros."""
-  return jnp.pad(x, (0, -x.size % width)).reshape(-1, width)

@@ -1,10 +1,8 @@
 """The gradient of a loss of all embeddings, a few examples at a time.
 
-A contrastive loss ties every embedding of the batch to every other, so the
-gradients of parts of the batch do not add up to the gradient of the batch. But
-it reaches the parameters through the embeddings alone, and those are small.
-This module owns the two passes that follow from that, and knows neither losses
-nor networks.
+A contrastive loss couples all embeddings of a batch, so its gradient is not the
+sum of the gradients of parts of the batch. But it depends on the parameters
+only through the embeddings, which are small.
 """
 
 from collections.abc import Callable
@@ -24,45 +22,42 @@ def value_and_grad(
   num_micro_batches: int,
   axis_name: str | None = None,
 ):
-  r"""The loss, its gradient, and what the forward pass left.
+  r"""Returns the loss and its gradient, computed in micro-batches.
 
   .. math::
     \nabla L = \sum_m \Big(\frac{\partial Z_m}{\partial\theta}\Big)^{\!\top}
       \frac{\partial L(Z_1, \dots, Z_M)}{\partial Z_m}
 
-  The first pass makes the embeddings `Z_m` of each micro-batch and keeps
-  nothing else. Then the loss is differentiated by all of them. The second pass
-  makes each micro-batch again, now with its part of that gradient. So memory is
-  one micro-batch's, for one more forward pass. The gradient is exact where an
-  embedding depends on no more of the batch than its micro-batch, and `embed`
-  draws the same in both passes, as it does with keys that come with the
-  examples.
+  The first pass computes the embeddings `Z_m` of each micro-batch. Then the
+  loss is differentiated with respect to all of them. The second pass repeats
+  each micro-batch with its part of that gradient. This takes the memory of one
+  micro-batch, for one more forward pass. The gradient is exact if an embedding
+  depends only on its micro-batch, and `embed` draws the same random numbers in
+  both passes.
 
-  Micro-batch `m` has the examples `m`, `m + M`, `m + 2 M` and so on of each
-  device. Over all devices these are the same examples however many devices
-  there are, and so is what depends on a micro-batch as a whole.
+  Micro-batch `m` has the examples `m`, `m + M`, `m + 2 M`, ... of each device,
+  so over all devices it has the same examples for any number of devices.
 
   Args:
-    embed: `(params, examples) -> (embeddings [views, examples, dim],
+    embed: Function `(params, examples) -> (embeddings [views, examples, dim],
       batch_stats)`, where `examples` is `batch` or a part of it.
-    loss_of: `(embeddings [views, batch, dim], batch) -> (loss, aux)`, a float32
-      scalar and a tree.
-    params: a tree of floating arrays.
-    batch: a tree of `[batch, ...]` arrays.
-    num_micro_batches: `M`; it divides the batch. 1 is one pass forward and one
-      backward over the whole batch.
-    axis_name: the mapped axis of a `jax.shard_map` with `check_vma=True` over
-      which the parameters are replicated. The gradient is summed over it, once,
-      as differentiating the whole batch would do. None: the gradient stays this
-      shard's (under `jax.pmap`, average it, see `clop_jax.loss`).
+    loss_of: Function `(embeddings [views, batch, dim], batch) -> (loss, aux)`.
+    params: Tree of floating arrays.
+    batch: Tree of `[batch, ...]` arrays.
+    num_micro_batches: Number of micro-batches `M`, which divides the batch. 1
+      is one pass forward and one backward over the whole batch.
+    axis_name: Mapped axis of a `jax.shard_map` with `check_vma=True` over which
+      the parameters are replicated. The gradient is summed over it, once. If
+      None, the gradient is that of this shard (under `jax.pmap`, average it,
+      see `clop_jax.loss`).
 
   Returns:
-    `((loss, aux), embeddings [views, batch, dim], batch_stats, gradients)`. The
-    embeddings are in the order of the batch; `batch_stats` is the mean over the
-    micro-batches; the gradients are accumulated in float32.
+    `((loss, aux), embeddings [views, batch, dim], batch_stats, gradients)`,
+    with the embeddings in the order of the batch, the mean `batch_stats` of the
+    micro-batches, and gradients accumulated in float32.
 
   Raises:
-    ValueError: if `num_micro_batches` is below 1 or does not divide the batch.
+    ValueError: If `num_micro_batches` does not divide the batch.
 
   Example:
     >>> import jax.numpy as jnp
@@ -83,10 +78,10 @@ def value_and_grad(
     Limited Setup", arXiv 2101.06983, section 3.2.
   """
   if axis_name is not None:
-    # Of replicated parameters JAX sums the gradient over the devices by itself:
-    # once for each micro-batch, and in the precision of the layer that uses
+    # For replicated parameters JAX itself would sum the gradient over the
+    # devices: once per micro-batch, and in the precision of the layer that uses
     # them, bfloat16 on accelerators.
-    params = _varying(params, axis_name)
+    params = lax.pcast(params, axis_name, to='varying')
   if num_micro_batches == 1:
 
     def loss_of_params(params):
@@ -116,7 +111,7 @@ def value_and_grad(
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
   if axis_name is not None:
-    zeros = _varying(zeros, axis_name)
+    zeros = lax.pcast(zeros, axis_name, to='varying')
 
   def add_part(gradients, part_and_cotangent):
     part, cotangent = part_and_cotangent
@@ -136,12 +131,12 @@ def _summed(gradients, axis_name):
 
 
 def _split(batch, num_micro_batches):
-  """`[batch, ...]` to `[micro-batches, examples, ...]`, strided."""
+  """Reshapes `[batch, ...]` to `[micro-batches, examples, ...]`, strided."""
   batch_size = jax.tree.leaves(batch)[0].shape[0]
-  if num_micro_batches < 1 or batch_size % num_micro_batches:
+  if batch_size % num_micro_batches:
     raise ValueError(
-      'train.num_micro_batches must be at least 1 and divide the examples of '
-      f'one device (train.batch_size over the devices), {batch_size} here, got '
+      'train.num_micro_batches must divide the examples of one device '
+      f'(train.batch_size over the devices), {batch_size} here, got '
       f'{num_micro_batches}'
     )
   return jax.tree.map(
@@ -151,18 +146,12 @@ def _split(batch, num_micro_batches):
 
 
 def _after(first, tree):
-  """The tree as it is, but not before `first` is there.
+  """Returns the tree, but only after `first` has been computed.
 
-  The two passes are loops, and with batch normalization over all devices they
-  hold collectives. XLA on CPUs starts a collective that depends on no loop
-  while one still runs, and the devices then mix up the two. (An optimization
-  barrier is gone by the time the program runs.)
+  The two passes are loops. With batch normalization over all devices they
+  contain collectives. XLA for CPUs starts a collective that does not depend on
+  a running loop, and the devices then confuse it with those of the loop. (An
+  optimization barrier does not exist anymore when the program runs.)
   """
   never = first.ravel()[0] > jnp.inf
   return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), tree)
-
-
-def _varying(tree, axis_name):
-  if hasattr(lax, 'pcast'):
-    return lax.pcast(tree, axis_name, to='varying')
-  return lax.pvary(tree, axis_name)  # before JAX 0.8.2

@@ -39,7 +39,7 @@ class Program:
 
       if jax.tree.leaves(batches)[0].shape[0] > 1:
         return lax.scan(one, state, batches)
-      # A loop of one round would only keep the compiler from looking into it.
+      # The compiler optimizes less inside a loop, even of one round.
       state, metrics = one(state, jax.tree.map(lambda x: x[0], batches))
       return state, jax.tree.map(lambda x: x[None], metrics)
 

@@ -1,7 +1,6 @@
-"""What becomes of the prototypes while training: fixed, learned or aligned.
+"""Rules by which prototypes change in training: fixed, learned or aligned.
 
-A rule is asked once a step, inside the compiled step and on every device alike.
-Its three methods are those of `Rule`.
+The train step calls a rule once per step, on every device.
 """
 
 from collections.abc import Callable
@@ -20,10 +19,10 @@ class Rule(Protocol):
   """How prototypes change."""
 
   def statistics(self, prototypes: jax.Array):
-    """What the rule keeps in the state, as it is before the first step."""
+    """Returns the initial statistics, which the training state holds."""
 
   def clop_factor(self, step: jax.Array) -> jax.Array | float:
-    """The CLOP term's weight is multiplied by it in the step after `step`."""
+    """Returns the factor on the CLOP weight after `step` steps."""
 
   def update(
     self,
@@ -36,23 +35,23 @@ class Rule(Protocol):
     gradient: Callable[[], jax.Array],
     axis_name: str | None,
   ):
-    """The prototypes and statistics after a step.
+    """Returns the prototypes and the statistics after a step.
 
     Args:
-      prototypes: `[num_classes, dim]`.
-      statistics: as the rule left them.
-      step: steps made, this one included.
-      embeddings: `[views, batch, dim]` of this shard.
-      labels: `[batch]`; -1 is unlabelled.
-      gradient: gives the gradient of the CLOP loss of the global batch by the
-        prototypes.
-      axis_name: the mapped axis, or None.
+      prototypes: Prototypes `[num_classes, dim]`.
+      statistics: Statistics of the rule.
+      step: Number of steps, including this one.
+      embeddings: Embeddings `[views, batch, dim]` of this shard.
+      labels: Labels `[batch]`; -1 is unlabelled.
+      gradient: Function that returns the gradient of the CLOP loss of the
+        global batch with respect to the prototypes.
+      axis_name: Name of the mapped axis, or None.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-  """They stay as they were made: the paper's."""
+  """Prototypes that never change, as in the paper."""
 
   def statistics(self, prototypes):
     """See `Rule`."""
@@ -63,15 +62,14 @@ class Fixed:
     del step
     return 1.0
 
-  def update(self, prototypes, statistics, **of_step):
+  def update(self, prototypes, statistics, **_):
     """See `Rule`."""
-    del of_step
     return prototypes, statistics
 
 
 @dataclasses.dataclass(frozen=True)
 class Learned(Fixed):
-  r"""They follow the gradient, and are made orthonormal again.
+  r"""Prototypes that follow the gradient and are made orthonormal again.
 
   .. math:: C \leftarrow \mathrm{polar}\Big(C - \eta\,
     \frac{\partial L_{CLOP}}{\partial C}\Big)
@@ -80,43 +78,30 @@ class Learned(Fixed):
   descent on the Stiefel manifold.
 
   Attributes:
-    learning_rate: eta.
+    learning_rate: Learning rate eta, must be positive.
   """
 
   learning_rate: float
 
-  def __post_init__(self):
-    """Checks the rate.
-
-    Raises:
-      ValueError: if it is not above 0.
-    """
-    if not self.learning_rate > 0:
-      raise ValueError(
-        'config.prototypes.learning_rate must be above 0, got '
-        f'{self.learning_rate}'
-      )
-
-  def update(self, prototypes, statistics, *, gradient, **of_step):
+  def update(self, prototypes, statistics, *, gradient, **_):
     """See `Rule`."""
-    del of_step
     moved = prototypes - self.learning_rate * gradient()
     return prototypes_lib.orthonormalize(moved), statistics
 
 
 @dataclasses.dataclass(frozen=True)
 class Aligned(Fixed):
-  """They are set to suit the class means: once, or every so often.
+  """Prototypes that are aligned to the class means, once or periodically.
 
-  The means are those of the normalized embeddings of labelled examples, as the
-  training steps saw them in the epoch before. Until the first time there is no
-  CLOP term: it would draw the means to where the prototypes happen to be.
+  The means are those of the normalized embeddings of labelled examples in the
+  train steps of the last epoch. Until the first alignment there is no CLOP
+  term, because it would pull the means towards the initial prototypes.
 
   Attributes:
-    align: `(class_means, prototypes) -> prototypes`.
-    first_step: when they are set for the first time.
-    every_steps: between further times; None: there are none.
-    steps_per_epoch: over so many steps the means are taken.
+    align: Function `(class_means, prototypes) -> prototypes`.
+    first_step: Step of the first alignment.
+    every_steps: Number of steps between alignments; None aligns once.
+    steps_per_epoch: Number of steps over which the means are taken.
   """
 
   align: Callable[[jax.Array, jax.Array], jax.Array]
@@ -136,18 +121,9 @@ class Aligned(Fixed):
     return jnp.where(step >= self.first_step, 1.0, 0.0)
 
   def update(
-    self,
-    prototypes,
-    statistics,
-    *,
-    step,
-    embeddings,
-    labels,
-    axis_name,
-    **of_step,
+    self, prototypes, statistics, *, step, embeddings, labels, axis_name, **_
   ):
     """See `Rule`."""
-    del of_step
     one_hot = jax.nn.one_hot(labels, len(prototypes))
     unit = collapse.normalize(embeddings)
     seen = {
@@ -162,11 +138,11 @@ class Aligned(Fixed):
       later = step - self.first_step
       due |= (later > 0) & (later % self.every_steps == 0)
 
-    def set_anew():
+    def aligned():
       counts = jnp.maximum(statistics['count'], 1.0)
       return self.align(statistics['sum'] / counts[:, None], prototypes)
 
-    prototypes = lax.cond(due, set_anew, lambda: prototypes)
+    prototypes = lax.cond(due, aligned, lambda: prototypes)
     ends = step % self.steps_per_epoch == 0
     return prototypes, jax.tree.map(
       lambda x: jnp.where(ends, jnp.zeros_like(x), x), statistics

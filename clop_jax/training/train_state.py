@@ -1,4 +1,4 @@
-"""The training state, its creation, and the networks applied to images."""
+"""The training state, and the networks applied to images."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ import optax
 
 @flax.struct.dataclass
 class TrainState:
-  """All that training changes, and all that a checkpoint holds.
+  """Everything that training changes and a checkpoint holds.
 
   Attributes:
-    step: updates made so far, int32 scalar.
-    params: `{'backbone': ..., 'projection_head': ...}`, float32.
-    batch_stats: running statistics, with the same two keys.
-    opt_state: of the Optax chain.
-    prototypes: `[num_classes, dim]`.
-    prototype_statistics: what the rule of the prototypes keeps, see
-      `prototype_rules`; None for most.
+    step: Number of updates so far, int32 scalar.
+    params: Parameters `{'backbone': ..., 'projection_head': ...}`, float32.
+    batch_stats: Running statistics, with the same two keys.
+    opt_state: State of the Optax chain.
+    prototypes: Prototypes `[num_classes, dim]`.
+    prototype_statistics: Statistics of the rule of the prototypes, see
+      `prototype_rules`; None for most rules.
   """
 
   step: jax.Array
@@ -32,7 +32,7 @@ class TrainState:
 
   @property
   def variables(self) -> dict[str, Any]:
-    """Of both networks: `{'params': ..., 'batch_stats': ...}`."""
+    """`{'params': ..., 'batch_stats': ...}` of both networks."""
     return {'params': self.params, 'batch_stats': self.batch_stats}
 
 
@@ -47,21 +47,18 @@ def create(
   prototype_statistics=None,
   backbone_variables=None,
 ) -> TrainState:
-  """The state before the first step; pure, so it can be jitted or only shaped.
+  """Returns the state before the first step; a pure function.
 
   Args:
     key: PRNG key of the initialization.
-    backbone: images to features.
-    projection_head: features to embeddings.
-    tx: the Optax chain.
+    backbone: Module from images to features.
+    projection_head: Module from features to embeddings.
+    tx: Optax chain.
     image_shape: `(height, width, channels)` of a view.
-    prototypes: `[num_classes, dim]`.
-    prototype_statistics: see `TrainState`.
-    backbone_variables: `params` and `batch_stats` that the backbone starts
-      from; None: its own initialization.
-
-  Returns:
-    The state.
+    prototypes: Initial prototypes `[num_classes, dim]`.
+    prototype_statistics: Initial statistics, see `TrainState`.
+    backbone_variables: Initial `params` and `batch_stats` of the backbone; None
+      for random ones.
   """
   backbone_key, head_key = jax.random.split(key)
   images = jnp.zeros((1, *image_shape), jnp.float32)
@@ -95,19 +92,10 @@ def apply_networks(
   *,
   train: bool,
 ):
-  """Images through both networks.
+  """Returns `(features, embeddings, batch_stats)` of normalized images.
 
-  Args:
-    backbone: images to features.
-    projection_head: features to embeddings.
-    params: as in `TrainState`.
-    batch_stats: as in `TrainState`.
-    images: `[batch, height, width, channels]`, normalized.
-    train: batch statistics of these images (True) or the running ones.
-
-  Returns:
-    `(features [batch, feature_dim], embeddings [batch, dim], batch_stats)`;
-    the last unchanged unless `train`.
+  If `train`, batch normalization uses the statistics of these images, and the
+  running ones are updated. `params` and `batch_stats` are as in `TrainState`.
   """
   new_batch_stats = {}
 

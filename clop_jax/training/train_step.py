@@ -35,10 +35,10 @@ class Parts:
     clop: CLOP loss, `(embeddings, labels, prototypes, axis_name=...)`.
     prototype_rule: Rule by which the prototypes change.
     pseudo_labels: Function `(embeddings, labels, prototypes, step) -> labels`
-      that labels unlabelled examples for the CLOP loss. None labels none.
+      that labels unlabelled examples for the CLOP loss, or None.
     log_every: Number of steps between two steps with diagnostics (norms,
       effective rank, ...), which are 0 on all other steps.
-    bn_scope: `'global'` or `'device'`, as in the networks. With `'device'` the
+    bn_scope: 'global' or 'device', as in the networks. With 'device' the
       running statistics are averaged over the devices.
     num_micro_batches: Number of micro-batches of a shard, see `grad_cache`.
   """
@@ -69,7 +69,7 @@ def train_step(
   axis_name: str | None = 'data',
   pmean_gradients: bool = False,
 ) -> tuple[train_state.TrainState, dict[str, jax.Array]]:
-  r"""Takes one step: two views, one forward pass, both losses, one update.
+  r"""Takes one training step on two random views of each image.
 
   .. math:: L = L_{contrastive}(Z) + \lambda\, L_{CLOP}(Z, y, C)
 
@@ -77,18 +77,18 @@ def train_step(
   devices. It also runs under `jax.pmap` (with `pmean_gradients=True`) and, with
   `axis_name=None`, on one device under `jax.jit`.
 
-  With more than one micro-batch the loss and its gradient are still those of
-  the whole global batch. Batch normalization, however, takes its statistics
-  over one micro-batch (of all devices if `bn_scope='global'`), and the new
-  running statistics are the mean over the micro-batches.
+  With several micro-batches the loss and its gradient are still those of the
+  global batch. Batch normalization uses the statistics of one micro-batch (of
+  all devices if `bn_scope='global'`), and the new running statistics are the
+  mean over the micro-batches.
 
   Args:
     state: Training state, equal on every device.
     batch: This shard's `image` `[batch, height, width, channels]` uint8 (or
       `[batch, 2, size, size, channels]`, one crop for each view), `label`
       `[batch]` (-1 is unlabelled) and `index` `[batch]`, the position of each
-      example in the data set. With pseudo-labels also `true_label` `[batch]`,
-      which only measures them; -1 is unknown.
+      example in the data set. With pseudo-labels also `true_label` `[batch]`
+      (-1 is unknown), to measure their accuracy.
     key: PRNG key of the run, the same at every step and on every device.
     parts: Networks, losses and optimizer.
     axis_name: Name of the mapped axis, or None.
@@ -185,7 +185,7 @@ def _embed(parts, state, key, params, examples):
       images = images.swapaxes(0, 1)
     views = augment.two_views(keys, images, parts.recipe)
   num_views, batch_size = views.shape[:2]
-  # Both views in one pass: half the launches, and batch statistics over all.
+  # One pass for both views: half the launches, and common batch statistics.
   images = views.reshape(num_views * batch_size, *views.shape[2:])
   with jax.named_scope('networks'):
     _, embeddings, batch_stats = train_state.apply_networks(
@@ -201,7 +201,7 @@ def _embed(parts, state, key, params, examples):
 
 @jax.named_scope('losses')
 def _losses(parts, state, embeddings, examples, axis_name):
-  """Returns the total loss, its two terms, and the labels that CLOP saw."""
+  """Returns the total loss, its two terms and the labels of the CLOP term."""
   labels = examples['label']
   contrastive_loss = parts.contrastive(embeddings, labels, axis_name=axis_name)
   if parts.pseudo_labels is not None:
@@ -239,6 +239,6 @@ def _pseudo_label_metrics(batch, labels, axis_name):
   unlabelled, given, known, right = counts
   return {
     'pseudo_label_share': given / unlabelled,
-    # NaN where there is none, which is not an accuracy of 0.
+    # NaN if there is none.
     'pseudo_label_accuracy': right / known,
   }

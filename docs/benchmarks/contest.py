@@ -1,8 +1,7 @@
-"""Contestants that do the same work, timed in turns: the suite's only clock.
+"""Times contestants that do the same work.
 
-The speed of a machine changes from minute to minute, so no contestant runs
-twice before the others have run once (A B A B), and ratios compare the times of
-one contest.
+The speed of a machine changes from minute to minute. Contestants therefore take
+turns (A B A B), and ratios compare the times of one contest.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,14 +15,13 @@ from typing import Any
 
 import jax
 
-# Shorter calls are repeated for this long, in seconds.
+# Short calls are repeated for this many seconds.
 _SHORTEST = 0.05
-# Pause before each turn: the threads of the previous contestant's library keep
-# spinning for a while, and its worker processes keep preparing batches.
+# Pause before each turn, because threads of the previous one may still spin.
 _PAUSE = 0.5
 
 
-class LeftOut(Exception):  # noqa: N818 (it is no error)
+class LeftOut(Exception):  # noqa: N818 (not an error)
   """The reason why a contestant does not run on this machine."""
 
 
@@ -33,12 +31,10 @@ class Program:
 
   Attributes:
     run: Does the work once and waits for its end.
-    temporaries: Bytes needed beside arguments and results, if known without
-      running.
-    result: Returns what must agree with the results of the other contestants.
-    close: Called at the end.
-    seconds: Runs the work and returns its time, where that is not the time from
-      call to return.
+    temporaries: Bytes of temporary memory, if known without running.
+    result: Returns the result, which must agree with the other contestants.
+    close: Releases resources.
+    seconds: Returns the time of the work, if it is not the time of `run`.
   """
 
   run: Callable[[], Any]
@@ -55,15 +51,14 @@ class Contest:
   Attributes:
     section: Section of the table.
     case: Description of the work and its size.
-    contestants: Factories by name. The others are compared with the first. A
-      factory may raise `LeftOut`.
+    contestants: Factories by name; the first one is the baseline. A factory may
+      raise `LeftOut`.
     images: Images of a call, for images/s.
     flop: Operations of a call, for TFLOP/s.
-    dtype: Type of the measured matrix peak that `flop` is compared with.
-    turns: Timed turns of each contestant, after one that does not count (except
-      for a single turn, of work that takes minutes).
-    check: Raises AssertionError if the results differ. No contestant is timed
-      then.
+    dtype: Dtype of the peak that `flop` is compared with.
+    turns: Timed turns of each contestant. With several turns, there is also a
+      warmup that does not count.
+    check: Raises AssertionError if the results differ, which ends the contest.
   """
 
   section: str

@@ -1,4 +1,4 @@
-"""NT-Xent, value and gradient: ours dense and in blocks, Optax's, PyTorch's."""
+"""NT-Xent, value and gradient: ours, Optax and PyTorch."""
 
 from collections.abc import Iterator
 import functools
@@ -12,8 +12,7 @@ from docs.benchmarks import contest
 from docs.benchmarks import machine
 
 DIM, TEMPERATURE = 128, 0.5
-# Arrays of the size of the whole matrix that PyTorch's forms hold at a time. On
-# a CPU nothing refuses what does not fit, and JAX keeps the GPU memory it used.
+# Number of similarity matrices in PyTorch's memory, to check that they fit.
 _TORCH_MATRICES = {'authors': 8, 'expert': 4}
 BATCHES = (256, 1024, 4096, 16384, 65536)
 
@@ -26,15 +25,13 @@ def contests(suite: str, small: bool) -> Iterator[contest.Contest]:
     contestants = {
       'ours, as training chooses': functools.partial(_ours, z, block_size),
       'ours, dense': functools.partial(_ours, z, None),
-      'ours, blocks of 512': functools.partial(_ours, z, 512),
-      'ours, blocks of 4,096': functools.partial(_ours, z, 4096),
       'optax.losses.ntxent': functools.partial(_optax, z),
       "PyTorch, authors' form": functools.partial(_torch, z, 'authors'),
       'PyTorch, expert form': functools.partial(_torch, z, 'expert'),
     }
     turns = 7
     if suite == 'cpu' and batch > 10_000:
-      # Seconds a call, or minutes where no whole matrix fits anyway.
+      # A call takes seconds; at 65,536 minutes, and the matrix does not fit.
       turns = 3 if batch < 50_000 else 1
       if turns == 1:
         contestants = dict(list(contestants.items())[:1])

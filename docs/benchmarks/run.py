@@ -1,13 +1,12 @@
-"""The benchmark suite: ours against its peers, in one table.
+"""Benchmarks of clop_jax against its peers, in one table.
 
 python -m docs.benchmarks.run --suite=cpu
 python -m docs.benchmarks.run --suite=gpu --out=benchmarks --only=steps,input
 
 Rewrites `<out>/<suite>.json` and `<out>/<suite>.md` after each contest, so an
-interrupted run keeps its results. The next run in that folder, on the same
-machine, adds to them and replaces repeated rows. Needs jax, flax, optax and
-dm-pix; Grain and scikit-learn for one section each, and PyTorch (the extra
-`bench`) for the peers' rows.
+interrupted run keeps its results. The next run on the same machine adds to them
+and replaces repeated rows. Needs jax, flax, optax and dm-pix. The section
+`protocol` needs scikit-learn, the peers' rows need PyTorch (the extra `bench`).
 """
 
 import argparse
@@ -20,13 +19,12 @@ import pathlib
 import re
 import subprocess
 
-# PyTorch shares the GPU's memory, which JAX would otherwise reserve at start.
+# Leaves GPU memory to PyTorch.
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 
 import jax
 
 from docs.benchmarks import contest
-from docs.benchmarks import loading
 from docs.benchmarks import losses
 from docs.benchmarks import machine
 from docs.benchmarks import startup
@@ -34,17 +32,17 @@ from docs.benchmarks import steps
 
 
 def _protocol(suite, small):
-  # Imported here because the other sections do not need scikit-learn.
+  # The other sections do not need scikit-learn.
   from docs.benchmarks import protocol
 
   return protocol.contests(suite, small)
 
 
-# The most important first, because a run may be cut off.
+# In order of importance, because a run may be interrupted.
 SECTIONS = {
   'ceilings': machine.contests,
   'steps': steps.contests,
-  'input': loading.contests,
+  'input': steps.input_contests,
   'losses': losses.contests,
   'start': startup.contests,
   'protocol': _protocol,
@@ -53,28 +51,20 @@ SECTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """The part of a suite to run.
-
-  Attributes:
-    sections: Names of `SECTIONS`.
-    case: Regular expression that matches in the names of the cases.
-    contestants: Regular expression that matches in the contestants' names.
-    turns: Timed turns of each contestant. If None, each contest has its own.
-    small: If true, use the smallest sizes and one turn, to test the suite.
-  """
+  """The part of a suite to run: sections and regular expressions."""
 
   sections: Sequence[str] = tuple(SECTIONS)
   case: str = ''
   contestants: str = ''
-  turns: int | None = None
-  small: bool = False
+  turns: int | None = None  # None: those of each contest
+  small: bool = False  # the smallest sizes and one turn
 
   def part_of(self, held: contest.Contest) -> contest.Contest:
     """Returns the contest with the chosen contestants and turns."""
     kept = {
       name: make
       for name, make in held.contestants.items()
-      # The ceilings are always measured: the other sections refer to them.
+      # Other sections refer to the ceilings.
       if held.section == 'ceilings'
       or (re.search(self.case, held.case) and re.search(self.contestants, name))
     }
@@ -83,19 +73,15 @@ class Choice:
 
 
 def run(suite: str, out: str, choice: Choice) -> dict:
-  """Runs the chosen contests of a suite.
+  """Runs the chosen contests of a suite and returns the JSON content.
 
   Args:
     suite: 'cpu' or 'gpu', which sets the sizes. The device is JAX's default.
-    out: Folder of the results, created if missing.
+    out: Folder of the results.
     choice: Part of the suite to run.
 
-  Returns:
-    The content of the JSON file: `suite`, `machine` and `rows`. Each row has
-    the `commit` and `time` of its measurement.
-
   Raises:
-    ValueError: For an unknown section, or a folder with results of another
+    ValueError: If a section is unknown, or the folder has results of another
       machine or other versions.
   """
   for name in choice.sections:
@@ -131,10 +117,7 @@ def run(suite: str, out: str, choice: Choice) -> dict:
 
 
 def _position(row):
-  # Older results have sections that no longer exist.
-  sections = list(SECTIONS)
-  name = row['section']
-  return sections.index(name) if name in sections else len(sections)
+  return list(SECTIONS).index(row['section'])
 
 
 def _add_to(results, path):
@@ -143,14 +126,13 @@ def _add_to(results, path):
   for name in ('suite', 'machine'):
     if earlier[name] != results[name]:
       raise ValueError(
-        f'--out: {path} holds results of {earlier[name]}, and this is '
+        f'--out: {path} has results of {earlier[name]}, not of '
         f'{results[name]}; use another --out'
       )
   results['rows'] = earlier['rows']
 
 
 def _commit():
-  # A copy of the files may have another history, or none.
   if 'COMMIT' in os.environ:
     return os.environ['COMMIT']
   result = subprocess.run(
@@ -279,7 +261,7 @@ def main():
   if flags.suite != jax.default_backend() and not flags.small:
     made.error(
       f'--suite={flags.suite} needs a {flags.suite.upper()}, and JAX runs on '
-      f'{jax.default_backend()} here; try it with --small'
+      f'{jax.default_backend()}; use --small to test the suite'
     )
   sections = flags.only.split(',')
   choice = Choice(

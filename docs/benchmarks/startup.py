@@ -1,9 +1,9 @@
-"""From the start of a process to its first training step, cold and cached.
+"""Time from the start of a process to its first training step.
 
 python -m docs.benchmarks.startup [--small]
 
-prints the seconds of one start as JSON. The suite calls it in processes of
-their own, with an empty cache folder and again with the same one.
+Prints the seconds of one start as JSON. The suite runs it in new processes,
+with an empty compilation cache and with a filled one.
 """
 
 from collections.abc import Iterator

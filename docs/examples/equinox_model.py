@@ -1,9 +1,9 @@
-"""CLOP in an Equinox model: the losses do not ask who made the embeddings.
+"""CLOP in an Equinox model.
 
 python docs/examples/equinox_model.py
 
-As nnx_model.py, with DCL as the contrastive loss. Printed on a CPU (jax
-0.10.2, equinox 0.13.8), for the test digits:
+As nnx_model.py, with DCL as the contrastive loss. Output on a CPU (jax 0.10.2,
+equinox 0.13.8), for the test digits:
 
 DCL: effective rank 7.7, kNN 0.894
 DCL + CLOP: effective rank 11.0, kNN 0.914
@@ -26,7 +26,7 @@ tx = optax.sgd(30.0, momentum=0.9)
 
 @eqx.filter_jit
 def train_step(model, opt_state, x, labels, c, clop_weight, key):
-  """One update; labels are -1 where unknown."""
+  """Makes one update; label -1 is unlabelled."""
   views = x + 0.3 * jax.random.normal(key, (2, *x.shape))
 
   def total(model):
@@ -40,7 +40,7 @@ def train_step(model, opt_state, x, labels, c, clop_weight, key):
 
 
 def main():
-  """Trains twice and prints what came of it."""
+  """Trains without and with CLOP and evaluates both."""
   x, y = datasets.load_digits(return_X_y=True)
   x = (x / 16).astype(np.float32)
   x, test_x, y, test_y = model_selection.train_test_split(

@@ -1,12 +1,13 @@
-"""CLOP in a Flax NNX model, at a learning rate where the plain loss collapses.
+"""CLOP in a Flax NNX model.
 
 python docs/examples/nnx_model.py
 
-A small network embeds handwritten digits; its two views are two draws of noise.
-NT-Xent alone falls into fewer directions than there are classes at this rate;
-with CLOP on half of the labels, same seed, it does not. (With a tenth of the
-labels that depends on the seed, and at a rate of 3 there is nothing to mend.)
-Printed on a CPU (jax 0.10.2, flax 0.12.8), for the test digits:
+A small network embeds handwritten digits. The two views of a digit differ in
+noise. At this learning rate the embeddings of NT-Xent alone collapse to fewer
+directions than there are classes. CLOP with half of the labels prevents it.
+(With a tenth of the labels that depends on the seed. At a learning rate of 3
+nothing collapses.) Output on a CPU (jax 0.10.2, flax 0.12.8), for the test
+digits:
 
 NT-Xent: effective rank 7.6, kNN 0.869
 NT-Xent + CLOP: effective rank 12.7, kNN 0.922
@@ -27,7 +28,7 @@ from clop_jax import prototypes
 
 
 class Encoder(nnx.Module):
-  """64 pixels to an embedding; linear at its end: prototypes have signs."""
+  """An MLP for 64 pixels. The last layer is linear."""
 
   def __init__(self, dim, *, rngs):  # noqa: D107
     self.hidden = nnx.Linear(64, 128, rngs=rngs)
@@ -39,7 +40,7 @@ class Encoder(nnx.Module):
 
 @nnx.jit
 def train_step(model, optimizer, x, labels, c, clop_weight, key):
-  """One update of the model, in place; labels are -1 where unknown."""
+  """Updates the model in place; label -1 is unlabelled."""
   views = x + 0.3 * jax.random.normal(key, (2, *x.shape))
 
   def total(model):
@@ -51,7 +52,7 @@ def train_step(model, optimizer, x, labels, c, clop_weight, key):
 
 
 def main():
-  """Trains twice and prints what came of it."""
+  """Trains without and with CLOP and evaluates both."""
   x, y = datasets.load_digits(return_X_y=True)
   x = (x / 16).astype(np.float32)
   x, test_x, y, test_y = model_selection.train_test_split(

@@ -1,13 +1,12 @@
-"""CLOP as an extra term on a loss of your own: here an autoencoder's.
+"""CLOP added to your own loss, here that of an autoencoder.
 
 python docs/examples/own_loss.py
 
 There is no contrastive loss and there are no views: `clop_loss` also takes
-`[batch, dim]`. The autoencoder learns to restore digits. With CLOP on a tenth
-of the labels its codes lie at their class's prototype, and the nearest
-prototype is a classifier; the price is a larger error, which the weight
-chooses. Printed on a CPU (jax 0.10.2): mean squared error, and accuracy of the
-nearest prototype, on the test digits:
+`[batch, dim]`. The autoencoder learns to reconstruct digits. CLOP with a tenth
+of the labels moves the codes to the prototypes of their classes, so that the
+nearest prototype is a classifier. A larger weight means a larger error. Output
+on a CPU (jax 0.10.2), mean squared error and accuracy on the test digits:
 
 CLOP weight 0.0: error 0.0165, accuracy 0.100
 CLOP weight 0.1: error 0.0243, accuracy 0.822
@@ -30,7 +29,7 @@ tx = optax.adam(1e-3)
 
 
 def init(key, sizes):
-  """Weights and biases of dense layers."""
+  """Returns weights and biases of dense layers."""
   keys = jax.random.split(key, len(sizes) - 1)
   return [
     (jax.random.normal(k, (m, n)) * (2 / m) ** 0.5, jnp.zeros(n))
@@ -39,7 +38,7 @@ def init(key, sizes):
 
 
 def apply(layers, x):
-  """Dense layers with ReLU between them; the last one is linear."""
+  """Applies dense layers with ReLU between them."""
   for w, b in layers[:-1]:
     x = jax.nn.relu(x @ w + b)
   w, b = layers[-1]
@@ -47,13 +46,13 @@ def apply(layers, x):
 
 
 def own_loss(params, x, code):
-  """Yours: anything that can be differentiated."""
+  """Returns your loss."""
   return jnp.mean((apply(params['decoder'], code) - x) ** 2)
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def train_step(params, opt_state, x, labels, c, clop_weight):
-  """One update; labels are -1 where unknown."""
+  """Makes one update; label -1 is unlabelled."""
 
   def total(params):
     code = apply(params['encoder'], x)
@@ -66,7 +65,7 @@ def train_step(params, opt_state, x, labels, c, clop_weight):
 
 
 def main():
-  """Trains with three weights and prints what came of it."""
+  """Trains with three weights of CLOP and evaluates them."""
   x, y = datasets.load_digits(return_X_y=True)
   x = (x / 16).astype(np.float32)
   x, test_x, y, test_y = model_selection.train_test_split(

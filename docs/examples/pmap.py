@@ -1,12 +1,11 @@
-"""CLOP under `jax.pmap`, and that it equals one device.
+"""CLOP under `jax.pmap` equals CLOP on one device.
 
 python docs/examples/pmap.py
 
-Eight virtual CPU devices (on a machine with accelerators: those) share each
-batch. The losses are given the axis and return the loss of the global batch;
-under `pmap` the gradients are averaged. The devices hold unequal numbers of
-labels, where a mean of their own losses is another number. Printed on a CPU
-(jax 0.10.2):
+Eight virtual CPU devices, or all accelerators, share each batch. With
+`axis_name`, the losses return the loss of the global batch. Under `pmap` the
+gradients must be averaged. The devices have different numbers of labels, so the
+mean of their local losses differs. Output on a CPU (jax 0.10.2):
 
 labels of each device: [14, 13, 7, 4, 4, 5, 2, 0]
 loss on 8 devices 6.092193, on one 6.092193
@@ -16,7 +15,7 @@ largest difference of a weight after 20 steps: 4.5e-08
 
 import os
 
-# Read when jax is imported. Your own program on GPUs or TPUs needs no flag.
+# Set before jax is imported. Programs on GPUs or TPUs do not need it.
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
 
 import functools
@@ -30,7 +29,7 @@ from clop_jax import prototypes
 
 
 def total(w, views, labels, c, axis_name=None):
-  """NT-Xent and CLOP of this device's share of the batch."""
+  """Returns NT-Xent plus CLOP of the local batch."""
   z = views @ w  # your network: [2, local batch, dim]
   return loss.nt_xent_loss(z, axis_name=axis_name) + loss.clop_loss(
     z, labels, c, axis_name=axis_name
@@ -44,30 +43,30 @@ def total(w, views, labels, c, axis_name=None):
   out_axes=None,
 )
 def step(w, views, labels, c):
-  """One update; `w` and `c` are the same everywhere, as is the result."""
+  """Makes one update; `w`, `c` and the result are replicated."""
   value, gradient = jax.value_and_grad(total)(w, views, labels, c, 'data')
   return w - 0.1 * jax.lax.pmean(gradient, 'data'), value
 
 
 @jax.jit
 def one_device_step(w, views, labels, c):
-  """The same for the whole batch on one device: no axis."""
+  """Makes the same update on one device."""
   value, gradient = jax.value_and_grad(total)(w, views, labels, c)
   return w - 0.1 * gradient, value
 
 
 def main():
-  """Trains in both ways and compares."""
+  """Trains on all devices and on one, and compares."""
   devices = jax.device_count()
   images, y = datasets.load_digits(return_X_y=True)
   rng = np.random.default_rng(0)
   x = (images[: 16 * devices] / 16).astype(np.float32)
   views = x + 0.1 * rng.normal(size=(2, *x.shape)).astype(np.float32)
-  # The later the device the fewer labels it has.
+  # Later devices have fewer labels.
   known = np.arange(len(x)) < rng.integers(0, len(x), len(x))
   labels = np.where(known, y[: len(x)], -1)
   local_labels = labels.reshape(devices, 16)
-  # The device comes first under pmap, so [devices, views, local batch, ...].
+  # pmap maps the first axis: [devices, views, local batch, dim].
   local_views = views.reshape(2, devices, 16, -1).swapaxes(0, 1)
 
   c = prototypes.orthonormal_prototypes(jax.random.key(1), 10, dim=32)

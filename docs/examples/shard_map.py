@@ -1,10 +1,10 @@
-"""CLOP under `jax.shard_map` on a mesh, and that it equals one device.
+"""CLOP under `jax.shard_map` equals CLOP on one device.
 
 python docs/examples/shard_map.py
 
-As pmap.py, with one difference that matters: with `check_vma=True` the gradient
-of these losses for replicated parameters is the global gradient already, and is
-not averaged again. Printed on a CPU (jax 0.10.2):
+As pmap.py, with one important difference: with `check_vma=True` the gradient
+for replicated parameters is already global and must not be averaged. Output on
+a CPU (jax 0.10.2):
 
 labels of each device: [14, 13, 7, 4, 4, 5, 2, 0]
 loss on 8 devices 6.092193, on one 6.092193
@@ -14,7 +14,7 @@ largest difference of a weight after 20 steps: 4.5e-08
 
 import os
 
-# Read when jax is imported. Your own program on GPUs or TPUs needs no flag.
+# Set before jax is imported. Programs on GPUs or TPUs do not need it.
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
 
 import jax
@@ -29,7 +29,7 @@ from clop_jax import prototypes
 
 
 def total(w, views, labels, c, axis_name=None):
-  """NT-Xent and CLOP of this device's share of the batch."""
+  """Returns NT-Xent plus CLOP of the local batch."""
   z = views @ w  # your network: [2, local batch, dim]
   return loss.nt_xent_loss(z, axis_name=axis_name) + loss.clop_loss(
     z, labels, c, axis_name=axis_name
@@ -37,13 +37,13 @@ def total(w, views, labels, c, axis_name=None):
 
 
 def step(w, views, labels, c, axis_name=None):
-  """One update, of a share or (no axis) of the whole batch."""
+  """Makes one update, with the local or (no axis) the whole batch."""
   value, gradient = jax.value_and_grad(total)(w, views, labels, c, axis_name)
   return w - 0.1 * gradient, value  # no pmean
 
 
 def main():
-  """Trains in both ways and compares."""
+  """Trains on all devices and on one, and compares."""
   devices = jax.device_count()
   mesh = jax.make_mesh((devices,), ('data',), axis_types=(AxisType.Auto,))
   everywhere = PartitionSpec()
@@ -63,7 +63,7 @@ def main():
   rng = np.random.default_rng(0)
   x = (images[: 16 * devices] / 16).astype(np.float32)
   views = x + 0.1 * rng.normal(size=(2, *x.shape)).astype(np.float32)
-  # The later the device the fewer labels it has.
+  # Later devices have fewer labels.
   known = np.arange(len(x)) < rng.integers(0, len(x), len(x))
   labels = np.where(known, y[: len(x)], -1)
   sharded_views = jax.device_put(views, NamedSharding(mesh, of_views))

@@ -1,4 +1,4 @@
-"""Points where the embeddings of docs/theory.md rest, and their curvature."""
+"""Stationary points of docs/theory.md and their curvature."""
 
 from collections.abc import Callable
 import math
@@ -17,28 +17,19 @@ _PRECISION = jax.lax.Precision.HIGHEST
 def opposite_views_critical_rate(
   num_classes: int, *, temperature: float = 1.0
 ) -> float:
-  r"""The rate above which 'infonce' of two views can collapse onto a line.
+  r"""Returns the rate above which 'infonce' can collapse onto a line.
 
   .. math:: \mu_c = \tau\, \frac{k - 1 + k\, e^{-2/\tau}}
                                {k - 2 - k\, e^{-2/\tau}}
 
   or infinity if the denominator is not positive. The two views of an example
-  are at opposite ends of the line and swap ends at every step: the effective
-  rank is 1, the mean cosine between classes 0. This state attracts embeddings
-  close to it; random starts reach it only at larger rates.
+  are at opposite ends of the line and swap ends at every step, so the effective
+  rank is 1 and the mean cosine between classes 0. This state attracts
+  embeddings close to it. Random starts reach it only at larger rates.
 
   Args:
     num_classes: Number of classes k, at least 3.
     temperature: Temperature tau, must be positive.
-
-  Returns:
-    The critical rate, or `math.inf` if there is none.
-
-  Raises:
-    ValueError: If an argument is not as above.
-
-  Reference:
-    CLOP, arXiv 2403.18699: collinear embeddings; docs/theory.md.
   """
   k = arguments.count('num_classes', num_classes, at_least=3)
   temperature = arguments.number('temperature', temperature, above=0)
@@ -67,7 +58,7 @@ def pull_equilibrium(
   correlation: float = 0.0,
   repulsion: float = 0.0,
 ) -> Equilibrium:
-  r"""The fixed point of 'repulsion' with CLOP, at small learning rates.
+  r"""Returns the fixed point of 'repulsion' with CLOP at small learning rates.
 
   Embeddings are `z_i = s m + b (c_i - mean c)`, with `m` the unit vector along
   the mean of the orthonormal prototypes and `s^2 + b^2 (1 - 1/k) = 1`, where
@@ -77,22 +68,13 @@ def pull_equilibrium(
       \frac{\lambda (1 + r/(k-1))}{b}\Big)
 
   If embeddings move together (`rho` near 1), a weight of `sqrt(k)` or more
-  takes all of them to the mean of the prototypes.
+  moves all of them to the mean of the prototypes.
 
   Args:
     num_classes: Number of classes k, at least 2.
     clop_weight: Weight lambda of `cosine_distance`, at least 0.
     correlation: Correlation rho in [0, 1).
     repulsion: Repulsion r of `cosine_distance`.
-
-  Returns:
-    An `Equilibrium`.
-
-  Raises:
-    ValueError: If an argument is not as above.
-
-  Reference:
-    CLOP, arXiv 2403.18699, has the loss; docs/theory.md the derivation.
   """
   k = arguments.count('num_classes', num_classes, at_least=2)
   if correlation == 1:
@@ -108,7 +90,7 @@ def pull_equilibrium(
   while high - low > 1e-12:
     middle = (low + high) / 2
     s, b = state(middle)
-    # The force on `s` minus the one on `b`, times s: negative below the root.
+    # The force on `s` minus the one on `b`, times s.
     force = common * (pull_common - s) - own * s * (1 / (k - 1) + pull_own / b)
     low, high = (middle, high) if force < 0 else (low, middle)
   s, b = state((low + high) / 2)
@@ -121,17 +103,14 @@ def common_potential(
   *,
   distance: Callable[..., jax.Array] = theory.cosine_distance,
 ) -> jax.Array:
-  r"""The mean distance over classes, which collapsed embeddings feel together.
+  r"""Returns the mean distance over classes of embeddings that are all equal.
 
   .. math:: V(z) = \frac{1}{k} \sum_y d(z, y)
 
   Args:
-    direction: `[dim]`, unit; the position of all embeddings.
+    direction: `[dim]`, unit, the position of all embeddings.
     prototypes: `[k, dim]`.
     distance: As for `theory.simulate`.
-
-  Returns:
-    A scalar.
   """
   labels = jnp.arange(prototypes.shape[0])
   distances = jax.vmap(distance, in_axes=(None, 0, None))
@@ -151,7 +130,7 @@ def common_hessian_eigenvalues(
     \qquad \text{softmax: } \frac{1}{k T^2} \text{ among the classes, 0 outside}
 
   Positive values attract embeddings that move together. At the antipode of the
-  mean those of the cosine change their sign, those of the softmax do not.
+  mean the sign changes for the cosine, but not for the softmax.
 
   Args:
     num_classes: Number of classes k, at least 2.
@@ -160,8 +139,8 @@ def common_hessian_eigenvalues(
     temperature: Temperature T of the softmax distance.
 
   Returns:
-    `{'class': eigenvalue, 'outside': eigenvalue}`: of the `k - 1` directions
-    among the prototypes, and of the `dim - k` across them all.
+    `{'class': eigenvalue, 'outside': eigenvalue}` for the `k - 1` directions
+    among the prototypes and the `dim - k` across them all.
   """
   if distance == 'cosine':
     inside = outside = (1 - repulsion) / math.sqrt(num_classes)
@@ -179,8 +158,8 @@ def hessian_spectrum(
     \Big|_{t = 0}
 
   with `B_i` an orthonormal basis of the tangent space at `z_i`. Normalizing is
-  a retraction of second order, so this is the Riemannian Hessian at every
-  point. Gradient descent leaves a stationary point along negative eigenvalues.
+  a second-order retraction, so this is the Riemannian Hessian at every point.
+  Gradient descent leaves a stationary point along negative eigenvalues.
 
   Args:
     loss: Function of embeddings of that shape, to a scalar.
@@ -225,7 +204,7 @@ def nt_xent_hessian_eigenvalues(
 
   with `x = n/(n-1)` for equal embeddings. Collinear ones have half of the
   examples at each end, and `x = n (w_+ - w_-) / 2`, where `w_+` and `w_-` are
-  the softmax's weights of an embedding on the same and on the other end.
+  the softmax weights of an embedding on the same and on the other end.
 
   Args:
     num_examples: Number of examples k, at least 2; at least 4 and even if
@@ -235,13 +214,10 @@ def nt_xent_hessian_eigenvalues(
     collinear: True for half of the examples at the other end.
 
   Returns:
-    For each kind of motion its eigenvalue and its multiplicity, the latter for
-    each of the `dim - 1` tangent directions: 'common' (all together), 'class'
-    (examples of one end apart), 'view' (views of an example apart) and, if
-    collinear, 'ends' (one end against the other).
-
-  Raises:
-    ValueError: If the number of examples or views is not as above.
+    `(eigenvalue, multiplicity)` for each kind of motion: 'common' (all
+    together), 'class' (examples of one end apart), 'view' (views of an example
+    apart) and, if collinear, 'ends' (one end against the other). Multiplicities
+    are for each of the `dim - 1` tangent directions.
   """
   k = arguments.count('num_examples', num_examples, at_least=2 + 2 * collinear)
   if collinear and k % 2:
@@ -249,7 +225,7 @@ def nt_xent_hessian_eigenvalues(
   n = k * arguments.count('views', views, at_least=2)
   scale = 2 / (n * temperature)
   if collinear:
-    # Both weights relative to an embedding on the same end: no overflow.
+    # Relative to an embedding on the same end, to avoid an overflow.
     other = math.exp(-2 / temperature)
     partition = n / 2 - 1 + n / 2 * other
     x = n / 2 * (1 - other) / partition

@@ -1,9 +1,9 @@
 # ruff: noqa: D103
-"""The Markdown tables and the figure of docs/theory.md.
+"""Prints the tables of docs/theory.md and draws its figure.
 
 python -m docs.theory.tables --figure=docs/theory.png
 
-Without --figure only the tables. Everything is seeded and nothing is timed.
+Without --figure it only prints the tables. Everything is seeded.
 """
 
 import argparse
@@ -60,17 +60,17 @@ def text(value):
 
 
 def both(model, k, dim, **arguments):
-  """Closed form and bisection, in one cell."""
+  """A cell with closed form and bisection."""
   steps = arguments.pop('steps')
   closed = theory.critical_learning_rate(model, k, dim, **arguments)
-  # A rate beyond what is looked at is as good as none.
+  # Rates beyond `upper` count as none.
   upper = 20.0 if math.isinf(closed) else max(20.0, 2 * closed)
-  found = theory.bisect_critical_learning_rate(
+  bisected = theory.bisect_critical_learning_rate(
     model, k, dim, steps=steps, upper=upper, **arguments
   )
-  if math.isinf(closed) and math.isinf(found):
+  if math.isinf(closed) and math.isinf(bisected):
     return 'none'
-  return f'{closed:.4f} / {found:.4f}'
+  return f'{closed:.4f} / {bisected:.4f}'
 
 
 def critical_rates():
@@ -236,7 +236,7 @@ def hessians():
 
 
 def remedies(k, dim):
-  """Name, prototypes and distance of each."""
+  """Tuples of name, prototypes and distance."""
   orthonormal = np.eye(k, dim)
   etf = orthonormal - orthonormal.mean(0)
   etf /= np.linalg.norm(etf, axis=1, keepdims=True)
@@ -278,7 +278,7 @@ def collapsed_points():
         float(potential(point)),
         f'{inside + 0.0:.3f}, {outside + 0.0:.3f}',
       ]
-    # What takes one embedding away, along its own class.
+    # The force on one embedding along its own class.
     force = jax.grad(distance)(mean, 0, c)
     force = force - jnp.dot(force, mean) * mean
     cells.append(float(jnp.linalg.norm(force)))
@@ -297,7 +297,7 @@ def collapsed_points():
   )
   correlations = 0.0, 0.5, 0.9, 0.99
   noise = np.random.default_rng(0).normal(size=(k, dim))
-  compared = remedies(k, dim)  # once: a distance is compiled for itself
+  compared = remedies(k, dim)  # once: each distance is compiled
   for model in ('repulsion', 'tangent'):
     rows = []
     for weight in (1.0, 5.0):
@@ -347,8 +347,8 @@ def collapsed_points():
 
 
 # The search for sqrt(2) + O(1/k). A variant is a step on embeddings `z`
-# `[k, dim]` and a memory, float64; its loss has no tangent projection unless
-# said. Variants of two towers hold one in each half of the rows.
+# `[k, dim]` and a memory, in float64. Its loss has no tangent projection unless
+# it says so. Variants with two towers have one in each half of the rows.
 
 
 def unit(z):
@@ -512,7 +512,7 @@ VARIANTS = [
 
 
 def spread(z):
-  """Distance from one line, in square; each tower has its own."""
+  """Squared distance from one line; each tower has its own."""
   z = unit(z)
   return (z * np.sign(z @ z[0])[:, None]).var(0).sum()
 
@@ -525,8 +525,8 @@ def variant_collapses(step, k, mu, steps=600):
     z, memory = step(z, memory, mu)
     if t == steps // 2 - 1:
       early = spread(z)
-  # Late steps alone: variants with a memory have other modes that fade or lead
-  # first. An end above 1e-6 is no longer near collapse, whatever it does.
+  # Only late steps count: the other modes of variants with a memory dominate
+  # first. An end above 1e-6 is no longer near collapse.
   end = spread(z)
   return end < 1e-26 or (end < early and end < 1e-6)
 
@@ -545,10 +545,10 @@ def variant_rate(step, k, upper=8.0):
 
 
 def stale_on_a_line(k):
-  """The same bisection where no noise turns the common direction.
+  """The bisection without noise that turns the common direction.
 
-  By symmetry `z_i = a e + b u_i` with `u` a simplex across `e`, so the step is
-  one on `(a, b)`.
+  By symmetry `z_i = a e + b u_i` with `u` a simplex across `e`, so a step acts
+  on `(a, b)`.
   """
 
   def collapses(mu):

@@ -1,12 +1,12 @@
-"""The commands as a user calls them: what they print and how they exit."""
+"""The commands as a user calls them: output, errors and exit codes."""
 
 import errno
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -18,14 +18,6 @@ from clop_jax.experiment import checkpoint
 from tests import small
 
 CONFIG = str(small.ROOT / 'configs' / 'digits.py')
-SMALL = [
-  '--config.model.width_multiplier=0.25',
-  '--config.model.embedding_dim=16',
-  '--config.train.batch_size=256',
-  '--config.train.num_epochs=2',
-  '--config.train.log_every_steps=2',
-  '--config.eval.probe_iterations=30',
-]
 
 
 @pytest.mark.parametrize(
@@ -34,18 +26,13 @@ SMALL = [
     (train, ['--workdir=w'], '--config must'),
     (train, [f'--config={CONFIG}'], '--workdir must'),
     (prepare, ['--name=folder'], '--name=folder'),
-    (prepare, ['--name=npz'], '--name=npz'),
-    (
-      prepare,
-      ['--name=digits', f'--data_dir={CONFIG}'],
-      f'--data_dir .*{CONFIG}',
-    ),
+    (prepare, ['--name=digits', f'--data_dir={CONFIG}'], f'data_dir.*{CONFIG}'),
     (prepare, [], '--name must'),
     (evaluate, ['--workdir=nowhere'], '--workdir=nowhere .*train first'),
     (evaluate, [], '--workdir must'),
   ],
 )
-def test_a_command_refuses_in_one_clear_line(
+def test_wrong_flags_are_one_line(
   module, arguments, message, tmp_path, monkeypatch
 ):
   monkeypatch.chdir(tmp_path)
@@ -53,16 +40,16 @@ def test_a_command_refuses_in_one_clear_line(
   assert not os.listdir(tmp_path)
 
 
-def test_a_reader_that_leaves_does_not_end_the_work():
-  # As `train ... | head -1` does.
+def test_a_closed_pipe_does_not_end_the_work():
+  # As in `train ... | head -1`.
   reader, writer = os.pipe()
   with open(writer, 'w') as file:
     output = cli._Output(file)
     print('first', file=output, flush=True)
     os.close(reader)
     for _ in range(3):
-      print('nobody reads this', file=output, flush=True)
-    print('nor this', end='', file=output)
+      print('not read', file=output, flush=True)
+    print('not read', end='', file=output)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +65,7 @@ def test_a_reader_that_leaves_does_not_end_the_work():
     (checkpoint.DamagedCheckpointError('step 5'), 1, 'error: step 5$'),
   ],
 )
-def test_an_error_of_the_user_is_one_line(error, code, message, monkeypatch):
+def test_user_errors_are_one_line(error, code, message, monkeypatch):
   def main():
     raise error
 
@@ -86,7 +73,7 @@ def test_an_error_of_the_user_is_one_line(error, code, message, monkeypatch):
   assert re.search(message, small.refused(evaluate, code=code))
 
 
-def test_a_traceback_can_be_asked_for(tmp_path):
+def test_traceback_flag_prints_the_traceback(tmp_path):
   result = small.call(
     'clop_jax.evaluate', '--workdir=x', '--traceback', cwd=tmp_path
   )
@@ -95,46 +82,53 @@ def test_a_traceback_can_be_asked_for(tmp_path):
   assert result.stderr.splitlines()[-1].startswith('error: --workdir=x ')
 
 
-def test_quickstart_shortened_trains_evaluates_and_draws(digits_dir, tmp_path):
-  runs = tmp_path / 'with a space'
+def test_quickstart_shortened(digits_dir, tmp_path):
+  # A checkout whose environment is the one of this test, without pip.
+  checkout, runs = tmp_path / 'checkout', tmp_path / 'with a space'
+  shutil.copytree(small.ROOT / 'launch', checkout / 'launch')
+  for name in ('configs', 'pyproject.toml', 'setup.cfg'):
+    (checkout / name).symlink_to(small.ROOT / name)
+  python = checkout / '.venv' / 'bin' / 'python'
+  python.parent.mkdir(parents=True)
+  python.write_text(
+    f'#!/bin/sh\n[ "$2" = pip ] || exec {sys.executable} "$@"\n'
+  )
+  python.chmod(0o755)
   result = subprocess.run(
     [
       'bash',
-      str(small.ROOT / 'launch' / 'quickstart.sh'),
-      *SMALL,
+      str(checkout / 'launch' / 'quickstart.sh'),
       f'--config.data.data_dir={digits_dir}',
+      '--config.model.width_multiplier=0.0625',
+      '--config.model.head_layers=1',
+      '--config.train.batch_size=1024',
+      '--config.train.num_epochs=1',
+      '--config.train.log_every_steps=1',
+      '--config.watch.tensorboard=False',
+      '--config.watch.images_every_epochs=0',
+      '--config.eval.knn_neighbours=(1,)',
+      '--config.eval.probe_l2=(0.1,)',
+      '--config.eval.probe_iterations=1',
     ],
     capture_output=True,
     text=True,
     cwd=tmp_path,
-    env=small.environment() | {'RUNS': str(runs)},
+    env=small.environment()
+    | {'RUNS': str(runs), 'PYTHONPATH': str(small.ROOT)},
   )
-  assert result.returncode == 0, result.stderr
-  # Ten steps at a rate where the plain loss collapses: it says so, and no more.
-  assert len(result.stderr.splitlines()) == 1, result.stderr
-  warning = result.stderr
-  assert warning.startswith('warning: the embeddings are collapsing: ')
+  assert (result.returncode, result.stderr) == (0, '')
   for line in (
     '1,438 examples, 143 labelled (9.9%)',
-    'step 10/10: loss',
+    'step 1/1: loss',
     '| method      | linear top-1 | kNN top-1 | effective rank |',
     '| simclr      |',
     '| simclr+clop |',
   ):
     assert line in result.stdout
-  figure = runs / 'comparison.png'
-  assert figure.read_bytes().startswith(b'\x89PNG')
-  results = {}
-  for name in ('simclr', 'simclr+clop'):
-    path = runs / name / 'eval.json'
-    results[name] = json.loads(path.read_text())
-    assert results[name]['step'] == 10
-    assert (runs / name / 'figures' / 'embeddings.png').exists()
-  plain, clop = results['simclr'], results['simclr+clop']
-  assert plain['config']['loss']['clop_weight'] == 0
-  assert clop['config']['loss']['clop_weight'] == 1
-  assert plain['seed'] == clop['seed']
-  assert clop['prototype_cosine'] > plain['prototype_cosine'] + 0.02
+  assert (runs / 'comparison.png').read_bytes().startswith(b'\x89PNG')
+  for name, weight in (('simclr', 0), ('simclr+clop', 1)):
+    content = json.loads((runs / name / 'eval.json').read_text())
+    assert content['config']['loss']['clop_weight'] == weight
 
 
 @pytest.mark.parametrize('script', ['launch/quickstart.sh', 'tests/run.sh'])
@@ -148,7 +142,7 @@ def test_quickstart_shortened_trains_evaluates_and_draws(digits_dir, tmp_path):
     ('case "$2" in *ensurepip*) exit 1;; esac', 'has no venv module'),
   ],
 )
-def test_a_python_that_will_not_do_is_named(script, python3, message, tmp_path):
+def test_an_unsuitable_python_is_one_line(script, python3, message, tmp_path):
   for part in ('launch', 'tests'):
     (tmp_path / part).mkdir()
   for file in ('launch/venv.sh', script):
@@ -163,6 +157,5 @@ def test_a_python_that_will_not_do_is_named(script, python3, message, tmp_path):
     env=os.environ | {'PYTHON3': str(fake)},
   )
   assert result.returncode == 1
-  assert result.stderr.startswith('error: ') and message in result.stderr
-  assert len(result.stderr.strip().splitlines()) == 1
-  assert not pathlib.Path(tmp_path / '.venv').exists()
+  assert re.fullmatch(f'error: .*{message}.*\n', result.stderr)
+  assert not (tmp_path / '.venv').exists()

@@ -1,10 +1,9 @@
-"""Exported runs give what `clop_jax.load` gives, without this library."""
-
 import hashlib
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -23,7 +22,6 @@ from clop_jax.experiment import checkpoint
 from clop_jax.experiment import workdir as workdir_lib
 from clop_jax.runtime import parallel
 from clop_jax.study import cell
-from tests import forked
 from tests import small
 from tests import torchvision_resnet as theirs
 
@@ -32,7 +30,7 @@ DOCS = (small.ROOT / 'docs' / 'export.md').read_text()
 
 
 def random_state(target, seed):
-  """Of those shapes, with statistics that are not a new network's."""
+  """Returns a state of those shapes, unlike that of a new network."""
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
@@ -50,7 +48,7 @@ def random_state(target, seed):
 
 
 def save_run(workdir, **changes):
-  """A workdir with random weights at steps 3 and 5; nothing is trained."""
+  """Saves a workdir with random weights at steps 3 and 5."""
   config = small.digits_config('unused', **changes)
   run = build.build(config, total_steps=10, steps_per_epoch=5)
   target = build.abstract_state(run, parallel.make_mesh(jax.devices()[ONE]))
@@ -100,16 +98,17 @@ def images(batch, size, channels, seed=0):
 
 
 def as_pytorch(x, metadata):
-  """Images as the file says that they are made."""
+  """Returns images as the metadata describes them."""
   mean, std = json.loads(metadata['mean']), json.loads(metadata['std'])
   x = (x / 255 - np.array(mean)) / np.array(std)
   return x.transpose(0, 3, 1, 2)
 
 
-def assert_same_network(found, right):
-  # A float32 ResNet-18 of this file is itself up to 1.2e-6 of the largest value
-  # away from one in float64, with every JAX from 0.9 to 0.12.
-  np.testing.assert_allclose(found, right, rtol=0, atol=3e-6 * abs(right).max())
+def assert_same_network(outputs, expected):
+  # A float32 ResNet-18 differs by up to 1.2e-6 of the largest value from one in
+  # float64, with every JAX from 0.9 to 0.12.
+  atol = 3e-6 * abs(expected).max()
+  np.testing.assert_allclose(outputs, expected, rtol=0, atol=atol)
 
 
 def opened(path):
@@ -118,13 +117,13 @@ def opened(path):
     return {name: file.get_tensor(name) for name in names}, file.metadata()
 
 
-# --- weights ------------------------------------------------------------------
+# --- Weights ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
   ('which', 'size', 'channels'), [('run', 8, 1), ('colour_run', 12, 3)]
 )
-def test_the_file_alone_gives_the_features_of_the_run(
+def test_weights_give_the_features_of_the_run(
   which, size, channels, request, tmp_path
 ):
   workdir, out = request.getfixturevalue(which), tmp_path / 'w.safetensors'
@@ -133,18 +132,18 @@ def test_the_file_alone_gives_the_features_of_the_run(
   x = images(5, size, channels)
   restored = clop_jax.load(workdir, devices=jax.devices()[ONE])
   features, embeddings = restored.apply(x)
-  found = theirs.features(weights, as_pytorch(x, metadata))
-  assert found.std() > 0.05
-  np.testing.assert_allclose(features, found, atol=1e-4)
+  expected = theirs.features(weights, as_pytorch(x, metadata))
+  assert expected.std() > 0.05
+  np.testing.assert_allclose(features, expected, atol=1e-4)
   np.testing.assert_allclose(
-    embeddings, theirs.embeddings(weights, found), atol=1e-4
+    embeddings, theirs.embeddings(weights, expected), atol=1e-4
   )
   np.testing.assert_array_equal(weights['prototypes'], restored.prototypes)
   assert json.loads(metadata['image_size']) == size
   assert json.loads(metadata['channels']) == channels
 
 
-def test_the_file_loads_into_a_plain_pytorch_resnet(colour_run, tmp_path):
+def test_weights_load_into_a_pytorch_resnet(colour_run, tmp_path):
   torch = pytest.importorskip('torch')
   out = tmp_path / 'w.safetensors'
   export.export(colour_run, str(out))
@@ -155,19 +154,18 @@ def test_the_file_loads_into_a_plain_pytorch_resnet(colour_run, tmp_path):
   )
   x = images(5, 12, 3)
   with torch.no_grad():
-    found = network(torch.tensor(as_pytorch(x, metadata)).float()).numpy()
+    outputs = network(torch.tensor(as_pytorch(x, metadata)).float()).numpy()
   features, _ = clop_jax.load(colour_run, devices=jax.devices()[ONE]).apply(x)
-  np.testing.assert_allclose(features, found, atol=1e-4)
+  np.testing.assert_allclose(features, outputs, atol=1e-4)
 
 
-def test_the_file_holds_the_backbone_and_says_what_it_is(run, weights_file):
+def test_weights_have_metadata(run, weights_file):
   weights, metadata = opened(weights_file)
   assert weights.keys() == theirs.shapes(8).keys()
   assert {int(weights[x]) for x in weights if x.endswith('tracked')} == {5}
   config = json.loads(pathlib.Path(run, 'config.json').read_text())
   text = json.dumps(config, sort_keys=True)
   assert metadata['config_sha256'] == hashlib.sha256(text.encode()).hexdigest()
-  assert metadata['torchvision'] == ''
   expected = {
     'step': '5',
     'depth': '8',
@@ -176,57 +174,70 @@ def test_the_file_holds_the_backbone_and_says_what_it_is(run, weights_file):
     'mean': '[0.305]',
     'std': '[0.376]',
     'format': 'pt',
+    'torchvision': '',
   }
   assert metadata | expected == metadata
 
 
-def test_an_older_checkpoint_can_be_named(run, weights_file, tmp_path):
+def test_step_and_overwrite(run, weights_file, tmp_path):
   out = tmp_path / 'w.safetensors'
-  lines = export.export(run, str(out), which='3')
-  assert 'step 3 of' in lines[0]
+  assert 'step 3 of' in export.export(run, str(out), which='3')[0]
   weights, metadata = opened(out)
   assert metadata['step'] == '3'
   latest, _ = opened(weights_file)
   assert np.abs(weights['conv1.weight'] - latest['conv1.weight']).max() > 0.1
+  with pytest.raises(ValueError, match=r'already exists; .*--overwrite'):
+    export.export(run, str(out))
+  assert opened(out)[1]['step'] == '3'
+  export.export(run, str(out), overwrite=True)
+  assert opened(out)[1]['step'] == '5'
 
 
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ({'which': '4'}, r'no checkpoint of step 4 in .*there are \[3, 5\]'),
-    (
-      {'which': 'first'},
-      r"'latest', 'best' or a step of \[3, 5\], got 'first'",
-    ),
-    (
-      {'out': 'backbone.pt'},
-      r"ending in \.safetensors or \.stablehlo, got 'ba",
-    ),
-    ({'out': 'no/w.safetensors'}, 'there is no folder no; make it first'),
-    ({'platforms': ['cpu']}, r'--platforms is for \.stablehlo'),
-    ({'image_size': 8}, r'--image_size is for \.stablehlo'),
-    ({'out': 'n.stablehlo', 'with_head': True}, '--with_head is for'),
-    (
-      {'out': 'n.stablehlo', 'platforms': ['cpu', 'gpu']},
-      '--platforms must be of cpu,cuda,rocm,tpu, got gpu',
-    ),
-    ({'out': 'n.stablehlo', 'platforms': []}, 'got none'),
-    ({'out': 'n.stablehlo', 'image_size': 0}, '--image_size must be'),
-    ({'workdir': 'nowhere'}, '--workdir=nowhere does not exist'),
+    (['--workdir='], '--workdir .*none'),
+    (['--workdir=nowhere'], '--workdir=nowhere'),
+    (['--checkpoint=4'], r'step 4 .*\[3, 5\]'),
+    (['--checkpoint=first'], r"\[3, 5\], got 'first'"),
+    (['--out='], '--out .*none'),
+    (['--out=backbone.pt'], '--out .*backbone.pt'),
+    (['--out=no/w.safetensors'], '--out=no/w.safetensors: folder no '),
+    (['--platforms=cpu'], r'--platforms .*w\.safetensors'),
+    (['--image_size=8'], r'--image_size .*w\.safetensors'),
+    (['--out=n.stablehlo', '--with_head'], r'--with_head .*n\.stablehlo'),
+    (['--out=n.stablehlo', '--platforms=cpu,gpu'], '--platforms .*got gpu'),
+    (['--out=n.stablehlo', '--platforms='], '--platforms .*none'),
+    (['--out=n.stablehlo', '--image_size=0'], '--image_size must be'),
   ],
 )
-def test_what_cannot_be_exported_is_refused_and_nothing_written(
-  arguments, message, run, tmp_path, monkeypatch
+def test_wrong_arguments(arguments, message, run, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  defaults = [f'--workdir={run}', '--out=w.safetensors']
+  with pytest.raises(ValueError, match=message):
+    small.command(export, *defaults, *arguments)
+  assert not os.listdir(tmp_path)
+
+
+def test_command_prints_how_to_read_the_file(
+  run, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(ValueError, match=message):
-    export.export(**{'workdir': run, 'out': 'w.safetensors'} | arguments)
-  assert not os.listdir(tmp_path)
+  small.command(export, f'--workdir={run}', '--out=w.safetensors')
+  assert os.listdir(tmp_path) == ['w.safetensors']
+  printed = capsys.readouterr().out
+  for line in (
+    f'w.safetensors: step 5 of {run}, 0.0 MB',
+    'torchvision has no ResNet of depth 8 and width multiplier 0.25',
+    "model.load_state_dict(safetensors.torch.load_file('w.safetensors'))",
+    'mean [0.305], std [0.376], 8 px',
+  ):
+    assert line in printed
 
 
 # --- StableHLO ----------------------------------------------------------------
 
-# What a server need not have.
+# Packages that a server does not need.
 _BLOCKED = """
 import sys
 for name in (
@@ -237,9 +248,7 @@ for name in (
 """
 
 
-def test_the_documented_code_serves_a_run_in_a_process_with_jax_alone(
-  colour_run, tmp_path
-):
+def test_documented_code_serves_a_run_with_jax_alone(colour_run, tmp_path):
   (code,) = [
     block
     for block in re.findall(r'```python\n(.*?)```', DOCS, re.DOTALL)
@@ -270,9 +279,7 @@ np.testing.assert_allclose(one, features[:1], rtol=0, atol=1e-4)
     assert_same_network(served['embeddings'], embeddings)
 
 
-def test_one_file_can_be_for_several_platforms_and_for_more_devices(
-  run, tmp_path
-):
+def test_one_file_for_several_platforms_and_devices(run, tmp_path):
   out = tmp_path / 'network.stablehlo'
   lines = export.export(
     run, str(out), platforms=['cpu', 'cuda', 'tpu'], image_size=10
@@ -285,75 +292,13 @@ def test_one_file_can_be_for_several_platforms_and_for_more_devices(
   expected = clop_jax.load(run, devices=jax.devices()[ONE]).apply(x)
   mesh = parallel.make_mesh()  # eight devices
   split = jax.jit(exported.call)(parallel.shard(mesh, x))
-  for found, right in zip(split, expected, strict=True):
-    assert_same_network(found, right)
+  for output, right in zip(split, expected, strict=True):
+    assert_same_network(output, right)
   with pytest.raises(ValueError, match='shape'):
     exported.call(images(8, 9, 1))
 
 
-# --- the command --------------------------------------------------------------
-
-
-def test_the_command_writes_and_tells_how_to_read_it(run, tmp_path):
-  result = subprocess.run(
-    [
-      *[sys.executable, '-m', 'clop_jax.export'],
-      *[f'--workdir={run}', '--out=w.safetensors'],
-    ],
-    capture_output=True,
-    text=True,
-    cwd=tmp_path,
-    env=small.environment(),
-  )
-  assert result.returncode == 0, result.stderr
-  assert os.listdir(tmp_path) == ['w.safetensors']
-  for line in (
-    f'w.safetensors: step 5 of {run}, 0.0 MB',
-    'torchvision has no ResNet of depth 8 and width multiplier 0.25',
-    "model.load_state_dict(safetensors.torch.load_file('w.safetensors'))",
-    'mean [0.305], std [0.376], 8 px',
-  ):
-    assert line in result.stdout
-
-
-def test_a_file_that_is_there_is_replaced_only_if_asked(run, tmp_path):
-  out = tmp_path / 'w.safetensors'
-  export.export(run, str(out), which='3')
-  before = out.read_bytes()
-  with pytest.raises(ValueError, match=r'already exists; .*--overwrite'):
-    export.export(run, str(out))
-  assert out.read_bytes() == before
-  export.export(run, str(out), overwrite=True)
-  assert opened(out)[1]['step'] == '5'
-
-
-@pytest.mark.parametrize(
-  ('arguments', 'message'),
-  [
-    (['--out=w.safetensors'], '--workdir must name the folder of a run'),
-    (['--workdir=RUN'], '--out must name a file ending in .safetensors or'),
-    (['--workdir=RUN', '--out=w.safetensors', '--checkpoint=4'], '[3, 5]'),
-  ],
-)
-def test_the_command_refuses_in_one_clear_line(
-  arguments, message, run, tmp_path
-):
-  arguments = [x.replace('RUN', run) for x in arguments]
-  assert message in forked.refused('clop_jax.export', *arguments, cwd=tmp_path)
-  assert not os.listdir(tmp_path)
-
-
-# --- and back: training from a file's weights ---------------------------------
-
-
-def starting_config(digits_dir, path, **changes):
-  """So small a rate that the weights stay bit for bit what they begin as."""
-  return small.digits_config(
-    digits_dir,
-    model__initial_weights=str(path),
-    optimizer__learning_rate=1e-30,
-    **changes,
-  )
+# --- Training from exported weights -------------------------------------------
 
 
 def backbone_of(config, workdir, step):
@@ -366,38 +311,31 @@ def backbone_of(config, workdir, step):
   return state.params
 
 
-def kernels(weights):
-  """Ours of the first and last layer, by hand."""
-  return {
-    'conv1': weights['conv1.weight'].transpose(2, 3, 1, 0),
-    'layer3_0': weights['layer3.0.conv2.weight'].transpose(2, 3, 1, 0),
-  }
-
-
-def check_starts_from(params, weights):
-  expected = kernels(weights)
-  backbone = params['backbone']
-  np.testing.assert_array_equal(backbone['conv1']['kernel'], expected['conv1'])
-  np.testing.assert_array_equal(
-    backbone['layer3_0']['conv2']['kernel'], expected['layer3_0']
-  )
-  np.testing.assert_array_equal(
-    backbone['layer2_0']['bn1']['scale'], weights['layer2.0.bn1.weight']
-  )
-
-
-def test_a_run_starts_from_a_file_s_weights_and_goes_on_without_it(
+def test_run_starts_from_exported_weights_and_resumes_without_them(
   digits_dir, weights_file, tmp_path, capsys
 ):
   path = tmp_path / 'start.safetensors'
   path.write_bytes(weights_file.read_bytes())
-  config = starting_config(digits_dir, path)
+  config = small.digits_config(
+    digits_dir,
+    model__initial_weights=str(path),
+    # So small that the weights do not change by a bit.
+    optimizer__learning_rate=1e-30,
+  )
   workdir = tmp_path / 'run'
   train.train(config, str(workdir), devices=jax.devices()[ONE])
   weights, _ = opened(path)
   params = backbone_of(config, workdir, 5)
-  check_starts_from(params, weights)
-  # The head is the one that the seed makes.
+  backbone = params['backbone']
+  for kernel, name in (
+    (backbone['conv1']['kernel'], 'conv1.weight'),
+    (backbone['layer3_0']['conv2']['kernel'], 'layer3.0.conv2.weight'),
+  ):
+    np.testing.assert_array_equal(kernel, weights[name].transpose(2, 3, 1, 0))
+  np.testing.assert_array_equal(
+    backbone['layer2_0']['bn1']['scale'], weights['layer2.0.bn1.weight']
+  )
+  # The head comes from the seed.
   run = build.build(config, total_steps=10, steps_per_epoch=5)
   plain = jax.jit(run.create_state)()
   np.testing.assert_array_equal(
@@ -405,7 +343,7 @@ def test_a_run_starts_from_a_file_s_weights_and_goes_on_without_it(
     plain.params['projection_head']['dense1']['kernel'],
   )
   sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-  assert f'starts from {path} (sha256 {sha256})' in capsys.readouterr().out
+  assert f'{path} (sha256 {sha256})' in capsys.readouterr().out
   record = json.loads((workdir / 'initial_weights.json').read_text())
   assert record == {'path': str(path), 'sha256': sha256}
   saved = json.loads((workdir / 'config.json').read_text())
@@ -413,10 +351,9 @@ def test_a_run_starts_from_a_file_s_weights_and_goes_on_without_it(
 
   path.unlink()
   lines = (workdir / 'metrics.jsonl').read_text()
-  assert len(os.listdir(workdir / 'checkpoints')) == 2
-  subprocess.run(['rm', '-r', workdir / 'checkpoints' / '10'], check=True)
+  shutil.rmtree(workdir / 'checkpoints' / '10')
   train.train(config, str(workdir), devices=jax.devices()[ONE])
-  assert 'resuming from step 5 of 10' in capsys.readouterr().out
+  assert 'step 5 of 10' in capsys.readouterr().out
   assert (workdir / 'metrics.jsonl').read_text() == lines
 
 
@@ -426,30 +363,27 @@ def test_a_run_starts_from_a_file_s_weights_and_goes_on_without_it(
     (
       {'model__depth': 18},
       r"initial_weights='.*backbone\.safetensors': the weights do not fit the "
-      r'backbone; these have 1, 1, 1 basic blocks where config.model.depth has '
-      r'the backbone have 2, 2, 2, 2 basic blocks; missing: .*layer4\.1\.bn2',
+      r'backbone; check config.model.depth, .*missing: layer1\.1',
     ),
     (
       {'model__width_multiplier': 0.5},
-      r'layer1\.0\.conv1\.weight \(4, 4, 3, 3\), must be \(8, 8, 3, 3\)',
+      r'conv1\.weight \(4, 1, 3, 3\), .*\(8, 1, 3, 3\)',
     ),
-    ({'model__initial_weights': 'no.safetensors'}, 'there is no such file'),
-    ({'model__initial_weights': 'no.npz'}, r'must end in \.safetensors or'),
+    ({'model__initial_weights': 'no.safetensors'}, r'no\.safetensors'),
+    ({'model__initial_weights': 'no.npz'}, r'no\.npz'),
   ],
 )
-def test_weights_that_do_not_fit_stop_a_run_before_anything_is_written(
+def test_unfit_weights_stop_a_run_before_anything_is_written(
   changes, message, digits_dir, weights_file, tmp_path
 ):
-  given = {'model__initial_weights': str(weights_file)} | changes
-  config = small.digits_config(digits_dir, **given)
+  initial = {'model__initial_weights': str(weights_file)} | changes
+  config = small.digits_config(digits_dir, **initial)
   with pytest.raises(ValueError, match=message):
     train.train(config, str(tmp_path / 'run'), devices=jax.devices()[ONE])
   assert not os.listdir(tmp_path)
 
 
-def test_a_study_refuses_weights_that_do_not_fit_before_it_begins(
-  digits_dir, weights_file
-):
+def test_unfit_weights_stop_a_study(digits_dir, weights_file):
   config = small.digits_config(
     digits_dir,
     model__initial_weights=str(weights_file),
@@ -457,4 +391,4 @@ def test_a_study_refuses_weights_that_do_not_fit_before_it_begins(
   )
   _, fault = cell.check({'a': workdir_lib.to_json(config)})
   assert fault.startswith('cell a: config.model.initial_weights=')
-  assert "these are of config.model.stem='cifar'" in fault
+  assert 'wrong shape: conv1.weight ' in fault

@@ -1,4 +1,4 @@
-"""The contact sheet shows the data set's images and what training makes."""
+"""The contact sheet shows the images and views of the first training step."""
 
 import re
 
@@ -14,7 +14,7 @@ from clop_jax.experiment import build
 from tests import small
 
 GAP = 2
-BETWEEN = 10  # further, between triples
+BETWEEN = 10  # additional gap between triples
 
 
 def config_of(path, **changes):
@@ -40,11 +40,10 @@ def npz(tmp_path):
 
 
 def cells(sheet, *, side, scale):
-  """The images of a sheet, `[rows, columns, side, side, 3]`."""
+  """Returns the images of a sheet, `[rows, columns, side, side, 3]`."""
   step = side * scale + GAP
   rows = sheet.shape[0] // step
   triples = (sheet.shape[1] - GAP + BETWEEN) // (3 * step + BETWEEN)
-  # Nothing but the cells and what is between them.
   width = triples * (3 * step + BETWEEN) - BETWEEN + GAP
   assert sheet.shape[:2] == (rows * step + GAP, width)
   tops = [GAP + i * step for i in range(rows)]
@@ -62,7 +61,7 @@ def cells(sheet, *, side, scale):
   )
 
 
-def test_sheet_shows_the_first_batch_and_the_views_of_the_first_step(npz):
+def test_sheet_shows_the_first_batch_and_its_views(npz):
   path, images = npz
   config = config_of(path)
   sheet = preview.draw(config, count=8)
@@ -74,24 +73,19 @@ def test_sheet_shows_the_first_batch_and_the_views_of_the_first_step(npz):
   std, mean = np.array((0.2, 0.3, 0.25)), np.array((0.4, 0.5, 0.6))
   pixels = 255 * (np.asarray(views) * std + mean)
   for view in range(2):
-    # Rounding to a pixel is all that may differ.
+    # Pixels are rounded.
     assert abs(triples[:, 1 + view] - pixels[view]).max() < 0.51
 
 
-def test_full_rows_are_shown_and_never_more_than_there_are(npz):
+def test_sheet_has_full_rows_and_at_most_the_images(npz):
   path, _ = npz
-  sheet = preview.draw(config_of(path), count=7)
-  assert cells(sheet, side=6, scale=16).shape[:2] == (1, 12)
-  sheet = preview.draw(config_of(path), count=3)
-  assert cells(sheet, side=6, scale=16).shape[:2] == (1, 9)
   config = config_of(path, train__batch_size=64)
-  sheet = preview.draw(config, count=99)
-  assert cells(sheet, side=6, scale=16).shape[:2] == (5, 12)
-  with pytest.raises(ValueError, match='--count must be at least 1, got 0'):
-    preview.draw(config, count=0)
+  for count, shape in ((3, (1, 9)), (7, (1, 12)), (99, (5, 12))):
+    sheet = preview.draw(config, count=count)
+    assert cells(sheet, side=6, scale=16).shape[:2] == shape
 
 
-def test_crops_of_the_host_are_those_that_training_sees(tmp_path):
+def test_host_crops_are_those_of_training(tmp_path):
   rng = np.random.default_rng(0)
   for index in range(4):
     folder = tmp_path / 'train' / 'ab'[index % 2]
@@ -125,7 +119,7 @@ def test_crops_of_the_host_are_those_that_training_sees(tmp_path):
     np.testing.assert_allclose(triple[1:], crops, atol=1)
 
 
-def test_the_command_writes_a_png_and_says_once_what_it_repeats(tmp_path):
+def test_command_writes_a_png(tmp_path, capsys):
   path = tmp_path / 'grey.npz'
   np.savez(path, train_images=np.zeros((40, 32, 32), np.uint8))
   arguments = [
@@ -137,21 +131,14 @@ def test_the_command_writes_a_png_and_says_once_what_it_repeats(tmp_path):
     '--config.augment.std=(.2,.2,.2)',
   ]
   out = tmp_path / 'new folder' / 'sheet.png'
-  result = small.call('clop_jax.preview', *arguments, f'--out={out}')
-  assert result.returncode == 0, result.stderr
-  assert result.stdout.count('note: grey images') == 1
+  small.command(preview, *arguments, f'--out={out}')
+  assert capsys.readouterr().out.count('note: grey images') == 1
   with Image.open(out) as sheet:
     assert sheet.size == (12 * 98 + 3 * BETWEEN + GAP, 8 * 98 + GAP)
-  result = small.call('clop_jax.preview', *arguments, '--count=-1')
-  assert result.returncode == 1
-  assert result.stderr == 'error: --count must be at least 1, got -1\n'
-  # What training would refuse is refused here.
-  result = small.call(
-    'clop_jax.preview', *arguments, '--config.data.label_fraction=7'
-  )
-  assert result.returncode == 1
-  assert re.search(r'label_fraction.* 7', result.stderr)
-  result = small.call('clop_jax.preview', *arguments, f'--out={tmp_path}')
-  assert f'--out must be the PNG to write, got the folder {tmp_path}' in (
-    result.stderr
-  )
+  for argument, message in (
+    ('--count=-1', '--count must be at least 1, got -1'),
+    ('--config.data.label_fraction=7', 'label_fraction.* 7'),
+    (f'--out={tmp_path}', f'--out must be .*{tmp_path}'),
+  ):
+    line = small.refused(preview, *arguments, argument)
+    assert re.search(message, line)

@@ -60,16 +60,10 @@ def take(data, chunks=CHUNKS):
 
 
 def test_read_all_keeps_the_order():
-  images, labels = loader.read_all(make_reader())
-  np.testing.assert_array_equal(images, make_images())
-  np.testing.assert_array_equal(labels, np.arange(50) % 7 - 1)
+  images, labels = loader.read_all(make_reader(n=230))
+  np.testing.assert_array_equal(images, make_images(n=230))
+  np.testing.assert_array_equal(labels, np.arange(230) % 7 - 1)
   assert labels.dtype == np.int32
-
-
-def test_read_all_reads_more_than_one_part(monkeypatch):
-  monkeypatch.setattr(loader, '_FEW_EXAMPLES', 7)
-  images, _ = loader.read_all(make_reader())
-  np.testing.assert_array_equal(images, make_images())
 
 
 def epoch(data, number):
@@ -77,33 +71,22 @@ def epoch(data, number):
   return np.stack([data.indices(number * steps + i) for i in range(steps)])
 
 
-def test_every_example_comes_at_most_once_an_epoch():
-  data = make_loader()
-  assert data.steps_per_epoch == 3
-  for number in range(3):
-    order = epoch(data, number)
+def test_example_is_served_at_most_once_per_epoch():
+  data, other = make_loader(), make_loader(seed=4)
+  orders = [epoch(data, 0), epoch(data, 1), epoch(data, 2), epoch(other, 0)]
+  for order in orders:
     assert order.shape == (3, 16)
     assert len(np.unique(order)) == 48
     assert order.min() >= 0
     assert order.max() < 50
-
-
-def test_full_batch_has_every_example():
-  order = epoch(make_loader(n=48), 2)
-  np.testing.assert_array_equal(np.sort(order.ravel()), np.arange(48))
-
-
-def test_epochs_and_seeds_differ_and_are_shuffled():
-  data, other = make_loader(), make_loader(seed=4)
-  orders = [epoch(data, 0), epoch(data, 1), epoch(data, 2), epoch(other, 0)]
+    assert (np.diff(order.ravel()) < 0).any()
   assert len({order.tobytes() for order in orders}) == 4
-  # The two left out of an epoch are not always the same ones.
-  left_out = [set(range(50)) - set(order.ravel()) for order in orders]
-  assert any(left != left_out[0] for left in left_out)
-  assert (np.diff(orders[0].ravel()) < 0).any()
+  # Not always the same two are dropped.
+  dropped = [set(range(50)) - set(order.ravel()) for order in orders]
+  assert any(some != dropped[0] for some in dropped)
 
 
-def test_step_has_the_same_batch_after_a_restart_and_in_any_order():
+def test_batch_depends_on_seed_and_step_alone():
   data = make_loader()
   straight = [data.indices(step) for step in range(12)]
   for step in (11, 0, 7, 4, 8):
@@ -113,9 +96,7 @@ def test_step_has_the_same_batch_after_a_restart_and_in_any_order():
 
 @pytest.mark.parametrize('kind', ['resident', 'stream'])
 @pytest.mark.parametrize('devices', [1, 2, 8])
-def test_batches_are_the_examples_own_rows_on_any_number_of_devices(
-  kind, devices
-):
+def test_batches_are_the_same_on_any_number_of_devices(kind, devices):
   data = make_loader(devices, kind=kind)
   for chunk, batch in zip(CHUNKS, take(data), strict=True):
     index = np.stack([data.indices(step) for step in chunk])
@@ -130,8 +111,20 @@ def test_batches_are_the_examples_own_rows_on_any_number_of_devices(
 
 
 @pytest.mark.parametrize('kind', ['resident', 'stream'])
-def test_structure_is_that_of_the_batches(kind):
+def test_structure_matches_the_batches(kind):
   data = make_loader(kind=kind)
+  abstract = loader.AbstractLoader(
+    50,
+    (2, 2, 1),
+    batch_size=16,
+    mesh=parallel.make_mesh(),
+    resident=kind == 'resident',
+  )
+  assert abstract.structure(2) == data.structure(2)
+  assert abstract.resident == jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    data.resident,
+  )
   with contextlib.closing(data.batches(CHUNKS)) as batches:
     for chunk, batch in zip(CHUNKS, batches, strict=True):
       structure = data.structure(len(chunk))
@@ -144,100 +137,78 @@ def test_structure_is_that_of_the_batches(kind):
         assert leaf.addressable_shards[0].data.shape[:2] == (len(chunk), 2)
 
 
-# A batch of 128 px comes through shared memory, one of 2 px through a pipe.
-@pytest.mark.parametrize(('num_workers', 'size'), [(0, 2), (2, 2), (2, 128)])
-def test_streamed_batches_equal_the_resident_ones(num_workers, size):
+# Large batches come through shared memory.
+@pytest.mark.parametrize(('num_workers', 'size'), [(0, 2), (2, 128)])
+def test_streamed_batches_equal_resident_ones(num_workers, size):
   resident = make_loader(n=64, size=size)
   stream = make_loader(n=64, size=size, kind='stream', num_workers=num_workers)
   # Over more than one epoch of four steps.
   for a, b in zip(take(resident), take(stream), strict=True):
     jax.tree.map(np.testing.assert_array_equal, a, b)
+  # A resumed run starts in the middle of the second epoch.
+  (resumed,) = take(stream, [range(4, 8)])
+  jax.tree.map(np.testing.assert_array_equal, resumed, a)
+  assert not list(take(stream, []))
 
 
-def test_stream_goes_on_from_the_step_alone():
-  whole = [b['image'] for b in take(make_loader(kind='stream'))]
-  # A new loader, started in the middle of the second epoch.
-  rest = make_loader(kind='stream')
-  (resumed,) = take(rest, [range(4, 8)])
-  np.testing.assert_array_equal(resumed['image'], whole[-1])
-  assert not list(take(rest, []))
-
-
-class Broken:
-  """Says what is wrong with its sixth example, in whatever process."""
+class Failing:
+  """Calls `fail` for its sixth example."""
 
   labels = np.zeros(40, np.int32)
-  armed = False
+  fail = None
 
   def __len__(self):
     return 40
 
   def __getitem__(self, index):
-    if self.armed and index == 6:
-      raise images_lib.CorruptImageError('train/6.png cannot be decoded')
+    if self.fail is not None and index == 6:
+      self.fail()
     return {'image': np.zeros((2, 2, 1), np.uint8), 'label': 0}
 
 
-@pytest.mark.parametrize('num_workers', [0, 1])
-def test_what_a_worker_cannot_decode_is_named_in_the_main_process(num_workers):
-  source = Broken()
+def take_failing(fail):
+  source = Failing()
   reader = reader_lib.Reader(source, source.labels, channels=1)
-  source.armed = True
-  data = loader.StreamLoader(
-    reader,
-    batch_size=8,
-    seed=0,
-    mesh=parallel.make_mesh(),
-    num_workers=num_workers,
-  )
-  with pytest.raises(ValueError, match=r'train/6\.png cannot be decoded'):
-    list(take(data, [range(i, i + 1) for i in range(5)]))
-
-
-class Signalled:
-  """Sends a signal to the worker that reads its sixth example."""
-
-  labels = np.zeros(40, np.int32)
-  sent = None
-
-  def __len__(self):
-    return 40
-
-  def __getitem__(self, index):
-    if self.sent is not None and index == 6:
-      # From the start, long before Grain calls a function of ours.
-      inherited = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-      assert {signal.SIGTERM, signal.SIGINT} <= inherited
-      # What is blocked waits, and would end the process if it was not ignored.
-      signal.pthread_sigmask(signal.SIG_SETMASK, ())
-      os.kill(os.getpid(), self.sent)
-    return {'image': np.zeros((2, 2, 1), np.uint8), 'label': 0}
-
-
-@pytest.mark.parametrize(
-  ('sent', 'error'),
-  [
-    (signal.SIGTERM, None),
-    (signal.SIGINT, None),
-    (signal.SIGKILL, r'SIGKILL.*memory.*config\.data\.num_workers'),
-  ],
-)
-def test_a_worker_ends_by_no_signal_that_its_trainer_survives(sent, error):
-  source = Signalled()
-  reader = reader_lib.Reader(source, source.labels, channels=1)
-  source.sent = sent
+  source.fail = fail
   data = loader.StreamLoader(
     reader, batch_size=8, seed=0, mesh=parallel.make_mesh(), num_workers=1
   )
-  with (
-    pytest.raises(ChildProcessError, match=error)
-    if error
-    else contextlib.nullcontext()
-  ):
-    assert len(list(take(data, [range(i, i + 1) for i in range(5)]))) == 5
+  return list(take(data, [range(i, i + 1) for i in range(5)]))
 
 
-def test_in_order_gives_every_image_once():
+def corrupt():
+  raise images_lib.CorruptImageError('train/6.png cannot be decoded')
+
+
+def stop():
+  # Blocked from the start, long before Grain calls a function of ours.
+  signals = {signal.SIGTERM, signal.SIGINT}
+  assert signals <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+  # Blocked signals wait, and would end the process if it did not ignore them.
+  signal.pthread_sigmask(signal.SIG_SETMASK, ())
+  for number in signals:
+    os.kill(os.getpid(), number)
+
+
+def kill():
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_corrupt_image_in_a_worker_is_named():
+  with pytest.raises(ValueError, match=r'train/6\.png cannot be decoded'):
+    take_failing(corrupt)
+
+
+def test_worker_survives_the_signals_of_a_preemption():
+  assert len(take_failing(stop)) == 5
+
+
+def test_killed_worker_is_reported_as_out_of_memory():
+  with pytest.raises(ChildProcessError, match=r'SIGKILL.*data\.num_workers'):
+    take_failing(kill)
+
+
+def test_in_order_reads_every_image_once():
   read = make_reader()
   batches = list(loader.in_order(read, batch_size=16))
   images, positions = zip(*batches, strict=True)
@@ -246,36 +217,21 @@ def test_in_order_gives_every_image_once():
   np.testing.assert_array_equal(np.concatenate(positions), np.arange(50))
 
 
-@pytest.mark.parametrize('kind', ['resident', 'stream'])
 @pytest.mark.parametrize(
-  ('batch_size', 'message'),
+  ('options', 'message'),
   [
-    (12, 'positive multiple of the 8 devices, got 12; nearest: 8'),
-    (0, 'positive multiple of the 8 devices, got 0; nearest: 8'),
-    (-8, 'positive multiple of the 8 devices, got -8'),
-    (56, 'batch_size must be at most the 50 examples, got 56'),
+    ({'batch_size': 12}, 'batch_size.*8 devices.*12'),
+    ({'batch_size': -8}, 'batch_size.*-8'),
+    ({'batch_size': 56}, 'batch_size.*50 examples.*56'),
+    ({'num_workers': -2}, 'num_workers.*-2'),
+    ({'prefetch': 0}, 'prefetch.*0'),
   ],
 )
-def test_batch_that_does_not_fit_is_refused(kind, batch_size, message):
-  with pytest.raises(ValueError, match=message):
-    make_loader(kind=kind, batch_size=batch_size)
-
-
-@pytest.mark.parametrize(
-  ('arguments', 'message'),
-  [
-    ({'num_workers': -2}, 'num_workers must be at least 0, .*got -2'),
-    ({'num_workers': 0, 'prefetch': 0}, 'prefetch must be at least 1, got 0'),
-  ],
-)
-def test_impossible_reading_is_refused(arguments, message):
+def test_wrong_numbers_are_named(options, message):
+  options = {'batch_size': 8, 'num_workers': 0} | options
   with pytest.raises(ValueError, match=message):
     loader.StreamLoader(
-      make_reader(),
-      batch_size=8,
-      seed=0,
-      mesh=parallel.make_mesh(),
-      **arguments,
+      make_reader(), seed=0, mesh=parallel.make_mesh(), **options
     )
 
 
@@ -319,7 +275,7 @@ print(json.dumps([read, seen]))
 """
 
 
-def test_two_processes_read_disjoint_data_that_are_everything_once():
+def test_two_processes_read_disjoint_halves_of_the_batches():
   port = '47381'
   environment = small.environment(devices=2)
   processes = [
@@ -352,14 +308,14 @@ def test_two_processes_read_disjoint_data_that_are_everything_once():
 
 
 @pytest.mark.parametrize('devices', [1, 2])
-def test_the_chosen_examples_come_alike_from_both_loaders(devices):
+def test_both_loaders_serve_the_same_chosen_examples(devices):
   chosen = np.array([3, 5, 8, 13, 21, 34, 44, 5])  # one of them twice
   taken = []
   for kind in ('resident', 'stream'):
     data = make_loader(devices, kind=kind)
     some = data.among(chosen, batch_size=4, seed=1)
     assert some.steps_per_epoch == 2
-    assert data.steps_per_epoch == 3  # the other loader is as it was
+    assert data.steps_per_epoch == 3  # the loader itself is unchanged
     taken.append(list(take(some, [range(2), range(2, 4)])))
     index = taken[-1][0]['index']
     np.testing.assert_array_equal(np.sort(index.ravel()), np.sort(chosen))

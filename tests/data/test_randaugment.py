@@ -1,5 +1,3 @@
-"""RandAugment against Pillow, operation by operation."""
-
 import functools
 import math
 
@@ -10,7 +8,6 @@ from PIL import Image
 from PIL import ImageEnhance
 from PIL import ImageOps
 import pytest
-from scipy import stats
 
 from clop_jax.data import augment
 from clop_jax.data import randaugment
@@ -108,17 +105,12 @@ def test_every_operation_equals_pillow(name, sign, magnitude):
     assert np.abs(ours - image).max() >= 3  # posterize drops two bits
 
 
-@pytest.mark.parametrize('name', randaugment.OPERATIONS)
-def test_no_magnitude_is_no_change_but_for_those_that_have_none(name):
+def test_magnitude_zero_changes_nothing():
   image = picture()
-  ours = operate(image, name, 1.0, 0.0)
-  if name in ('autocontrast', 'equalize'):
-    assert np.abs(ours - image).max() > 5
-  elif name == 'solarize':
-    assert image.max() < 255
-    np.testing.assert_array_equal(ours, image)
-  else:
-    np.testing.assert_array_equal(ours, image)
+  for name in randaugment.OPERATIONS:
+    changed = np.abs(operate(image, name, 1.0, 0.0) - image).max() > 5
+    # These two have no magnitude.
+    assert changed == (name in ('autocontrast', 'equalize'))
 
 
 @pytest.mark.parametrize('value', [0, 77, 255])
@@ -128,44 +120,13 @@ def test_flat_image_survives_autocontrast_and_equalize(value):
     np.testing.assert_array_equal(operate(image, name, 1.0, 18.0), image)
 
 
-def test_one_channel_goes_through_and_colour_is_the_identity():
+def test_colour_of_one_channel_is_the_identity():
   image = picture(channels=1)
-  for name in randaugment.OPERATIONS:
-    ours = operate(image, name, 1.0, 18.0)
-    assert ours.shape == image.shape
-    assert ours.min() >= 0
-    assert ours.max() <= 255
   np.testing.assert_array_equal(operate(image, 'color', 1.0, 18.0), image)
   theirs = ImageOps.equalize(Image.fromarray(image[..., 0]))
   np.testing.assert_array_equal(
     operate(image, 'equalize', 1.0, 18.0)[..., 0], theirs
   )
-
-
-def test_layers_draw_every_operation_and_sign_alike():
-  uniform = np.random.default_rng(0).uniform(size=(4000, 2))
-  calls = []
-
-  def record(pixels, which, sign, *, magnitude):
-    del magnitude
-    calls.append((int(which), float(sign)))
-    return pixels
-
-  with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
-    patch.setattr(randaugment, 'operate', record)
-    patch.setattr(
-      randaugment.lax,
-      'scan',
-      lambda f, x, rows: ([f(x, row) for row in rows] and x, None),
-    )
-    randaugment.apply(
-      uniform.astype(np.float32), jnp.zeros((3, 4, 4)), magnitude=18.0
-    )
-  which, signs = np.array(calls).T
-  counts = np.bincount(which.astype(int), minlength=14)
-  assert len(counts) == 14
-  assert stats.chisquare(counts).pvalue > 1e-3
-  assert abs(signs.mean()) < 0.08
 
 
 RECIPE = {
@@ -177,7 +138,7 @@ RECIPE = {
 }
 
 
-def test_view_with_layers_is_its_operations_one_after_the_other():
+def test_view_applies_the_operations_of_its_layers():
   image = picture()
   plain = functools.partial(augment.view, recipe=augment.Recipe(**RECIPE))
   layered = functools.partial(
@@ -196,14 +157,17 @@ def test_view_with_layers_is_its_operations_one_after_the_other():
   # The same crop and flip, then the drawn operations.
   for key, one, other in zip(keys, before, after, strict=True):
     uniform = augment._draw(key, 3)['randaugment']
-    planes = jnp.moveaxis(one, -1, 0)
-    expected = randaugment.apply(uniform, planes, magnitude=18.0)
+    expected = jnp.moveaxis(jnp.round(one * 255), -1, 0)
+    for number, sign in np.asarray(uniform):
+      expected = operation(18.0)(
+        expected, int(number * 14), -1.0 if sign < 0.5 else 1.0
+      )
     # A pixel may be rounded to the other level before the first operation.
-    differs = np.abs(np.moveaxis(expected, 0, -1) - other) > 2 / 255
+    differs = np.abs(np.moveaxis(expected, 0, -1) - other * 255) > 2
     assert differs.mean() < 0.01
 
 
-def test_without_layers_the_draws_are_those_of_a_view_without_randaugment():
+def test_layers_do_not_change_the_other_draws():
   key = jax.random.key(3)
   with_layers, without = augment._draw(key, 3), augment._draw(key)
   for name in without:

@@ -1,5 +1,5 @@
-import io
 import os
+import pathlib
 import pickle
 
 import numpy as np
@@ -19,7 +19,7 @@ def write(path, value=0, size=(5, 4), mode='RGB'):
 
 @pytest.fixture
 def tree(tmp_path):
-  """Two classes, unlabelled images, files that are no images."""
+  """A folder of two classes, unlabelled images and other files."""
   for name, value in (('b/2.png', (2, 0, 0)), ('b/10.tiff', (3, 0, 0))):
     write(tmp_path / 'train' / name, value)
   write(tmp_path / 'train' / 'a' / 'x.bmp', (1, 0, 0))
@@ -30,7 +30,7 @@ def tree(tmp_path):
   return tmp_path
 
 
-def test_folder_has_its_classes_by_name_and_the_unlabelled(tree):
+def test_folder_lists_classes_by_name_and_unlabelled_images(tree):
   source = sources.load('folder', 'train', str(tree))
   names = [os.path.relpath(path, tree / 'train') for path in source.paths]
   assert names == ['free.PNG', 'a/x.bmp', 'b/10.tiff', 'b/2.png']
@@ -41,41 +41,13 @@ def test_folder_has_its_classes_by_name_and_the_unlabelled(tree):
   assert red == [9, 1, 3, 2]
   assert [source[i]['label'] for i in range(4)] == [-1, 0, 1, 1]
   assert source.name_of(1).endswith('train/a/x.bmp')
-  # A split without some class still numbers them as training does.
+  # A split that lacks a class has the same labels as training.
   test = sources.load('folder', 'test', str(tree))
   np.testing.assert_array_equal(test.labels, [1])
   assert test.num_classes == 2
 
 
-@pytest.mark.parametrize(
-  ('break_it', 'split', 'message'),
-  [
-    (lambda t: None, 'val', r"one of \['test', 'train'\], got 'val'"),
-    (
-      lambda t: (t / 'train' / 'c').mkdir(),
-      'train',
-      'train/c is an empty class',
-    ),
-    (
-      lambda t: write(t / 'train' / 'c' / 'images' / '1.png'),
-      'train',
-      r'c is an empty class: .* \(1 file .*images/1.png\): in folders below a',
-    ),
-    (
-      lambda t: write(t / 'test' / 'zebra' / '1.png'),
-      'test',
-      r'test has classes that .*train lacks: zebra',
-    ),
-    (lambda t: (t / 'extra').mkdir(), 'extra', 'extra has no images'),
-  ],
-)
-def test_folder_that_will_not_do_is_named(tree, break_it, split, message):
-  break_it(tree)
-  with pytest.raises(ValueError, match=message):
-    sources.load('folder', split, str(tree))
-
-
-def test_folder_takes_no_documents_for_pictures(tree):
+def test_folder_skips_documents(tree):
   # Pillow registers all of these.
   for suffix in ('pdf', 'palm', 'h5', 'hdf', 'mpg', 'eps', 'ps', 'wmf', 'grib'):
     (tree / 'train' / 'a' / f'paper.{suffix}').write_bytes(b'no picture')
@@ -89,44 +61,23 @@ def test_folder_takes_no_documents_for_pictures(tree):
     source[index]
 
 
-def test_folder_tells_of_what_it_leaves_out_and_not_of_hidden_files(
-  tree, capsys
-):
+def test_folder_reports_what_it_skips_except_hidden_files(tree, capsys):
   train = tree / 'train'
   (train / 'b' / 'notes.txt').unlink()
   folder.Folder('train', str(tree))
   assert not capsys.readouterr().err
   (train / '1').write_bytes(b'')
-  folder.Folder('train', str(tree))
-  (line,) = capsys.readouterr().err.splitlines()
-  assert line == (
-    f'note: 1 file under {train} was left out (first: 1): without the suffix '
-    'of a picture: 1'
-  )
   write(train / 'b' / 'more' / 'deep' / 'z.png')
   write(train / 'b' / 'more' / '.hidden' / 'z.png')
   write(train / 'b' / '.thumbnails' / 'z.png')
   (train / 'a' / 'gone.png').symlink_to(tree / 'nowhere.png')
   (train / 'a' / 'self.png').symlink_to(train / 'a' / 'self.png')
   (train / 'a' / 'kept.png').symlink_to(train / 'a' / 'x.bmp')
-  for _ in range(2):  # told once
-    source = folder.Folder('train', str(tree))
-    assert len(source) == 5
+  for _ in range(2):  # reported once
+    assert len(folder.Folder('train', str(tree))) == 5
   (line,) = capsys.readouterr().err.splitlines()
-  assert line == (
-    f'note: 4 files under {train} were left out (first: 1): broken links or '
-    'special files: 2; in folders below a class: 1; without the suffix of a '
-    'picture: 1'
-  )
-
-
-@pytest.mark.parametrize(
-  ('path', 'message'),
-  [('nowhere', 'nowhere: there is no such folder'), (None, 'got None')],
-)
-def test_folder_that_is_missing_is_named(path, message):
-  with pytest.raises(ValueError, match=message):
-    folder.Folder('train', path)
+  assert line.startswith(f'note: skipped 4 of the files in {train}')
+  assert f'{train / "1"}, ...' in line
 
 
 @pytest.fixture
@@ -144,7 +95,7 @@ def npz(tmp_path):
   return path
 
 
-def test_npz_has_images_and_labels_of_each_split(npz):
+def test_npz_holds_images_and_labels_of_each_split(npz):
   train = sources.load('npz', 'train', npz)
   with np.load(npz) as file:
     np.testing.assert_array_equal(train[3]['image'], file['train_images'][3])
@@ -157,81 +108,88 @@ def test_npz_has_images_and_labels_of_each_split(npz):
   np.testing.assert_array_equal(free.labels, [-1, -1, -1])
 
 
-def test_npz_that_cannot_be_read_is_named(npz, tmp_path):
-  with pytest.raises(ValueError, match=r"\['train', 'test', 'free'\].*'val'"):
-    sources.load('npz', 'val', npz)
-  with pytest.raises(ValueError, match='data_dir must be the path of a npz'):
-    sources.load('npz', 'train')
-  with pytest.raises(ValueError, match=r'missing\.npz: there is no such file'):
-    sources.load('npz', 'train', str(tmp_path / 'missing.npz'))
-  broken = tmp_path / 'broken.npz'
-  with open(npz, 'rb') as file:
-    whole = file.read()
-  array = io.BytesIO()
-  np.save(array, np.zeros(3))
-  contents = (b'', b'no zip', whole[:-40], whole[:300], array.getvalue())
-  for content in contents:
-    broken.write_bytes(content)
-    with pytest.raises(
-      ValueError, match=r'broken\.npz cannot be read as a npz'
-    ):
-      sources.load('npz', 'train', str(broken))
+def cut_short(path):
+  path.write_bytes(path.read_bytes()[:-40])
 
 
-@pytest.mark.parametrize('dtype', [np.uint8, np.int8, np.uint64, np.int64])
-def test_integers_of_any_kind_are_labels(dtype, tmp_path):
-  labels = np.array([2, 0, 1], dtype)
-  made = arrays.Arrays(np.zeros((3, 2, 2), np.uint8), labels)
+@pytest.mark.parametrize(
+  ('name', 'split', 'change', 'message'),
+  [
+    ('folder', 'val', None, r"split.*\['test', 'train'\].*'val'"),
+    ('folder', 'train', lambda t: (t / 'train/c').mkdir(), 'train/c'),
+    (
+      'folder',
+      'train',
+      lambda t: write(t / 'train/c/images/1.png'),
+      r'train/c .*c/images/1\.png',
+    ),
+    (
+      'folder',
+      'test',
+      lambda t: write(t / 'test/zebra/1.png'),
+      'test .*train .*zebra',
+    ),
+    ('folder', 'extra', lambda t: (t / 'extra').mkdir(), 'extra has no image'),
+    ('folder', 'train', lambda t: t.rename(f'{t}.gone'), 'data_dir=.*train/'),
+    ('npz', 'val', None, r"split.*\['train', 'test', 'free'\].*'val'"),
+    ('npz', 'train', lambda p: p.unlink(), r'data_dir=.*set\.npz: no such'),
+    ('npz', 'train', lambda p: p.write_bytes(b''), r'set\.npz cannot be read'),
+    ('npz', 'train', lambda p: p.write_bytes(b'x'), r'set\.npz cannot be read'),
+    ('npz', 'train', cut_short, r'set\.npz cannot be read'),
+    (
+      'npz',
+      'train',
+      lambda p: np.savez(p, train_images=np.zeros((2, 3, 3))),
+      r"set\.npz.*'train'.*uint8.*float64",
+    ),
+  ],
+)
+def test_wrong_folder_or_npz_file_is_named(
+  name, split, change, message, tree, npz
+):
+  path = {'folder': tree / 'set', 'npz': pathlib.Path(npz)}[name]
+  if name == 'folder':
+    path.mkdir()
+    for part in ('train', 'test'):
+      (tree / part).rename(path / part)
+  if change is not None:
+    change(path)
+  with pytest.raises(ValueError, match=message):
+    sources.load(name, split, str(path))
+
+
+@pytest.mark.parametrize('name', ['folder', 'npz'])
+def test_missing_data_dir_is_named(name):
+  with pytest.raises(ValueError, match=r'data_dir.*None'):
+    sources.load(name, 'train')
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint64, np.int64])
+def test_labels_may_be_any_integers(dtype):
+  made = arrays.Arrays(IMAGES, np.array([2, 0, 1], dtype))
   np.testing.assert_array_equal(made.labels, [2, 0, 1])
   assert made.labels.dtype == np.int32 and made.num_classes == 3
-  np.savez(
-    tmp_path / 'set.npz',
-    train_images=np.zeros((3, 2, 2), np.uint8),
-    train_labels=labels,
-  )
-  read = sources.load('npz', 'train', str(tmp_path / 'set.npz'))
-  np.testing.assert_array_equal(read.labels, [2, 0, 1])
 
 
-def test_a_label_beyond_32_bits_is_refused_and_not_wrapped_around():
-  images = np.zeros((2, 2, 2), np.uint8)
-  with pytest.raises(
-    ValueError, match='fit 32 bits, got 4294967297 at index 1'
-  ):
-    arrays.Arrays(images, np.array([0, 2**32 + 1]))
-  own = [{'image': images[..., None][0], 'label': 2**31 + 7}]
-  with pytest.raises(
-    ValueError, match='fit 32 bits, got 2147483655 at index 0'
-  ):
-    sources.labels_of(own)
-
-
-def test_what_is_wrong_with_an_array_names_the_file(tmp_path):
-  path = tmp_path / 'set.npz'
-  np.savez(path, train_images=np.zeros((2, 3, 3)))
-  with pytest.raises(ValueError, match=r"set\.npz, split 'train': images must"):
-    sources.load('npz', 'train', str(path))
+IMAGES = np.zeros((3, 2, 2), np.uint8)
 
 
 @pytest.mark.parametrize(
   ('images', 'labels', 'message'),
   [
-    (np.zeros((2, 3, 3, 1)), None, 'images must be uint8 .*got float64'),
-    (np.zeros((2, 3), np.uint8), None, r'got uint8 \(2, 3\)'),
-    (
-      np.zeros((2, 3, 3), np.uint8),
-      np.zeros(3, int),
-      r'labels must be integers of shape \[n\]=\[2\], got int64 \(3,\)',
-    ),
-    (np.zeros((2, 3, 3), np.uint8), np.zeros(2), r'got float64 \(2,\)'),
+    (np.zeros((2, 3, 3, 1)), None, 'images.*float64'),
+    (np.zeros((2, 3), np.uint8), None, r'images.*\(2, 3\)'),
+    (IMAGES, np.zeros(2, int), r'labels.*\[3\].*\(2,\)'),
+    (IMAGES, np.zeros(3), 'labels.*float64'),
+    (IMAGES, np.array([0, 2**32 + 1, 0]), 'labels.*4294967297 at index 1'),
   ],
 )
-def test_arrays_of_wrong_shape_are_refused(images, labels, message):
+def test_wrong_arrays_are_named(images, labels, message):
   with pytest.raises(ValueError, match=message):
     arrays.Arrays(images, labels)
 
 
-def test_synthetic_classes_lie_in_their_own_orthogonal_subspaces():
+def test_synthetic_classes_have_orthogonal_subspaces():
   source = sources.load('synthetic', 'train', noise=0.0, num_examples=300)
   bases = source.bases
   assert bases.shape == (10, 64, 2)
@@ -246,7 +204,7 @@ def test_synthetic_classes_lie_in_their_own_orthogonal_subspaces():
     energy = np.sum((signal @ bases) ** 2, axis=-1) / np.sum(signal**2)
     assert np.argmax(energy) == example['label']
     assert energy.max() > 0.99  # rounding to 256 levels is the rest
-  # Another split shares the subspaces and no image.
+  # Another split shares the subspaces, but no image.
   test = sources.load('synthetic', 'test', noise=0.0, num_examples=300)
   np.testing.assert_array_equal(test.bases, bases)
   assert len(test) == 60
@@ -254,7 +212,7 @@ def test_synthetic_classes_lie_in_their_own_orthogonal_subspaces():
   assert not train_images & {test[i]['image'].tobytes() for i in range(60)}
 
 
-def test_synthetic_noise_is_what_was_asked_for():
+def test_synthetic_noise_has_its_standard_deviation():
   source = synthetic.Synthetic('train', noise=0.5, num_examples=500)
   deviations = []
   for index in range(500):
@@ -265,7 +223,7 @@ def test_synthetic_noise_is_what_was_asked_for():
   assert np.sqrt(np.mean(deviations)) == pytest.approx(0.5, rel=0.02)
 
 
-def test_synthetic_depends_on_its_seed_alone():
+def test_synthetic_depends_on_its_seed():
   one, same, other = (
     synthetic.Synthetic('train', seed=seed, num_examples=20)
     for seed in (0, 0, 1)
@@ -277,26 +235,19 @@ def test_synthetic_depends_on_its_seed_alone():
 @pytest.mark.parametrize(
   ('split', 'options', 'message'),
   [
-    ('val', {}, r"one of \['train', 'test'\], got 'val'"),
+    ('val', {}, r"split.*\['train', 'test'\].*'val'"),
     ('train', {'size': 4}, '10 orthogonal subspaces of 2 .* = 16 pixels'),
-    *(
-      (
-        'train',
-        {name: value},
-        rf'config.data.options.{name} must be an integer',
-      )
-      for name in ('num_classes', 'num_examples', 'size', 'subspace_dim')
-      for value in (0, -1, 2.5, None)
-    ),
-    ('train', {'seed': -1}, r'options.seed must be an integer >= 0, got -1'),
-    *(
-      ('train', {'noise': value}, r'options.noise must be a number >= 0, got')
-      for value in (-1, float('nan'), float('inf'), '1')
-    ),
-    ('train', {'sise': 4}, "config.data.options: 'synthetic' has no such"),
+    ('train', {'num_classes': 0}, r'options\.num_classes.*0'),
+    ('train', {'num_examples': 2.5}, r'options\.num_examples.*2\.5'),
+    ('train', {'size': None}, r'options\.size.*None'),
+    ('train', {'subspace_dim': -1}, r'options\.subspace_dim.*-1'),
+    ('train', {'seed': -1}, r'options\.seed.*-1'),
+    ('train', {'noise': '1'}, r'options\.noise.*1'),
+    ('train', {'noise': np.nan}, r'options\.noise.*nan'),
+    ('train', {'sise': 4}, r"data\.options.*'synthetic'.*'sise'"),
   ],
 )
-def test_synthetic_that_is_impossible_is_refused(split, options, message):
+def test_wrong_options_of_synthetic_are_named(split, options, message):
   with pytest.raises(ValueError, match=message):
     sources.load('synthetic', split, **options)
 
@@ -313,22 +264,22 @@ class Named(list):
     return f'file {index}'
 
 
-def test_labels_are_read_where_a_source_does_not_tell():
+def test_labels_are_read_from_the_examples_if_necessary():
   np.testing.assert_array_equal(sources.labels_of(examples(4)), [0, 1, 2, 0])
   assert sources.labels_of(examples(4)).dtype == np.int32
 
 
-@pytest.mark.parametrize('label', [0.5, '1', None, [0]])
-def test_labels_that_are_no_integers_are_refused(label):
+@pytest.mark.parametrize('label', [0.5, '1', None, [0], 2**31 + 7])
+def test_wrong_labels_of_examples_are_named(label):
   source = examples(2)
   for example in source:
     example['label'] = label
-  message = r'one integer label for each of its 2 examples'
+  message = f'labels.*{label}' if label == 2**31 + 7 else 'one integer label'
   with pytest.raises(ValueError, match=message):
     sources.labels_of(source)
 
 
-def test_union_of_labelled_and_unlabelled():
+def test_union_joins_labelled_and_unlabelled_sources():
   labelled, free = examples(3), Named(examples(2, first=10))
   union = sources.Union([labelled, sources.Unlabelled(free)])
   assert len(union) == 5
@@ -346,7 +297,7 @@ def test_union_of_labelled_and_unlabelled():
     sources.Union([])
 
 
-def test_subset_has_the_examples_asked_for():
+def test_subset_selects_examples():
   subset = sources.Subset(Named(examples(6)), np.array([4, 1]))
   assert len(subset) == 2
   np.testing.assert_array_equal(subset.labels, [1, 1])

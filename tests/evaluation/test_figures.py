@@ -28,8 +28,8 @@ def draw(path):
   )
 
 
-def test_a_collapsed_run_is_drawn_as_a_heap(tmp_path):
-  # Float noise about one point must not be blown up to fill the picture.
+def test_collapsed_embeddings_look_collapsed(tmp_path):
+  # Float noise around one point must not fill the figure.
   noise = 1e-7 * np.random.default_rng(0).normal(size=(30, DIM))
   planes = [figures.principal_plane(np.ones((30, DIM)) + noise)]
   assert np.abs(planes[0]).max() < 1e-3 * figures.extent_of(planes)
@@ -38,9 +38,7 @@ def test_a_collapsed_run_is_drawn_as_a_heap(tmp_path):
     assert image.format == 'PNG'
 
 
-def test_without_matplotlib_a_figure_is_left_out_with_a_line(
-  tmp_path, monkeypatch, capsys
-):
+def test_missing_matplotlib_gives_a_warning(tmp_path, monkeypatch, capsys):
   find = importlib.util.find_spec
   monkeypatch.setattr(
     importlib.util,
@@ -54,7 +52,7 @@ def test_without_matplotlib_a_figure_is_left_out_with_a_line(
     figures.check_path('a.png', 'figure')
 
 
-def test_the_principal_plane_is_the_one_of_greatest_variance():
+def test_principal_plane_has_the_largest_variance():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(50, 5)) * [1, 5, 0.1, 3, 0.1] + 7
   plane = figures.principal_plane(x)
@@ -63,7 +61,7 @@ def test_the_principal_plane_is_the_one_of_greatest_variance():
   assert math.isclose(plane.mean(), 0, abs_tol=1e-5)
 
 
-def test_the_colour_bar_of_classes_has_the_colours_of_the_points():
+def test_colour_bar_has_the_colours_of_the_points():
   classes = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 50, 1000])
   figure = figure_lib.Figure()
   axis = figure.subplots()
@@ -82,7 +80,7 @@ def test_the_colour_bar_of_classes_has_the_colours_of_the_points():
 
 
 @pytest.mark.parametrize('count', [2, 10])
-def test_few_classes_have_a_legend_of_one_entry_each(count):
+def test_few_classes_have_a_legend(count):
   figure = figure_lib.Figure()
   labels = np.arange(30) % count
   for axis in figure.subplots(1, 2):

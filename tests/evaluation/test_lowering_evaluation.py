@@ -1,5 +1,3 @@
-"""Evaluation, watching and embedding lower for every platform."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,6 @@ from clop_jax.experiment import inputs
 from clop_jax.experiment import restored
 from clop_jax.runtime import parallel
 from clop_jax.tracking import contact_sheet
-from clop_jax.tracking import pictures
 from tests import lowering
 from tests import small
 from tests.commands import test_export
@@ -24,17 +21,13 @@ FEATURE_DIM, CLASSES = 64, 10
 
 
 def images_of(config, count=64, side=None):
-  """Shapes of a batch as `probe.applied` places it on the devices."""
+  """Shapes of a batch as `probe.applied` splits it over the devices."""
   side = side or config.data.image_size or config.augment.size
   return jax.ShapeDtypeStruct(
     (count, side, side, config.data.channels),
     np.uint8,
     sharding=parallel.split(lowering.mesh()),
   )
-
-
-def variables_of(run):
-  return build.abstract_state(run, lowering.mesh()).variables
 
 
 def floats(*shape):
@@ -47,7 +40,7 @@ def integers(*shape):
 
 @pytest.fixture(autouse=True)
 def defaults_of_an_accelerator(monkeypatch):
-  # For what takes the platform from the process, as `clop_jax.load` does.
+  # `clop_jax.load` chooses the dtype by the platform of the process.
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
 
 
@@ -56,12 +49,13 @@ def test_feature_extraction_lowers(path):
   config = steps.config_of(path)
   run = steps.built(config)
   function = restored.frozen(run, config, lowering.mesh())
-  lowering.check(function, variables_of(run), images_of(config))
+  variables = build.abstract_state(run, lowering.mesh()).variables
+  lowering.check(function, variables, images_of(config))
 
 
 def test_restored_run_lowers_inside_other_functions(tmp_path):
   run = clop_jax.load(test_export.save_run(tmp_path / 'run'))
-  # Of another size than the run's views: resized on the device.
+  # Another size than the run's views, so that they are resized.
   images = images_of(run.config, side=12)
   lowering.check(jax.jit(run.apply), images)
   lowering.check(run.pure, run.variables, images)
@@ -85,7 +79,7 @@ def test_linear_probe_lowers():
 
 
 def test_knn_lowers():
-  # At the size of CIFAR-10, with the neighbours that the defaults ask for.
+  # The size of CIFAR-10 with the default neighbours.
   lowering.check(
     probe._nearest,
     floats(50_000, 2048),
@@ -101,10 +95,8 @@ def test_knn_lowers():
   'changes',
   [
     {},
-    {'model__bn_scope': 'device'},
-    {'data__loader': 'stream'},
+    {'model__bn_scope': 'device', 'data__loader': 'stream'},
     {'eval__finetune_augment': False},
-    {'model__depth': 18},
   ],
   ids=str,
 )
@@ -112,10 +104,8 @@ def test_fine_tuning_lowers(changes):
   config = small.digits_config('unused', **changes)
   mesh = lowering.mesh()
   run = steps.built(config)
-  variables = {
-    name: part['backbone'] for name, part in variables_of(run).items()
-  }
-  images = images_of(config)
+  variables = build.abstract_state(run, mesh).variables
+  variables = {name: part['backbone'] for name, part in variables.items()}
   trainer = finetune.Trainer(
     run.backbone,
     variables,
@@ -136,11 +126,7 @@ def test_fine_tuning_lowers(changes):
     'resident': data.resident,
   }
   lowering.check(trainer._step, state, shared, data.structure(1))
-  lowering.check(trainer._apply, state, images)
-
-
-def test_pictures_of_embeddings_lower():
-  lowering.check(pictures._measures, floats(256, 128))
+  lowering.check(trainer._apply, state, images_of(config))
 
 
 @pytest.mark.parametrize('path', test_configs.PATHS, ids=lambda path: path.stem)

@@ -78,7 +78,7 @@ def restore(path, mesh, **kwargs):
     return checkpoints.restore_latest(target, warn=warnings.append), warnings
 
 
-def test_the_whole_state_comes_back_from_the_newest_checkpoint(folder, mesh):
+def test_newest_state_is_restored_completely(folder, mesh):
   state, warnings = restore(folder, mesh)
   assert_equal(state, make_state(3, mesh))
   assert not warnings
@@ -86,14 +86,12 @@ def test_the_whole_state_comes_back_from_the_newest_checkpoint(folder, mesh):
 
 @flax.struct.dataclass
 class LaterState(train_state.TrainState):
-  """As a later version of the code could have it."""
+  """State of a later version."""
 
   added: Any = None
 
 
-def test_a_state_with_a_new_optional_field_reads_older_checkpoints(
-  folder, mesh
-):
+def test_new_optional_field_reads_older_checkpoints(folder, mesh):
   before = target_of(make_state(0, mesh), mesh)
   target = LaterState(**vars(before))
   with checkpoint.Checkpoints(str(folder)) as checkpoints:
@@ -107,7 +105,7 @@ def test_a_state_with_a_new_optional_field_reads_older_checkpoints(
   )
 
 
-def test_only_the_newest_are_kept(tmp_path, mesh):
+def test_only_the_newest_checkpoints_are_kept(tmp_path, mesh):
   assert restore(tmp_path, mesh) == (None, [])
   with checkpoint.Checkpoints(str(tmp_path), keep=2) as checkpoints:
     for step in (1, 2, 3):
@@ -132,13 +130,16 @@ def flip_a_bit(file):
   file.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize('read_only', [False, True])
 @pytest.mark.parametrize(
-  'harm',
-  [truncate, flip_a_bit, pathlib.Path.unlink, lambda f: f.write_bytes(b'')],
-  ids=['truncated', 'one bit', 'missing', 'emptied'],
+  ('harm', 'read_only'),
+  [
+    (truncate, False),
+    (flip_a_bit, False),
+    (flip_a_bit, True),
+    (pathlib.Path.unlink, False),
+  ],
 )
-def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
+def test_damaged_newest_checkpoint_falls_back_with_a_warning(
   folder, mesh, harm, read_only, capfd
 ):
   harm(data_files(folder / '3')[0])
@@ -146,31 +147,24 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
   assert_equal(state, make_state(2, mesh))
   assert len(warnings) == 1
   assert 'step 3' in warnings[0] and 'damaged' in warnings[0]
-  # The report is not buried under what the failed read leaves behind.
   assert 'Traceback' not in capfd.readouterr().err
-  # Nothing is lost: training puts the damaged one aside, evaluation nothing.
   aside = pathlib.Path(f'{folder}_damaged') / '3'
   assert aside.exists() is not read_only
   assert (folder / '3').exists() is read_only
+  if not read_only:  # the step can be saved again
+    with checkpoint.Checkpoints(str(folder)) as checkpoints:
+      checkpoints.save(make_state(3, mesh), 3)
+    assert_equal(restore(folder, mesh)[0], make_state(3, mesh))
 
 
-def test_a_half_written_checkpoint_is_no_checkpoint(folder, mesh):
+def test_half_written_checkpoint_is_ignored(folder, mesh):
   shutil.copytree(folder / '3', folder / '4.orbax-checkpoint-tmp')
   state, warnings = restore(folder, mesh)
   assert_equal(state, make_state(3, mesh))
   assert not warnings
 
 
-def test_the_damaged_step_can_be_saved_again(folder, mesh):
-  truncate(data_files(folder / '3')[0])
-  restore(folder, mesh)
-  with checkpoint.Checkpoints(str(folder)) as checkpoints:
-    checkpoints.save(make_state(3, mesh), 3)
-  state, _ = restore(folder, mesh)
-  assert_equal(state, make_state(3, mesh))
-
-
-# As TensorStore words them; of `ABORTED` it is a folder's name.
+# Errors of TensorStore.
 _TEXTS = [
   ("PERMISSION_DENIED: Error opening \"zarr\" driver: Error reading local file "
    "\"/a/manifest.ocdbt\" [os_error_code='13']", errno.EACCES),
@@ -197,7 +191,7 @@ _TEXTS = [
     (KeyError('state'), None),
   ],
 )
-def test_what_the_system_refuses_is_told_from_damage(error, number):
+def test_system_errors_are_distinguished_from_damage(error, number):
   wrapped = ValueError('outer')
   wrapped.__cause__ = ExceptionGroup('several', [KeyError('x'), error])
   for one in (error, wrapped):
@@ -211,18 +205,14 @@ def test_what_the_system_refuses_is_told_from_damage(error, number):
   [
     ('permission', '3'),
     ('permission', '3/default/manifest.ocdbt'),
-    ('loop', '3'),
     ('loop', '3/default/_METADATA'),
-    ('loop', '3/default/manifest.ocdbt'),
   ],
 )
-def test_an_unreadable_checkpoint_stays_and_no_older_one_takes_its_place(
-  fault, name, folder, mesh
-):
+def test_unreadable_checkpoint_is_an_error_and_stays(fault, name, folder, mesh):
   path = folder / name
   with contextlib.ExitStack() as stack:
     if fault == 'permission':
-      importlib.import_module('grp')  # as etils does, where it may not be able
+      importlib.import_module('grp')  # etils imports it, without privileges
       path.chmod(0)
       stack.enter_context(_without_privileges(path))
     else:
@@ -239,7 +229,7 @@ def test_an_unreadable_checkpoint_stays_and_no_older_one_takes_its_place(
 
 @contextlib.contextmanager
 def _without_privileges(path):
-  """As a user who is not root, but can reach the path."""
+  """Acts as a user who is not root, but can reach the path."""
   with contextlib.ExitStack() as stack:
     if os.geteuid() == 0:
       for above in path.parents:
@@ -251,23 +241,21 @@ def _without_privileges(path):
     yield
 
 
-@pytest.mark.parametrize(
-  'name', ['run[1]', '[2024] a/b', 'a*b', 'x\\y', 'l\udcff', 'gs:/y']
-)
-def test_any_name_of_a_local_folder_will_do(name, tmp_path, mesh):
+@pytest.mark.parametrize('name', ['run[1]', 'x\\y', 'l\udcff', 'gs:/y'])
+def test_local_folder_may_have_any_name(name, tmp_path, mesh):
   folder = os.path.join(tmp_path, name, 'checkpoints')
   with checkpoint.Checkpoints(folder) as checkpoints:
     checkpoints.save(make_state(1, mesh), 1)
     link = pathlib.Path(checkpoints._place)
     assert link.is_symlink()
   assert os.listdir(folder) == ['1'] and not link.parent.exists()
-  if name == 'run[1]':  # what follows is the same for all
+  if name == 'run[1]':
     state, warnings = restore(folder, mesh, read_only=True)
     assert_equal(state, make_state(1, mesh))
     assert not warnings
 
 
-def test_a_removed_folder_ends_the_run_and_is_not_made_again(folder, mesh):
+def test_removed_folder_is_an_error_and_is_not_recreated(folder, mesh):
   with checkpoint.Checkpoints(str(folder)) as checkpoints:
     shutil.rmtree(folder)
     with pytest.raises(OSError, match=rf'was removed .*{folder}'):
@@ -275,9 +263,7 @@ def test_a_removed_folder_ends_the_run_and_is_not_made_again(folder, mesh):
   assert not folder.exists()
 
 
-def test_all_damaged_is_an_error_that_names_them_and_changes_nothing(
-  folder, mesh
-):
+def test_only_damaged_checkpoints_are_an_error_and_stay(folder, mesh):
   for step in (1, 2, 3):
     for file in data_files(folder / str(step))[:1]:
       truncate(file)
@@ -289,7 +275,7 @@ def test_all_damaged_is_an_error_that_names_them_and_changes_nothing(
   assert sorted(os.listdir(folder)) == ['1', '2', '3']
 
 
-def test_the_checksum_sees_any_changed_entry_and_any_swap():
+def test_checksum_depends_on_every_entry_and_their_order():
   tree = {'a': jnp.arange(6.0), 'b': jnp.array([1, 2], jnp.int32)}
   sums = {int(checkpoint._checksum(tree))}
   for i in range(6):
@@ -312,12 +298,12 @@ def save_all(path, mesh, metrics, **options):
   ('mode', 'best'),
   [('max', 2), ('min', 3)],
 )
-def test_the_best_is_kept_beside_the_newest(mode, best, tmp_path, mesh):
+def test_best_and_newest_are_kept(mode, best, tmp_path, mesh):
   accuracies = [0.5, 0.9, 0.1, 0.4, 0.6]
   metrics = [{'accuracy': value, 'loss': 1.0} for value in accuracies]
   options = {'keep': 1, 'best_metric': 'accuracy', 'best_mode': mode}
   assert save_all(tmp_path, mesh, metrics, **options) == ([best, 5], best)
-  # It is known again when the folder is opened again, and can be restored.
+  # It is still known when the folder is opened again.
   target = target_of(make_state(0, mesh), mesh)
   with checkpoint.Checkpoints(
     str(tmp_path), read_only=True, **options
@@ -328,30 +314,12 @@ def test_the_best_is_kept_beside_the_newest(mode, best, tmp_path, mesh):
       checkpoints.restore(4, target)
 
 
-def test_a_metric_that_is_missing_or_nan_is_never_the_best(tmp_path, mesh):
+def test_missing_or_nan_metric_is_never_the_best(tmp_path, mesh):
   metrics = [{}, {'loss': 2.0}, {'loss': float('nan')}, None, {'loss': 3.0}]
   steps, best = save_all(
     tmp_path, mesh, metrics, keep=5, best_metric='loss', best_mode='min'
   )
   assert (steps, best) == ([1, 2, 3, 4, 5], 2)
-
-
-def test_without_a_metric_there_is_no_best(tmp_path, mesh):
-  assert save_all(tmp_path, mesh, [None, None]) == ([1, 2], None)
-
-
-@pytest.mark.parametrize(
-  ('directory', 'options', 'message'),
-  [
-    ('x', {'keep': 0}, 'keep .*0'),
-    ('x', {'best_mode': 'most'}, "best_mode .*'most'"),
-    ('s3://bucket/run[1]', {}, r'--workdir .*s3://bucket/run\[1\]'),
-  ],
-)
-def test_wrong_arguments_are_named(directory, options, message):
-  with pytest.raises(ValueError, match=message):
-    checkpoint.Checkpoints(directory, **options)
-  assert not os.path.exists(directory)
 
 
 @contextlib.contextmanager
@@ -372,9 +340,15 @@ def large_files_are_refused(path):
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize('harm', [folder_is_gone, large_files_are_refused])
-@pytest.mark.parametrize('seen_by', ['the log', 'a diverged loss'])
-def test_a_failed_save_is_raised_before_the_next_one(
+@pytest.mark.parametrize(
+  ('harm', 'seen_by'),
+  [
+    (folder_is_gone, 'the log'),
+    (large_files_are_refused, 'the log'),
+    (large_files_are_refused, 'a diverged loss'),
+  ],
+)
+def test_failed_save_is_raised_before_the_next_one(
   harm, seen_by, tmp_path, mesh
 ):
   path = tmp_path / 'checkpoints'
@@ -397,7 +371,7 @@ def test_a_failed_save_is_raised_before_the_next_one(
   assert time.monotonic() - began < 30
 
 
-def test_verify_tells_what_is_there_and_whether_it_is_whole(tmp_path, mesh):
+def test_verify_returns_metrics_and_faults(tmp_path, mesh):
   folder = tmp_path / 'checkpoints'
   metrics = [{'loss': 3.0}, {'loss': 2.0}, {'loss': 1.0}]
   save_all(folder, mesh, metrics, keep=3, best_metric='loss')
@@ -416,8 +390,8 @@ def test_verify_tells_what_is_there_and_whether_it_is_whole(tmp_path, mesh):
     checkpoint.verify(str(folder))
 
 
-@pytest.mark.parametrize(('before', 'after'), [(1, 8), (8, 1), (8, 4)])
-def test_what_some_devices_saved_is_restored_and_verified_on_others(
+@pytest.mark.parametrize(('before', 'after'), [(1, 8), (8, 2)])
+def test_state_is_restored_and_verified_on_other_devices(
   before, after, tmp_path
 ):
   mesh = parallel.make_mesh(jax.devices()[:before])
@@ -431,16 +405,15 @@ def test_what_some_devices_saved_is_restored_and_verified_on_others(
   assert state.params['w'].sharding == parallel.replicated(mesh)
 
 
-def test_a_remote_folder_goes_to_orbax_as_it_is(monkeypatch):
+def test_remote_path_is_given_to_orbax_unchanged(monkeypatch):
   seen = []
 
-  class Manager:
-    def __init__(self, directory, options):
-      seen.append(directory)
+  def manager(directory, **_):
+    seen.append(directory)
 
-  monkeypatch.setattr(checkpoint.ocp, 'CheckpointManager', Manager)
-  for path in ('gs://bucket/run/checkpoints', 's3://bucket/checkpoints'):
-    checkpoint.Checkpoints(path)
-    assert seen.pop() == path
+  monkeypatch.setattr(checkpoint.ocp, 'CheckpointManager', manager)
+  checkpoint.Checkpoints('gs://bucket/run/checkpoints')
   checkpoint.Checkpoints('runs/a')
-  assert seen.pop() == os.path.abspath('runs/a')
+  assert seen == ['gs://bucket/run/checkpoints', os.path.abspath('runs/a')]
+  with pytest.raises(ValueError, match=r'--workdir .*s3://bucket/run\[1\]'):
+    checkpoint.Checkpoints('s3://bucket/run[1]')

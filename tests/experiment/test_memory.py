@@ -17,7 +17,7 @@ from clop_jax import train
 from clop_jax.experiment import memory
 from tests import small
 
-# Of ml_collections as it reads a file of configs/.
+# ml_collections warns when it reads a file of configs/.
 pytestmark = pytest.mark.filterwarnings(
   'ignore:the load_module:DeprecationWarning'
 )
@@ -48,7 +48,7 @@ def without_details():
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-  """Runs a function as the main one of a command; returns its one line."""
+  """Runs a function as the main function of a command; returns its error."""
   monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
   verbosity = logging.get_verbosity()
 
@@ -81,9 +81,7 @@ def run(monkeypatch, capsys):
     (without_details, 'this machine is out of memory. To', ['data.prefetch']),
   ],
 )
-def test_too_little_memory_is_one_line_with_what_helps(
-  main, message, fields, run
-):
+def test_too_little_memory_is_one_line_with_advice(main, message, fields, run):
   line = run(main, train, *TRAIN)
   assert line.startswith(f'error: {message}')
   for field in fields:
@@ -98,7 +96,7 @@ def test_commands_without_a_config_name_their_own_flag(module, example, run):
   assert example in run(on_device, module, '--workdir=w')
 
 
-def test_what_is_set_already_is_not_advised():
+def test_fields_that_are_already_set_are_not_advised():
   config = small.digits_config(
     None, model__dtype='bfloat16', loss__block_size=4, data__loader='stream'
   )
@@ -108,6 +106,6 @@ def test_what_is_set_already_is_not_advised():
   assert 'XLA_PYTHON_CLIENT_MEM_FRACTION' in advice and '0.75' in advice
 
 
-def test_other_errors_of_xla_are_no_lack_of_memory():
+def test_other_errors_of_xla_are_not_about_memory():
   error = jax.errors.JaxRuntimeError('INTERNAL: something broke')
   assert not memory.is_exhausted(error)

@@ -1,8 +1,5 @@
 import functools
-import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +7,6 @@ import numpy as np
 import pytest
 
 import clop_jax
-from clop_jax import evaluate
 from clop_jax.experiment import build
 from clop_jax.experiment import checkpoint
 from clop_jax.experiment import workdir as workdir_lib
@@ -28,7 +24,7 @@ def images(digits_dir):
   return small.digits_arrays(digits_dir, 'test')[0]
 
 
-def test_features_are_the_backbones_on_normalized_images(run, images):
+def test_features_are_those_of_the_backbone_on_normalized_images(run, images):
   features, embeddings = run.apply(images[:50])
   augment = run.config.augment
   x = (images[:50] / 255 - np.array(augment.mean)) / np.array(augment.std)
@@ -47,30 +43,17 @@ def test_features_are_the_backbones_on_normalized_images(run, images):
 
 
 @pytest.mark.parametrize(
-  ('shape', 'dtype', 'way_out'),
+  ('shape', 'dtype', 'message'),
   [
-    ((8, 8, 1), np.uint8, 'got uint8 [8, 8, 1]; of one image: images[None]'),
-    ((2, 8, 8), np.uint8, 'got uint8 [2, 8, 8]'),
-    ((2, 8, 8, 3), np.uint8, 'got uint8 [2, 8, 8, 3]'),
-    ((2, 8, 8, 1), np.float32, 'of [0, 1]: (255 * images).round().astype('),
-    ((), np.uint8, 'got uint8 []'),
+    ((8, 8, 1), np.uint8, r'uint8 \[8, 8, 1\]; .*images\[None\]'),
+    ((2, 8, 8, 3), np.uint8, r'uint8 \[2, 8, 8, 3\]'),
+    ((2, 8, 8, 1), np.float32, r'float32 .*255 \* images'),
+    ((), np.uint8, r'uint8 \[\]'),
   ],
 )
-def test_other_images_are_refused(run, shape, dtype, way_out):
-  with pytest.raises(ValueError) as caught:
+def test_images_of_wrong_shape_or_dtype_are_refused(run, shape, dtype, message):
+  with pytest.raises(ValueError, match=rf'images must be uint8.*got {message}'):
     run.apply(np.zeros(shape, dtype))
-  expected = 'images must be uint8 [batch, height, width, 1], as the run was'
-  assert expected in str(caught.value)
-  assert way_out in str(caught.value)
-
-
-def test_embeddings_are_those_that_evaluation_measures(run, images, digits_run):
-  request = evaluate.Request(str(digits_run), devices=jax.devices()[:1])
-  arrays = evaluate.evaluate(request).arrays
-  _, embeddings = run.apply(images)
-  unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-  np.testing.assert_allclose(unit, arrays['embeddings'], atol=1e-5)
-  np.testing.assert_array_equal(run.prototypes, arrays['prototypes'])
 
 
 def test_pure_can_be_mapped_jitted_and_differentiated(run, images):
@@ -89,7 +72,7 @@ def test_pure_can_be_mapped_jitted_and_differentiated(run, images):
     return jnp.mean(features) + jnp.mean(embeddings**2)
 
   gradient = jax.grad(total)(run.variables)['params']
-  # Against the difference quotient along the gradient itself.
+  # Compared with the difference quotient along the gradient.
   norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)))
   values = []
   for size in (1e-3, -1e-3):
@@ -102,20 +85,18 @@ def test_pure_can_be_mapped_jitted_and_differentiated(run, images):
   np.testing.assert_allclose((values[0] - values[1]) / 2e-3, norm, rtol=0.03)
 
 
-def test_images_of_any_size_are_taken_but_only_uint8(run, images):
+def test_images_may_have_any_size(run, images):
   large = images[:4].repeat(3, axis=1).repeat(3, axis=2)
   features, _ = run.apply(large)
   exact, _ = run.apply(images[:4])
-  # Enlarged and brought back: not the same pixels at the edges, but near.
+  # Resizing back changes a few pixels at the edges.
   cosines = np.sum(features * exact, axis=1) / (
     np.linalg.norm(features, axis=1) * np.linalg.norm(exact, axis=1)
   )
   assert (cosines > 0.95).all()
-  with pytest.raises(ValueError, match=r'images must be uint8 .*, got float32'):
-    run.apply(images[:4].astype(np.float32))
 
 
-def test_a_step_is_chosen_and_an_unknown_one_lists_those_there_are(digits_run):
+def test_unknown_checkpoint_lists_the_existing_ones(digits_run):
   workdir, one = str(digits_run), jax.devices()[:1]
   earlier = clop_jax.load(workdir, which=5, devices=one)
   assert earlier.step == 5
@@ -129,7 +110,7 @@ def test_a_step_is_chosen_and_an_unknown_one_lists_those_there_are(digits_run):
     clop_jax.load(workdir, which='best', devices=one)
 
 
-def test_damage_anywhere_in_a_checkpoint_is_seen_on_any_devices(
+def test_damage_in_the_optimizer_state_is_noticed(
   digits_run, tmp_path, capsys, monkeypatch
 ):
   workdir = shutil.copytree(digits_run, tmp_path / 'run')
@@ -138,7 +119,7 @@ def test_damage_anywhere_in_a_checkpoint_is_seen_on_any_devices(
     built = build.build(config, total_steps=10, steps_per_epoch=5)
     target = build.abstract_state(built, parallel.make_mesh())
     state = checkpoints.restore(10, target)
-    # Evaluation does not use the optimizer's state, whose checksum is wrong.
+    # Evaluation does not use the optimizer's state, but the checksum covers it.
     broken = jax.tree.map(lambda x: x + 1, state.opt_state)
     checksum = checkpoint._checksum(state)
     with monkeypatch.context() as patch:
@@ -151,33 +132,11 @@ def test_damage_anywhere_in_a_checkpoint_is_seen_on_any_devices(
   assert len(run.prototypes.sharding.device_set) == jax.device_count()
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_folder_without_a_run_or_a_checkpoint_is_refused(digits_run, tmp_path):
   with pytest.raises(ValueError, match='does not exist; train first'):
     clop_jax.load(str(tmp_path / 'nowhere'))
-  with pytest.raises(ValueError, match=r'holds no config.json'):
+  with pytest.raises(ValueError, match=r'no config.json.*nothing'):
     clop_jax.load(str(tmp_path))
-
-
-def test_a_fresh_process_gives_the_same_features(run, digits_run):
-  code = f"""
-import json
-import clop_jax
-import numpy as np
-images = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8, 1)
-features, _ = clop_jax.load({str(digits_run)!r}).apply(images)
-print(json.dumps(np.asarray(features, np.float64).tolist()))
-"""
-  result = subprocess.run(
-    [sys.executable, '-c', code],
-    capture_output=True,
-    text=True,
-    env=small.environment(1),
-  )
-  assert result.returncode == 0, result.stderr
-  made = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8, 1)
-  np.testing.assert_allclose(
-    np.array(json.loads(result.stdout)),
-    run.apply(made)[0],
-    rtol=1e-3,
-    atol=1e-4,
-  )
+  shutil.copy(digits_run / 'config.json', tmp_path)
+  with pytest.raises(ValueError, match='holds no checkpoint yet; train first'):
+    clop_jax.load(str(tmp_path))

@@ -46,8 +46,8 @@ def np_effective_rank(rows, center=False):
 
 
 def np_class_means(z, y):
-  found = [members(z, y, label) for label in range(K)]
-  return np.stack([x.mean(0) if len(x) else 0 * z[0, 0] for x in found])
+  classes = [members(z, y, label) for label in range(K)]
+  return np.stack([x.mean(0) if len(x) else 0 * z[0, 0] for x in classes])
 
 
 def np_present(y):
@@ -59,7 +59,7 @@ def np_cosines(z, y, center=False):
   present = np_present(y)
   if center:
     means = means - means[present].mean(0)
-    # What is left of equal means is rounding.
+    # The rest of equal means is rounding.
     means[np.linalg.norm(means, axis=1) < 1e-12 * np.abs(z).max()] = 0
   lengths = np.linalg.norm(means, axis=1, keepdims=True)
   means = means / np.where(lengths == 0, 1, lengths)
@@ -69,7 +69,7 @@ def np_cosines(z, y, center=False):
 
 def np_nc1(z, y):
   dim = z.shape[-1]
-  z = z / np.abs(z).max()  # the squares of long vectors are no float64
+  z = z / np.abs(z).max()  # the squares of long vectors overflow
   classes = np.flatnonzero(np_present(y))
   if len(classes) < 2:
     return np.nan
@@ -142,127 +142,102 @@ def np_angles(z, y, subspace_dim):
   for a in range(K):
     for b in range(K):
       if bases[a].size and bases[b].size:
-        found = scipy.linalg.subspace_angles(bases[a], bases[b])[::-1]
-        angles[a, b, : len(found)] = found
+        those = scipy.linalg.subspace_angles(bases[a], bases[b])[::-1]
+        angles[a, b, : len(those)] = those
   return angles
+
+
+def measure(name, **keywords):
+  return lambda z, y: getattr(collapse, name)(z, **keywords)
+
+
+def of_classes(name, **keywords):
+  return lambda z, y: getattr(collapse, name)(z, y, K, **keywords)
+
+
+def of_prototypes(name):
+  return lambda z, y: getattr(collapse, name)(z, y, PROTOTYPES)
+
+
+def flat(z):
+  return z.reshape(-1, DIM)
 
 
 # Name: (ours, float64 oracle, tolerance), both of (embeddings, labels).
 CASES = {
   'singular_values': (
-    lambda z, y: collapse.singular_values(z),
-    lambda z, y: scipy.linalg.svdvals(z.reshape(-1, DIM)),
+    measure('singular_values'),
+    lambda z, y: scipy.linalg.svdvals(flat(z)),
     1e-4,
   ),
   'singular_values centred': (
-    lambda z, y: collapse.singular_values(z, center=True),
-    lambda z, y: scipy.linalg.svdvals(
-      z.reshape(-1, DIM) - z.reshape(-1, DIM).mean(0)
-    ),
+    measure('singular_values', center=True),
+    lambda z, y: scipy.linalg.svdvals(flat(z) - flat(z).mean(0)),
     1e-4,
   ),
   'effective_rank': (
-    lambda z, y: collapse.effective_rank(z),
+    measure('effective_rank'),
     lambda z, y: np_effective_rank(z),
     1e-4,
   ),
-  'effective_rank centred': (
-    lambda z, y: collapse.effective_rank(z, center=True),
-    lambda z, y: np_effective_rank(z, center=True),
-    1e-4,
-  ),
   'embedding_variance': (
-    lambda z, y: collapse.embedding_variance(z),
-    lambda z, y: np.cov(z.reshape(-1, DIM).T, bias=True).trace(),
+    measure('embedding_variance'),
+    lambda z, y: np.cov(flat(z).T, bias=True).trace(),
     1e-4,
   ),
   'embedding_std': (
-    lambda z, y: collapse.embedding_std(z),
-    lambda z, y: unit(z.reshape(-1, DIM)).std(axis=0).mean(),
+    measure('embedding_std'),
+    lambda z, y: unit(flat(z)).std(axis=0).mean(),
     1e-5,
   ),
-  'class_means': (
-    lambda z, y: collapse.class_means(z, y, K),
-    np_class_means,
-    1e-5,
-  ),
-  'class_mean_cosines': (
-    lambda z, y: collapse.class_mean_cosines(z, y, K),
-    np_cosines,
-    1e-5,
-  ),
+  'class_means': (of_classes('class_means'), np_class_means, 1e-5),
+  'class_mean_cosines': (of_classes('class_mean_cosines'), np_cosines, 1e-5),
   'class_mean_cosines centred': (
-    lambda z, y: collapse.class_mean_cosines(z, y, K, center=True),
+    of_classes('class_mean_cosines', center=True),
     lambda z, y: np_cosines(z, y, center=True),
     1e-5,
   ),
-  'within_between_ratio': (
-    lambda z, y: collapse.within_between_ratio(z, y, K),
-    np_nc1,
-    2e-3,
-  ),
+  'within_between_ratio': (of_classes('within_between_ratio'), np_nc1, 2e-3),
   'alignment': (
-    lambda z, y: collapse.alignment(z),
-    lambda z, y: np_alignment(z),
-    1e-5,
-  ),
-  'alignment alpha 1': (
-    lambda z, y: collapse.alignment(z, alpha=1.0),
+    measure('alignment', alpha=1.0),
     lambda z, y: np_alignment(z, alpha=1.0),
     1e-5,
   ),
   'uniformity': (
-    lambda z, y: collapse.uniformity(z),
-    lambda z, y: np_uniformity(z),
-    1e-5,
-  ),
-  'uniformity t 3': (
-    lambda z, y: collapse.uniformity(z, t=3.0),
+    measure('uniformity', t=3.0),
     lambda z, y: np_uniformity(z, t=3.0),
     1e-5,
   ),
   'prototype_cosine': (
-    lambda z, y: collapse.prototype_cosine(z, y, PROTOTYPES),
+    of_prototypes('prototype_cosine'),
     np_prototype_cosine,
     1e-5,
   ),
   'prototype_energy_share': (
-    lambda z, y: collapse.prototype_energy_share(z, y, PROTOTYPES),
+    of_prototypes('prototype_energy_share'),
     np_energy_share,
     1e-5,
   ),
   'principal_angles': (
-    lambda z, y: collapse.principal_angles(z, y, K),
-    lambda z, y: np_angles(z, y, 1),
+    of_classes('principal_angles', subspace_dim=2),
+    lambda z, y: np_angles(z, y, 2),
     2e-3,  # arccos turns an eps at cosine 1 into its root
   ),
-  'principal_angles of planes': (
-    lambda z, y: collapse.principal_angles(z, y, K, subspace_dim=2),
-    lambda z, y: np_angles(z, y, 2),
-    2e-3,
-  ),
 }
-OF_CLASSES = [
-  name
-  for name in CASES
-  if name.split()[0]
-  in {
-    'class_means',
-    'class_mean_cosines',
-    'within_between_ratio',
-    'prototype_cosine',
-    'prototype_energy_share',
-    'principal_angles',
-  }
-]
+
+
+# One program for all measures: compiling takes longer than running.
+@jax.jit
+def all_measures(z, y):
+  return {name: ours(z, y) for name, (ours, _, _) in CASES.items()}
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_equals_the_float64_formula_under_jit(name):
-  ours, oracle, tolerance = CASES[name]
+def test_measures_equal_their_float64_formulas(name):
+  _, oracle, tolerance = CASES[name]
   z, y = problem()
   expected = oracle(z.astype(np.float64), y)
-  value = jax.jit(ours)(z, y)
+  value = all_measures(z, y)[name]
   assert value.dtype == jnp.float32
   assert value.shape == np.shape(expected)
   np.testing.assert_allclose(value, expected, rtol=tolerance, atol=tolerance)
@@ -282,7 +257,7 @@ def collapsed_sets():
     'on a line off the origin': 100 + along,
     'tiny spread around a large mean': 100 * center + 1e-4 * noise,
     'far from the origin': 1e4 + noise,
-    'classes fallen on their means': classes + 1e-5 * noise,
+    'classes collapsed to their means': classes + 1e-5 * noise,
     'class means nearly equal': center + 1e-3 * classes + noise,
     'class means on a line': classes[..., :1] * center + 0.1 * noise,
     'long': 1e25 * (center + 0.1 * noise),
@@ -299,47 +274,47 @@ def collapsed_sets():
 SETS = collapsed_sets()
 
 
-@pytest.mark.parametrize('measure', CASES)
 @pytest.mark.parametrize('name', SETS)
-def test_collapsed_embeddings_are_measured_as_in_float64(name, measure):
-  ours, oracle, _ = CASES[measure]
+def test_measures_of_collapsed_embeddings_equal_float64(name):
   z, y = SETS[name]
-  expected = np.asarray(oracle(z.astype(np.float64), y))
-  # As float32: the variance of long vectors is infinite there.
-  with np.errstate(over='ignore'):
-    expected = expected.astype(np.float32)
-  value = np.asarray(jax.jit(ours)(z, y))
-  size = np.max(np.abs(expected), initial=0, where=np.isfinite(expected))
-  # Angles are that accurate; others differ from 0 by float64's rounding.
-  least = 1e-6 if 'angles' in measure else 1e-15
-  np.testing.assert_allclose(
-    value, expected, rtol=1e-3, atol=max(least, 1e-3 * float(size))
-  )
+  results = all_measures(z, y)
+  for measure, (_, oracle, _) in CASES.items():
+    expected = np.asarray(oracle(z.astype(np.float64), y))
+    # As float32: the variance of long vectors is infinite there.
+    with np.errstate(over='ignore'):
+      expected = expected.astype(np.float32)
+    size = np.max(np.abs(expected), initial=0, where=np.isfinite(expected))
+    # Angles are that accurate; others differ from 0 by float64's rounding.
+    least = 1e-6 if 'angles' in measure else 1e-15
+    np.testing.assert_allclose(
+      results[measure],
+      expected,
+      rtol=1e-3,
+      atol=max(least, 1e-3 * float(size)),
+      err_msg=measure,
+    )
 
 
-@pytest.mark.parametrize('name', OF_CLASSES)
-def test_unlabelled_rows_do_not_matter(name):
-  ours, _, tolerance = CASES[name]
+def test_unlabelled_rows_do_not_change_measures_of_classes():
   z, y = problem()
-  ours = jax.jit(ours)
-  other = np.where(y[..., None] < 0, 100 + 50 * z, z)
-  np.testing.assert_allclose(ours(other, y), ours(z, y), atol=tolerance / 10)
+  results = all_measures(z, y)
+  others = all_measures(np.where(y[..., None] < 0, 100 + 50 * z, z), y)
+  for name, (_, _, tolerance) in CASES.items():
+    if name.startswith(('class', 'within', 'prototype', 'principal')):
+      np.testing.assert_allclose(
+        others[name], results[name], atol=tolerance / 10, err_msg=name
+      )
 
 
-@pytest.mark.parametrize(
-  'name', ['singular_values', 'class_means', 'alignment', 'prototype_cosine']
-)
-def test_bfloat16_embeddings_are_measured_in_float32(name):
-  ours, oracle, tolerance = CASES[name]
+def test_bfloat16_embeddings_are_measured_in_float32():
   z, y = problem()
   z = jnp.asarray(z, jnp.bfloat16)
-  value = jax.jit(ours)(z, y)
-  assert value.dtype == jnp.float32
-  expected = oracle(np.asarray(z, np.float64), y)
-  np.testing.assert_allclose(value, expected, rtol=tolerance, atol=tolerance)
+  expected = all_measures(z.astype(jnp.float32), y)
+  for name, value in all_measures(z, y).items():
+    np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_effective_rank_of_a_spectrum_ignores_its_scale():
+def test_effective_rank_of_a_spectrum_does_not_depend_on_its_scale():
   spectrum = jnp.array([3.0, 2.0, 1.0, 0.0])
   p = np.array([3, 2, 1]) / 6
   expected = np.exp(-np.sum(p * np.log(p)))
@@ -400,36 +375,27 @@ def test_class_mean_cosines_of_a_simplex(center):
   np.testing.assert_allclose(cosines, expected, atol=1e-5)
 
 
-def test_absent_class_is_nan_and_does_not_enter_the_centre():
+def test_classes_without_examples_are_nan_and_left_out():
   z, y = problem()
   y = np.where(y == 1, -1, y)
-  present = [0, 2, 3]
-  means = np.stack([members(z, y, c).mean(0) for c in present])
-  means = unit((means - means.mean(0)).astype(np.float64))
-  cosines = np.asarray(
-    run(collapse.class_mean_cosines, z, y, num_classes=K, center=True)
-  )
-  assert np.isnan(cosines[1]).all()
-  assert np.isnan(cosines[:, 1]).all()
-  np.testing.assert_allclose(
-    cosines[np.ix_(present, present)], means @ means.T, atol=1e-5
-  )
-  angles = np.asarray(
-    run(collapse.principal_angles, z, y, num_classes=K, subspace_dim=2)
-  )
-  assert np.isnan(angles[1]).all()
-  assert np.isnan(angles[:, 1]).all()
-  assert np.isfinite(angles[np.ix_(present, present)]).all()
-  assert not np.asarray(run(collapse.class_means, z, y, num_classes=K))[1].any()
-  np.testing.assert_allclose(
-    run(collapse.within_between_ratio, z, y, num_classes=K),
-    np_nc1(z.astype(np.float64), y),
-    rtol=2e-3,
-  )
+  results = all_measures(z, y)
+  for name in ('class_mean_cosines', 'principal_angles'):
+    assert np.isnan(results[name][1]).all()
+    assert np.isnan(results[name][:, 1]).all()
+  assert not results['class_means'][1].any()
+  for name in (
+    'class_mean_cosines centred',
+    'principal_angles',
+    'within_between_ratio',
+  ):
+    expected = CASES[name][1](z.astype(np.float64), y)
+    np.testing.assert_allclose(
+      results[name], expected, rtol=2e-3, atol=1e-4, err_msg=name
+    )
 
 
 @pytest.mark.parametrize('dim', [2, 3, 20])
-def test_within_between_ratio_when_dim_is_below_and_above_the_classes(dim):
+def test_within_between_ratio_with_fewer_and_more_dimensions_than_classes(dim):
   z, y = problem(dim=dim, seed=2)
   expected = np_nc1(z.astype(np.float64), y)
   value = run(collapse.within_between_ratio, z, y, num_classes=K)
@@ -450,7 +416,7 @@ def test_alignment_takes_every_pair_of_three_views():
 
 
 @pytest.mark.parametrize('sign', [1, -1])
-def test_energy_share_does_not_care_about_the_sign_and_cosine_does(sign):
+def test_the_energy_share_ignores_the_sign_and_the_cosine_does_not(sign):
   _, y = problem()
   z = sign * 2 * PROTOTYPES[y]
   share = run(collapse.prototype_energy_share, z, y, PROTOTYPES)
@@ -466,21 +432,7 @@ def test_prototype_measures_are_zero_without_labels():
   assert run(collapse.prototype_energy_share, z, none, PROTOTYPES) == 0
 
 
-def test_principal_angles_of_orthogonal_subspaces_are_right_angles():
-  rng = np.random.default_rng(5)
-  basis = np.linalg.qr(rng.normal(size=(8, 8)))[0]
-  labels = np.arange(20) % 4
-  z = np.zeros((20, 8), np.float32)
-  for row, label in enumerate(labels):
-    z[row] = rng.normal(size=2) @ basis[2 * label : 2 * label + 2]
-  angles = run(
-    collapse.principal_angles, z, labels, num_classes=4, subspace_dim=2
-  )
-  expected = np.where(np.eye(4)[..., None] > 0, 0, np.pi / 2) * np.ones(2)
-  np.testing.assert_allclose(angles, expected, atol=2e-3)
-
-
-def test_small_angles_and_weak_directions_are_told_apart():
+def test_principal_angles_resolve_small_angles_and_weak_directions():
   # Two classes share a strong direction. Their second ones are a thousandth as
   # strong, and 0.01 rad apart.
   rng = np.random.default_rng(6)
@@ -498,8 +450,6 @@ def test_small_angles_and_weak_directions_are_told_apart():
     subspace_dim=2,
   )
   np.testing.assert_allclose(angles[0, 1], [0, 0.01], atol=1e-3)
-  one = run(collapse.principal_angles, basis[:2], np.arange(2), num_classes=2)
-  np.testing.assert_allclose(one[0, 1], [np.pi / 2], atol=1e-5)
   # A class of one example has no plane.
   planes = run(
     collapse.principal_angles,
@@ -508,33 +458,35 @@ def test_small_angles_and_weak_directions_are_told_apart():
     num_classes=2,
     subspace_dim=2,
   )
-  assert np.isfinite(planes[..., 0]).all() and np.isnan(planes[..., 1]).all()
+  np.testing.assert_allclose(planes[0, 1, 0], np.pi / 2, atol=1e-5)
+  assert np.isnan(planes[..., 1]).all()
 
 
 @pytest.mark.parametrize(
   ('call', 'message'),
   [
     (lambda z, y: collapse.singular_values(z[0, 0]), r'embeddings.*\(6,\)'),
-    (
-      lambda z, y: collapse.class_means(z, y[0], K),
-      r'labels.*\[2, 15\].*\[15\]',
-    ),
+    (lambda z, y: collapse.class_means(z, y[0], K), r'labels.*15\].*\[15\]'),
+    (lambda z, y: collapse.class_means(z, y + 90, K), 'labels.*4, got'),
     (
       lambda z, y: collapse.prototype_cosine(z, y, PROTOTYPES[:, :3]),
       r'prototypes.*6.*\(4, 3\)',
     ),
     (lambda z, y: collapse.alignment(z[:1]), r'views.*2 .*\(1, 15, 6\)'),
     (lambda z, y: collapse.alignment(z[0]), r'views.*\(15, 6\)'),
+    (lambda z, y: collapse.alignment(z, alpha=0), 'alpha.*0'),
+    (lambda z, y: collapse.uniformity(z, t=-1), 't must.*-1'),
     (lambda z, y: collapse.uniformity(z[0, :1]), 'embeddings.*two.* 1'),
-    *(
-      (
-        lambda z, y, n=n: collapse.principal_angles(z, y, K, subspace_dim=n),
-        f'subspace_dim.* {n}',
-      )
-      for n in (0, 7)
+    (
+      lambda z, y: collapse.principal_angles(z, y, K, subspace_dim=0),
+      'subspace_dim.* 0',
+    ),
+    (
+      lambda z, y: collapse.principal_angles(z, y, K, subspace_dim=7),
+      'subspace_dim.* 7',
     ),
   ],
 )
-def test_a_wrong_argument_is_named(call, message):
+def test_invalid_arguments(call, message):
   with pytest.raises(ValueError, match=message):
     call(*problem())

@@ -1,6 +1,9 @@
-"""Decompositions against float64, on one device and spread over eight."""
+"""Decompositions and measures of rows that are split over devices."""
+
+import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
@@ -50,108 +53,92 @@ def _spectra():
 SPECTRA = _spectra()
 
 
-def on_devices(function, *arrays, devices=8):
-  """A measure of rows that are spread over devices."""
+@functools.cache
+def compiled(function):
+  """Maps a measure of rows that are split over eight devices."""
   mapped = jax.shard_map(
-    lambda *a: function(*a, axis_name=parallel.DATA_AXIS),
-    mesh=parallel.make_mesh(jax.devices()[:devices]),
+    functools.partial(function, axis_name=parallel.DATA_AXIS),
+    mesh=parallel.make_mesh(),
     in_specs=PartitionSpec(parallel.DATA_AXIS),
     out_specs=PartitionSpec(),
     check_vma=True,
   )
-  return jax.jit(mapped)(*arrays)
+  return jax.jit(mapped)
+
+
+def on_devices(function, *arrays):
+  return compiled(function)(*arrays)
+
+
+def spectra(rows, axis_name):
+  return (
+    collapse.singular_values(rows, axis_name=axis_name),
+    collapse.effective_rank(rows, axis_name=axis_name),
+    collapse.effective_rank(rows, center=True, axis_name=axis_name),
+  )
 
 
 @pytest.mark.parametrize('name', SPECTRA)
-def test_spread_rows_have_the_spectrum_of_a_float64_svd(name):
-  # Its 3e-4 are where the method is least accurate.
+def test_split_rows_have_the_spectrum_of_a_float64_svd(name):
+  # The method is least accurate for this one.
   weak = name == 'one weak direction'
   rows = SPECTRA[name].astype(np.float32)
   expected = np.linalg.svd(rows.astype(np.float64), compute_uv=False)
-  spectrum = on_devices(collapse.singular_values, rows)
+  spectrum, rank, centred = on_devices(spectra, rows)
   assert spectrum.shape == (DIM,)
   np.testing.assert_allclose(
     spectrum[: len(expected)], expected, atol=2e-4 * expected[0]
   )
-  rank = on_devices(collapse.effective_rank, rows)
   expected_rank = np_effective_rank(rows) if expected[0] else 0
   assert rank == pytest.approx(expected_rank, rel=0.015 if weak else 1e-3)
+  if name == 'healthy':
+    rows = rows.astype(np.float64)
+    expected_rank = np_effective_rank(rows - rows.mean(0))
+    assert centred == pytest.approx(expected_rank, rel=1e-4)
 
 
-def test_a_centred_spectrum_leaves_out_the_mean_of_all_devices():
-  rows = (SPECTRA['healthy'] + 1).astype(np.float32)
-  rank = on_devices(
-    lambda x, axis_name: collapse.effective_rank(
-      x, center=True, axis_name=axis_name
-    ),
-    rows,
-  )
-  assert rank == pytest.approx(np_effective_rank(rows - rows.mean(0)), rel=1e-4)
+PROTOTYPES = unit(np.random.default_rng(2).normal(size=(3, DIM)))
 
 
-def test_measures_of_spread_rows_equal_those_of_all_rows():
+def batch_measures(rows, labels, axis_name):
+  return collapse.batch_measures(rows, labels, PROTOTYPES, axis_name=axis_name)
+
+
+def test_batch_measures_of_split_rows_equal_those_of_all_rows():
   rng = np.random.default_rng(1)
   # A spread of 1e-4 around one point: a difference of squares would miss it.
   rows = unit(np.ones(DIM) + 1e-4 * rng.normal(size=(ROWS, DIM)))
   rows = rows.astype(np.float32)
   labels = rng.integers(-1, 3, ROWS)
   labels[: ROWS // 8] = -1  # the first device has no labelled example
-  prototypes = unit(rng.normal(size=(3, DIM)))
-  std = on_devices(collapse.embedding_std, rows)
+  measures = on_devices(batch_measures, rows, labels)
   expected = unit(rows.astype(np.float64)).std(0).mean()
-  assert std == pytest.approx(expected, rel=1e-3)
-  cosine = on_devices(
-    lambda z, y, axis_name: collapse.prototype_cosine(
-      z, y, prototypes, axis_name=axis_name
-    ),
-    rows,
-    labels,
-  )
+  assert measures['embedding_std'] == pytest.approx(expected, rel=1e-3)
   known = labels >= 0
-  expected = np.sum(rows[known] * prototypes[labels[known]], axis=1).mean()
-  assert cosine == pytest.approx(expected, abs=1e-6)
-  together = on_devices(
-    lambda z, y, axis_name: collapse.batch_measures(
-      z, y, prototypes, axis_name=axis_name
-    ),
-    rows,
-    labels,
-  )
-  assert together['embedding_std'] == pytest.approx(float(std), rel=1e-6)
-  assert together['prototype_cosine'] == pytest.approx(float(cosine), rel=1e-6)
-  assert together['effective_rank'] == pytest.approx(
-    float(on_devices(collapse.effective_rank, rows)), rel=1e-5
-  )
+  expected = np.sum(rows[known] * PROTOTYPES[labels[known]], axis=1).mean()
+  assert measures['prototype_cosine'] == pytest.approx(expected, abs=1e-6)
+  expected = np_effective_rank(rows)
+  assert measures['effective_rank'] == pytest.approx(expected, rel=1e-3)
 
 
-def test_no_device_sends_more_than_a_dim_by_dim_matrix():
+def test_batch_measures_reduce_at_most_a_dim_by_dim_matrix():
   small.need_devices(8)
-
-  def measures(rows, labels, axis_name):
-    return collapse.batch_measures(
-      rows, labels, np.eye(3, DIM), axis_name=axis_name
-    )
-
-  mapped = jax.shard_map(
-    lambda *a: measures(*a, axis_name=parallel.DATA_AXIS),
-    mesh=parallel.make_mesh(),
-    in_specs=PartitionSpec(parallel.DATA_AXIS),
-    out_specs=PartitionSpec(),
-  )
   rows = jax.ShapeDtypeStruct((8 * ROWS, DIM), np.float32)
   labels = jax.ShapeDtypeStruct((8 * ROWS,), np.int32)
-  found = hlo.collectives(
-    jax.jit(mapped).lower(rows, labels).compile().as_text()
+  program = compiled(batch_measures).lower(rows, labels).compile()
+  collectives = hlo.collectives(program.as_text())
+  assert {c.kind for c in collectives} == {'all-reduce'}
+  assert max(c.payload for c in collectives) == 4 * DIM * DIM
+
+
+@pytest.mark.parametrize(
+  ('shape', 'rank'), [((20, 7), 5), ((7, 20), 4), ((3, 9, 5), 1)]
+)
+def test_the_svd_for_tpus_is_an_svd(monkeypatch, shape, rank):
+  # Only a TPU has the operation; any other `eigh` gives the same.
+  monkeypatch.setattr(
+    linalg, '_eigh_jacobi', lambda matrix: tuple(jnp.linalg.eigh(matrix))
   )
-  assert {c.kind for c in found} == {'all-reduce'}
-  assert max(c.payload for c in found) == 4 * DIM * DIM
-
-
-@pytest.mark.parametrize('shape', [(20, 7), (7, 20), (3, 9, 5)])
-@pytest.mark.parametrize('rank', [1, 4, 5])
-def test_the_svd_for_a_tpu_is_an_svd(monkeypatch, shape, rank):
-  # Only a TPU has the operation; any other `eigh` gives what it gives.
-  monkeypatch.setattr(linalg, '_eigh_jacobi', linalg._eigh)
   rng = np.random.default_rng(2)
   matrix = rng.normal(size=(*shape[:-1], rank)) @ rng.normal(
     size=(*shape[:-2], rank, shape[-1])

@@ -19,29 +19,39 @@ from tests import lowering
 AXIS = parallel.DATA_AXIS
 VIEWS, BATCH, DIM, CLASSES = 2, 16, 12, 5
 
-Z = jax.ShapeDtypeStruct((VIEWS, BATCH, DIM), jnp.float32)
-Y = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
-Y_OF_VIEWS = jax.ShapeDtypeStruct((VIEWS, BATCH), jnp.int32)
-C = jax.ShapeDtypeStruct((CLASSES, DIM), jnp.float32)
+
+def floats(*shape):
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def integers(*shape):
+  return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+Z, Y, C = floats(VIEWS, BATCH, DIM), integers(BATCH), floats(CLASSES, DIM)
+Y_OF_VIEWS = integers(VIEWS, BATCH)
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 # Name: function, arguments.
 ROWS = {}
 
 
-def rows(module, *arguments, **variants):
-  """Adds a row for each variant: a function's name, keyword arguments."""
+def rows(module, arguments, **variants):
+  """Adds rows: a function's name and its keyword arguments for each."""
   for row, (name, keywords) in variants.items():
-    function = getattr(module, name)
-    bound = functools.partial(function, **keywords) if keywords else function
-    ROWS[row] = (bound, arguments)
+    function = functools.partial(getattr(module, name), **keywords)
+    ROWS[row] = function, arguments
+
+
+def plain(module, arguments, names, **keywords):
+  """Adds a row for each function, named like it."""
+  variants = {name: (name, keywords) for name in names.split()}
+  rows(module, arguments, **variants)
 
 
 rows(
   loss,
-  Z,
-  Y,
-  C,
+  (Z, Y, C),
   clop=('clop_loss', {}),
   clop_euclidean=('clop_loss', {'distance': 'euclidean'}),
   clop_manhattan=('clop_loss', {'distance': 'manhattan'}),
@@ -51,99 +61,63 @@ rows(
 )
 rows(
   loss,
-  Z,
-  nt_xent=('nt_xent_loss', {}),
-  nt_xent_blocked=('nt_xent_loss', {'block_size': 10}),
-  dcl=('dcl_loss', {}),
-  vicreg=('vicreg_loss', {}),
-  barlow_twins=('barlow_twins_loss', {}),
-)
-rows(
-  loss,
-  Z,
-  Y,
+  (Z, Y),
   supcon=('supcon_loss', {}),
   supcon_in=('supcon_loss', {'variant': 'in'}),
   supcon_blocked=('supcon_loss', {'block_size': 10}),
 )
+rows(loss, (Z,), nt_xent_blocked=('nt_xent_loss', {'block_size': 10}))
+plain(loss, (Z,), 'nt_xent_loss dcl_loss vicreg_loss barlow_twins_loss')
 LOSSES = tuple(ROWS)
-SIZES = {'num_classes': CLASSES, 'dim': DIM}
-rows(
+plain(loss, (floats(DIM), integers(), C), 'prototype_distances')
+plain(
   prototypes,
-  KEY,
-  orthonormal_prototypes=('orthonormal_prototypes', SIZES),
-  simplex_etf_prototypes=('simplex_etf_prototypes', SIZES),
-  random_prototypes=('random_prototypes', SIZES),
+  (KEY,),
+  'orthonormal_prototypes simplex_etf_prototypes random_prototypes',
+  num_classes=CLASSES,
+  dim=DIM,
 )
-rows(
-  loss,
-  jax.ShapeDtypeStruct((DIM,), jnp.float32),
-  jax.ShapeDtypeStruct((), jnp.int32),
-  C,
-  prototype_distances=('prototype_distances', {}),
-)
-rows(
-  prototypes,
-  C,
-  orthonormality_error=('orthonormality_error', {}),
-  orthonormalize=('orthonormalize', {}),
-  align_prototypes=('align_prototypes', {}),
-)
-rows(prototypes, C, C, assign_prototypes=('assign_prototypes', {}))
-rows(prototypes, Z, Y, C, pseudo_labels=('pseudo_labels', {'threshold': 0.9}))
-rows(
+plain(prototypes, (C,), 'orthonormality_error orthonormalize align_prototypes')
+plain(prototypes, (C, C), 'assign_prototypes')
+plain(prototypes, (Z, Y, C), 'pseudo_labels', threshold=0.9)
+plain(
   collapse,
-  Z,
-  normalize=('normalize', {}),
-  singular_values_centered=('singular_values', {'center': True}),
-  effective_rank=('effective_rank', {}),
-  embedding_variance=('embedding_variance', {}),
-  embedding_std=('embedding_std', {}),
-  alignment=('alignment', {}),
-  uniformity=('uniformity', {}),
+  (Z,),
+  'normalize effective_rank embedding_variance embedding_std alignment '
+  'uniformity',
+)
+plain(collapse, (Z,), 'singular_values', center=True)
+plain(collapse, (floats(DIM),), 'effective_rank_of_spectrum')
+plain(
+  collapse,
+  (Z, Y_OF_VIEWS),
+  'class_means within_between_ratio',
+  num_classes=CLASSES,
 )
 rows(
   collapse,
-  jax.ShapeDtypeStruct((DIM,), jnp.float32),
-  effective_rank_of_spectrum=('effective_rank_of_spectrum', {}),
+  (Z, Y_OF_VIEWS),
+  class_mean_cosines=(
+    'class_mean_cosines',
+    {'num_classes': CLASSES, 'center': True},
+  ),
+  principal_angles=(
+    'principal_angles',
+    {'num_classes': CLASSES, 'subspace_dim': 2},
+  ),
 )
-of_classes = {'num_classes': CLASSES}
-rows(
+plain(
   collapse,
-  Z,
-  Y_OF_VIEWS,
-  class_means=('class_means', of_classes),
-  class_mean_cosines=('class_mean_cosines', of_classes | {'center': True}),
-  within_between_ratio=('within_between_ratio', of_classes),
-  principal_angles=('principal_angles', of_classes | {'subspace_dim': 2}),
+  (Z, Y_OF_VIEWS, C),
+  'prototype_cosine prototype_energy_share batch_measures',
 )
-rows(
-  collapse,
-  Z,
-  Y_OF_VIEWS,
-  C,
-  prototype_cosine=('prototype_cosine', {}),
-  prototype_energy_share=('prototype_energy_share', {}),
-)
-
-
-def batch_measures(*arguments, **keywords):
-  """Stacks them: the rows here have one array as their result."""
-  return jnp.stack([*collapse.batch_measures(*arguments, **keywords).values()])
-
-
-ROWS['batch_measures'] = (batch_measures, (Z, Y_OF_VIEWS, C))
 # JAX decomposes matrices of more than 256 rows by another algorithm.
-for n in (DIM, 300):
-  square = jax.ShapeDtypeStruct((n, n), jnp.float32)
-  ROWS[f'eigh_{n}'] = (lambda x: linalg.eigh(x)[1], (square,))
-  ROWS[f'svd_{n}'] = (lambda x: linalg.svd(x)[1], (square,))
-TALL = jax.ShapeDtypeStruct((40, 300), jnp.float32)
-ROWS['singular_values_of_rows'] = (linalg.singular_values, (TALL,))
+ROWS['svd_300'] = (lambda x: linalg.svd(x)[1], (floats(300, 300),))
+ROWS['singular_values_of_rows'] = (linalg.singular_values, (floats(40, 300),))
 
-# Of the global batch: the arguments' axis that is split over the devices.
+# Measures of the global batch: the axis of each argument that is split.
 OF_GLOBAL_BATCH = {
-  'singular_values_centered': (1,),
+  'singular_values': (1,),
   'effective_rank': (1,),
   'embedding_std': (1,),
   'prototype_cosine': (1, 1, None),
@@ -152,12 +126,28 @@ OF_GLOBAL_BATCH = {
 }
 
 
-def batched(argument):
-  return jax.ShapeDtypeStruct((3, *argument.shape), argument.dtype)
+def value_and_gradient(name):
+  """The function of a row with its gradient, if it has one."""
+  function, arguments = ROWS[name]
+
+  def is_float(x):
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+  argnums = [i for i, x in enumerate(arguments) if is_float(x)]
+  results = jax.tree.leaves(jax.eval_shape(function, *arguments))
+  if not argnums or not all(map(is_float, results)):
+    return function
+
+  def total_and_result(*arguments):
+    result = function(*arguments)
+    return sum(jnp.sum(x) for x in jax.tree.leaves(result)), result
+
+  return jax.grad(total_and_result, argnums=argnums, has_aux=True)
 
 
-def on_eight_devices(function, arguments):
-  """Maps a function over arguments that differ from device to device."""
+def on_eight_devices(name):
+  """Maps a function and its gradient over arguments that differ by device."""
+  function = value_and_gradient(name)
 
   def local(*arguments):
     results = function(*(x[0] for x in arguments))
@@ -170,79 +160,47 @@ def on_eight_devices(function, arguments):
     out_specs=P(AXIS),
     check_vma=True,
   )
-  shapes = [jax.ShapeDtypeStruct((8, *x.shape), x.dtype) for x in arguments]
-  return jax.jit(mapped), shapes
+  return jax.jit(mapped), [batched(x, 8) for x in ROWS[name][1]]
 
 
-def differentiable(name):
-  function, arguments = ROWS[name]
-  result = jax.eval_shape(function, *arguments)
-  return [
-    i
-    for i, argument in enumerate(arguments)
-    if jnp.issubdtype(argument.dtype, jnp.floating)
-    and jnp.issubdtype(result.dtype, jnp.floating)
-  ]
-
-
-def value_and_gradient(name):
-  """The function of a row with its gradient, if it has one."""
-  function, _ = ROWS[name]
-  argnums = differentiable(name)
-  if not argnums:
-    return function
-
-  def total_and_result(*arguments):
-    result = function(*arguments)
-    return jnp.sum(result), result
-
-  return jax.grad(total_and_result, argnums=argnums, has_aux=True)
+def batched(argument, size=3):
+  return jax.ShapeDtypeStruct((size, *argument.shape), argument.dtype)
 
 
 @pytest.mark.parametrize('name', ROWS)
-def test_under_jit_and_grad(name):
-  lowering.check(jax.jit(value_and_gradient(name)), *ROWS[name][1])
+def test_lowers_under_vmap_and_grad(name):
+  function = jax.jit(jax.vmap(value_and_gradient(name)))
+  lowering.check(function, *map(batched, ROWS[name][1]))
 
 
 @pytest.mark.parametrize('name', ROWS)
-def test_under_vmap(name):
-  function, arguments = ROWS[name]
-  lowering.check(jax.jit(jax.vmap(function)), *map(batched, arguments))
+def test_lowers_under_shard_map_and_grad(name):
+  function, arguments = on_eight_devices(name)
+  lowering.check(function, *arguments)
 
 
-@pytest.mark.parametrize('name', ROWS)
-def test_under_shard_map_and_grad(name):
-  function, shapes = on_eight_devices(value_and_gradient(name), ROWS[name][1])
-  lowering.check(function, *shapes)
+def check_global(function, name, in_specs, out_specs):
+  mapped = jax.shard_map(
+    function(functools.partial(ROWS[name][0], axis_name=AXIS)),
+    mesh=lowering.mesh(),
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=True,
+  )
+  lowering.check(jax.jit(mapped), *ROWS[name][1])
 
 
 @pytest.mark.parametrize('name', LOSSES)
-def test_loss_of_the_global_batch_under_shard_map(name):
-  function, arguments = ROWS[name]
-  function = functools.partial(function, axis_name=AXIS)
-  # Embeddings and labels are split, prototypes are not.
-  mapped = jax.shard_map(
-    jax.value_and_grad(function),
-    mesh=lowering.mesh(),
-    in_specs=(P(None, AXIS), P(AXIS), P())[: len(arguments)],
-    out_specs=(P(), P(None, AXIS)),
-    check_vma=True,
-  )
-  lowering.check(jax.jit(mapped), *arguments)
+def test_loss_of_the_global_batch_lowers(name):
+  in_specs = (P(None, AXIS), P(AXIS), P())[: len(ROWS[name][1])]
+  check_global(jax.value_and_grad, name, in_specs, (P(), P(None, AXIS)))
 
 
 @pytest.mark.parametrize('name', OF_GLOBAL_BATCH)
-def test_measure_of_the_global_batch_under_shard_map(name):
-  function, arguments = ROWS[name]
+def test_measure_of_the_global_batch_lowers(name):
   axes = OF_GLOBAL_BATCH[name]
-  mapped = jax.shard_map(
-    functools.partial(function, axis_name=AXIS),
-    mesh=lowering.mesh(),
-    in_specs=tuple(P() if a is None else P(*[None] * a, AXIS) for a in axes),
-    out_specs=P(),
-    check_vma=True,
-  )
-  lowering.check(jax.jit(mapped), *arguments)
+  in_specs = tuple(P() if a is None else P(*[None] * a, AXIS) for a in axes)
+  check_global(lambda function: function, name, in_specs, P())
 
 
 @pytest.mark.parametrize('module', [loss, prototypes, collapse])

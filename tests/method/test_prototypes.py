@@ -11,9 +11,9 @@ from clop_jax import prototypes
 from tests import small
 
 DEVICES = 8
-# Compiled once for each size, not once for each operation.
 STATIC = {'static_argnums': (1, 2), 'static_argnames': 'dtype'}
 ORTHONORMAL = jax.jit(prototypes.orthonormal_prototypes, **STATIC)
+ORTHONORMALIZE = jax.jit(prototypes.orthonormalize)
 SIMPLEX = jax.jit(prototypes.simplex_etf_prototypes, **STATIC)
 
 
@@ -27,20 +27,20 @@ def random_rows(shape, seed=0):
 
 
 def polar(rows):
-  """The polar factor of a wide matrix, float64: scipy wants U with P = U H."""
+  """The polar factor of a wide matrix, float64."""
   return scipy.linalg.polar(np.asarray(rows, np.float64).T)[0].T
 
 
-@pytest.mark.parametrize(('k', 'dim'), [(1000, 1024), (64, 64), (1, 5)])
+@pytest.mark.parametrize(('k', 'dim'), [(1000, 1024), (16, 16), (1, 5)])
 def test_rows_are_orthonormal_to_1e_6(k, dim):
   c = ORTHONORMAL(jax.random.key(0), k, dim)
   assert c.shape == (k, dim)
   np.testing.assert_allclose(gram(c), np.eye(k), atol=1e-6)
 
 
-@pytest.mark.parametrize(('k', 'dim'), [(3, 4), (4, 4)])
-def test_distribution_is_uniform_and_not_that_of_the_bare_qr_factor(k, dim):
-  n = 20_000
+def test_orthonormal_prototypes_are_uniformly_distributed():
+  # The bare QR factor, whose signs the algorithm chooses, is not.
+  k, dim, n = 4, 4, 20_000
   keys = jax.random.split(jax.random.key(1), n)
   make = functools.partial(prototypes.orthonormal_prototypes, num_classes=k)
   make = jax.jit(jax.vmap(functools.partial(make, dim=dim)))
@@ -48,30 +48,24 @@ def test_distribution_is_uniform_and_not_that_of_the_bare_qr_factor(k, dim):
   # Every entry has the moments of one coordinate on the unit sphere; five
   # standard errors of a mean over n draws.
   second, fourth = 1 / dim, 3 / (dim * (dim + 2))
-  sixth = 15 / (dim * (dim + 2) * (dim + 4))
   eighth = 105 / (dim * (dim + 2) * (dim + 4) * (dim + 6))
 
   def error(variance):
     return 5 * np.sqrt(variance / n)
 
   np.testing.assert_allclose(c.mean(axis=0), 0, atol=error(second))
-  np.testing.assert_allclose((c > 0).mean(axis=0), 0.5, atol=error(0.25))
   np.testing.assert_allclose(
     (c**2).mean(axis=0), second, atol=error(fourth - second**2)
   )
-  np.testing.assert_allclose((c**3).mean(axis=0), 0, atol=error(sixth))
   np.testing.assert_allclose(
     (c**4).mean(axis=0), fourth, atol=error(eighth - fourth**2)
   )
-  # Rotating the space leaves the distribution as it is, so a direction off the
-  # axes sees the same moments.
+  # A direction off the axes has the same moments.
   diagonal = c.sum(axis=-1) / np.sqrt(dim)
-  np.testing.assert_allclose(diagonal.mean(axis=0), 0, atol=error(second))
   np.testing.assert_allclose(
     (diagonal**4).mean(axis=0), fourth, atol=error(eighth - fourth**2)
   )
-  # Nor do products of different rows and columns have a mean: a sign rule
-  # would tie them together.
+  # A sign rule would tie different rows and columns together.
   products = (c[:, 0, 0] * c[:, 1, 1]).mean()
   assert abs(products) < error(1 / dim)
 
@@ -98,7 +92,7 @@ def test_jit_vmap_and_pmap_give_the_same(make, arguments):
     np.testing.assert_allclose(mapped(arguments), one_by_one, atol=1e-6)
 
 
-@pytest.mark.parametrize(('k', 'dim'), [(2, 1), (10, 9), (10, 128), (257, 256)])
+@pytest.mark.parametrize(('k', 'dim'), [(2, 1), (10, 9), (257, 300)])
 def test_simplex_has_equal_angles_and_no_mean(k, dim):
   c = SIMPLEX(jax.random.key(3), k, dim)
   assert c.shape == (k, dim)
@@ -107,10 +101,10 @@ def test_simplex_has_equal_angles_and_no_mean(k, dim):
   np.testing.assert_allclose(np.asarray(c, np.float64).sum(0), 0, atol=1e-5)
 
 
-@pytest.mark.parametrize('shape', [(3, 7), (10, 10), (40, 64), (1, 4)])
+@pytest.mark.parametrize('shape', [(3, 7), (10, 10), (1, 4)])
 def test_orthonormalize_equals_the_polar_factor(shape):
   rows = random_rows(shape)
-  ours = prototypes.orthonormalize(rows)
+  ours = ORTHONORMALIZE(rows)
   np.testing.assert_allclose(ours, polar(rows), atol=1e-5)
   np.testing.assert_allclose(gram(ours), np.eye(shape[0]), atol=1e-6)
 
@@ -125,33 +119,23 @@ def test_orthonormalize_equals_the_polar_factor(shape):
   ],
   ids=['zeros', 'equal', 'collinear', 'badly scaled'],
 )
-def test_dependent_rows_still_give_orthonormal_ones(rows):
-  ours = prototypes.orthonormalize(jnp.asarray(rows, jnp.float32))
+def test_dependent_rows_give_orthonormal_ones(rows):
+  ours = ORTHONORMALIZE(jnp.asarray(rows, jnp.float32))
   np.testing.assert_allclose(gram(ours), np.eye(len(rows)), atol=1e-6)
 
 
 def test_align_solves_the_procrustes_problem():
   means = random_rows((4, 9), seed=1)
-  # min over orthonormal columns of |C^T - M^T|: scipy's square solution of
-  # M^T = R [I; 0] has C^T as its first columns.
+  # scipy's square solution of M^T = R [I; 0] has C^T as its first columns.
   padded = np.zeros((9, 9))
   padded[:, :4] = means.astype(np.float64).T
   rotation, _ = scipy.linalg.orthogonal_procrustes(np.eye(9), padded)
-  # The columns beyond the fourth are free; the first four are not.
   np.testing.assert_allclose(
     prototypes.align_prototypes(means), rotation[:, :4].T, atol=1e-5
   )
 
 
-def test_align_gives_back_permuted_and_scaled_prototypes():
-  rng = np.random.default_rng(4)
-  c = np.linalg.qr(rng.normal(size=(12, 5)))[0].T[rng.permutation(5)]
-  means = c * rng.uniform(0.1, 10, size=(5, 1))
-  ours = prototypes.align_prototypes(jnp.asarray(means, jnp.float32))
-  np.testing.assert_allclose(ours, c, atol=1e-5)
-
-
-def test_align_gives_a_class_without_mean_a_direction_left_over():
+def test_align_gives_a_class_without_mean_a_remaining_direction():
   means = np.zeros((3, 4), np.float32)
   means[0, 1], means[2, 0] = 2.0, 0.5
   ours = np.asarray(prototypes.align_prototypes(means))
@@ -159,70 +143,75 @@ def test_align_gives_a_class_without_mean_a_direction_left_over():
   np.testing.assert_allclose(ours[[0, 2]], np.eye(4)[[1, 0]], atol=1e-6)
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
-def test_dtype_is_kept(dtype):
+def test_bfloat16_prototypes_are_orthonormal_up_to_rounding():
+  rows = jnp.asarray(random_rows((4, 8)), jnp.bfloat16)
   key = jax.random.key(5)
-  rows = jnp.asarray(random_rows((4, 8)), dtype)
-  made = (
-    ORTHONORMAL(key, 4, 8, dtype=dtype),
-    prototypes.orthonormalize(rows),
-    prototypes.align_prototypes(rows),
-  )
-  # bfloat16 has 8 bits: an entry is off by 2^-9 of itself.
-  atol = 1e-2 if dtype == jnp.bfloat16 else 1e-6
-  for c in made:
-    assert c.dtype == dtype
-    np.testing.assert_allclose(gram(c), np.eye(4), atol=atol)
-  simplex = SIMPLEX(key, 4, 8, dtype=dtype)
-  assert simplex.dtype == dtype
-  np.testing.assert_allclose(np.diagonal(gram(simplex)), 1, atol=atol)
+  for c in (
+    ORTHONORMAL(key, 4, 8, dtype=jnp.bfloat16),
+    ORTHONORMALIZE(rows),
+  ):
+    assert c.dtype == jnp.bfloat16
+    np.testing.assert_allclose(gram(c), np.eye(4), atol=1e-2)
+  simplex = SIMPLEX(key, 4, 8, dtype=jnp.bfloat16)
+  assert simplex.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.diagonal(gram(simplex)), 1, atol=1e-2)
 
 
 KEY = jax.random.key(0)
 Z, Y = np.ones((1, 1, 2), np.float32), np.array([-1])
 
 
+def pseudo_labels(**keywords):
+  return prototypes.pseudo_labels(Z, Y, np.eye(2), **keywords)
+
+
 @pytest.mark.parametrize(
-  ('name', 'arguments', 'keywords', 'message'),
+  ('call', 'message'),
   [
-    ('orthonormal_prototypes', (KEY, 5, 4), {}, 'num_classes.*dim=4.* 5'),
-    ('orthonormal_prototypes', (KEY, 0, 4), {}, 'num_classes.* 0'),
-    ('orthonormal_prototypes', (KEY, 1, 0), {}, 'dim.* 0'),
-    ('orthonormal_prototypes', (KEY, 3, 4), {'dtype': int}, 'dtype.*int'),
-    ('simplex_etf_prototypes', (KEY, 1, 4), {}, 'num_classes.* 1'),
-    ('simplex_etf_prototypes', (KEY, 5, 3), {}, 'dim.*4.* 3'),
-    ('simplex_etf_prototypes', (KEY, 3, 4), {'dtype': int}, 'dtype.*int'),
-    ('random_prototypes', (KEY, 0, 3), {}, 'num_classes.* 0'),
-    ('orthonormalize', (np.ones(3),), {}, r'prototypes.*\(3,\)'),
-    ('orthonormalize', (np.ones((2, 3), int),), {}, 'prototypes.*floating'),
-    ('align_prototypes', (np.ones((3, 2)),), {}, 'num_classes.*dim=2.* 3'),
     (
-      'assign_prototypes',
-      (np.ones((2, 3)), np.eye(3)),
-      {},
+      lambda: prototypes.orthonormal_prototypes(KEY, 5, 4),
+      'num_classes.*dim=4.* 5',
+    ),
+    (lambda: prototypes.orthonormal_prototypes(KEY, 0, 4), 'num_classes.* 0'),
+    (lambda: prototypes.orthonormal_prototypes(KEY, 1, 0), 'dim.* 0'),
+    (
+      lambda: prototypes.orthonormal_prototypes(KEY, 3, 4, dtype=int),
+      'dtype.*int',
+    ),
+    (lambda: prototypes.simplex_etf_prototypes(KEY, 1, 4), 'num_classes.* 1'),
+    (lambda: prototypes.simplex_etf_prototypes(KEY, 5, 3), 'dim.*4.* 3'),
+    (lambda: prototypes.random_prototypes(KEY, 0, 3), 'num_classes.* 0'),
+    (lambda: prototypes.orthonormalize(np.ones(3)), r'prototypes.*\(3,\)'),
+    (
+      lambda: prototypes.orthonormalize(np.ones((2, 3), int)),
+      'prototypes.*int',
+    ),
+    (
+      lambda: prototypes.align_prototypes(np.ones((3, 2))),
+      'num_classes.*dim=2.* 3',
+    ),
+    (
+      lambda: prototypes.assign_prototypes(np.ones((2, 3)), np.eye(3)),
       r'class_means.*\(2, 3\).*\(3, 3\)',
     ),
-    ('pseudo_labels', (Z, Y, np.eye(3)), {'threshold': 0.9}, 'prototypes'),
     (
-      'pseudo_labels',
-      (Z, Y, np.eye(2)),
-      {'threshold': 0.0},
-      r'threshold.*0\.0',
+      lambda: prototypes.pseudo_labels(Z, Y, np.eye(3), threshold=0.9),
+      'prototypes',
     ),
+    (lambda: pseudo_labels(threshold=0.0), r'threshold.*0\.0'),
+    (lambda: pseudo_labels(threshold=2), 'threshold.* 2'),
     (
-      'pseudo_labels',
-      (Z, Y, np.eye(2)),
-      {'threshold': 0.9, 'temperature': 0.0},
+      lambda: pseudo_labels(threshold=0.9, temperature=0.0),
       r'temperature.*0\.0',
     ),
   ],
 )
-def test_a_wrong_argument_is_named(name, arguments, keywords, message):
+def test_invalid_arguments(call, message):
   with pytest.raises(ValueError, match=message):
-    getattr(prototypes, name)(*arguments, **keywords)
+    call()
 
 
-def test_random_prototypes_are_unit_and_have_the_cosines_of_chance():
+def test_random_prototypes_are_unit_with_cosines_of_random_directions():
   c = prototypes.random_prototypes(jax.random.key(0), 200, 64)
   cosines = gram(c)
   np.testing.assert_allclose(np.diagonal(cosines), 1, atol=1e-6)
@@ -235,19 +224,22 @@ def test_random_prototypes_are_unit_and_have_the_cosines_of_chance():
   )
 
 
-@pytest.mark.parametrize(('k', 'dim'), [(1, 3), (5, 5), (40, 64)])
+ASSIGN = jax.jit(prototypes.assign_prototypes)
+
+
+@pytest.mark.parametrize(('k', 'dim'), [(1, 3), (40, 64)])
 def test_assignment_is_the_best_of_all_orders(k, dim):
   means = random_rows((k, dim), seed=1)
-  c = np.asarray(prototypes.orthonormal_prototypes(jax.random.key(0), k, dim))
-  ours = np.asarray(jax.jit(prototypes.assign_prototypes)(means, c))
+  c = np.asarray(ORTHONORMAL(jax.random.key(0), k, dim))
+  ours = np.asarray(ASSIGN(means, c))
   rows, columns = scipy.optimize.linear_sum_assignment(
     means @ c.T, maximize=True
   )
   np.testing.assert_array_equal(ours[rows], c[columns])
 
 
-@pytest.mark.parametrize('size', [1, 2, 7, 60])
-def test_assignment_is_the_best_where_costs_are_tied_or_of_low_rank(size):
+@pytest.mark.parametrize('size', [2, 40])
+def test_assignment_is_the_best_for_tied_and_low_rank_costs(size):
   rng = np.random.default_rng(size)
   for gain in (
     np.zeros((size, size)),
@@ -255,7 +247,7 @@ def test_assignment_is_the_best_where_costs_are_tied_or_of_low_rank(size):
     rng.normal(size=(size, 1)) * rng.normal(size=(1, size)),
   ):
     gain = gain.astype(np.float32)
-    ours = np.asarray(prototypes.assign_prototypes(gain, jnp.eye(size)))
+    ours = np.asarray(ASSIGN(gain, jnp.eye(size)))
     np.testing.assert_array_equal(np.sort(ours.argmax(axis=1)), range(size))
     rows, columns = scipy.optimize.linear_sum_assignment(gain, maximize=True)
     best = gain[rows, columns].sum()
@@ -263,20 +255,20 @@ def test_assignment_is_the_best_where_costs_are_tied_or_of_low_rank(size):
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, 3e38])
-def test_assignment_ends_whatever_the_class_means_are(value):
+def test_assignment_terminates_for_huge_and_non_finite_means(value):
   means = np.where(random_rows((6, 6)) > 0, value, -1).astype(np.float32)
-  ours = np.asarray(prototypes.assign_prototypes(means, jnp.eye(6)))
+  ours = np.asarray(ASSIGN(means, jnp.eye(6)))
   if value == 3e38:
     np.testing.assert_array_equal(np.sort(ours.argmax(axis=1)), range(6))
   else:
-    assert np.isnan(ours).all()  # as the class means, not as if all were well
+    assert np.isnan(ours).all()
 
 
-def test_pseudo_labels_are_the_nearest_prototypes_where_sure():
+def test_pseudo_labels_are_the_nearest_prototypes_where_confident():
   rng = np.random.default_rng(0)
   z = rng.normal(size=(2, 50, 6)).astype(np.float32)
   labels = np.where(rng.random(50) < 0.3, rng.integers(0, 4, 50), -1)
-  c = np.asarray(prototypes.orthonormal_prototypes(jax.random.key(0), 4, 6))
+  c = np.asarray(ORTHONORMAL(jax.random.key(0), 4, 6))
   ours = prototypes.pseudo_labels(z, labels, c, threshold=0.6, temperature=0.3)
   expected = labels.copy()
   for i in np.flatnonzero(labels < 0):

@@ -23,7 +23,7 @@ def unit(rows):
 
 
 def np_energy(model, rows, moving, k):
-  """What the vector `moving` descends: a loop over pairs, for a gradient."""
+  """The energy that the vector `moving` descends, by a loop over pairs."""
   n = len(rows)
 
   def log_sum_exp(i):
@@ -49,7 +49,7 @@ def np_energy(model, rows, moving, k):
 
 
 def np_step(model, z, prototypes, rate, weight, correlation, distance):
-  """One step from central differences of the energies, without any formula."""
+  """One step from central differences of the energies."""
   n, dim, k = z.shape[0] * z.shape[1], z.shape[2], z.shape[1]
   rows = z.reshape(n, dim)
   gradient = np.zeros((n, dim))
@@ -95,7 +95,7 @@ DISTANCES = [distances(), distances(repulsion=0.7), distances(temperature=0.1)]
 
 @pytest.mark.parametrize(
   ('model', 'pull'),
-  [(model, n % 3) for n, model in enumerate(MODELS)] + [('repulsion', 2)],
+  [(model, n % 3) for n, model in enumerate(MODELS)],
 )
 def test_two_steps_equal_central_differences_of_the_energies(model, pull):
   rng = np.random.default_rng(3)
@@ -125,58 +125,42 @@ def test_two_steps_equal_central_differences_of_the_energies(model, pull):
 
 
 @pytest.mark.parametrize(
-  ('model', 'k'),
+  ('model', 'weight', 'correlation', 'steps'),
   [
-    ('repulsion', 5),
-    ('repulsion', 10),
-    ('symmetric', 10),
-    ('row_softmax', 10),
-    ('row_softmax', 300),
+    ('repulsion', 0.0, 0.0, 20),
+    ('symmetric', 0.0, 0.0, 20),
+    ('row_softmax', 0.0, 0.0, 20),
+    ('repulsion', 0.0, 0.3, 100),
+    ('symmetric', 1.0, 0.0, 500),
+    ('row_softmax', 0.6, 0.1, 500),
   ],
 )
-def test_bisection_finds_the_closed_form(model, k):
-  expected = 2 * (k - 1) / (k - 2) / WITH_COLLAPSE[model]
-  closed = theory.critical_learning_rate(model, k, 8, temperature=TAU)
-  assert closed == pytest.approx(expected, rel=1e-12)
-  # Near collapse all differences grow by one factor, whatever the dimension.
-  bisected = theory.bisect_critical_learning_rate(
-    model, k, 8, temperature=TAU, steps=20
-  )
-  assert bisected == pytest.approx(expected, abs=2e-5)
-
-
-@pytest.mark.parametrize(
-  ('model', 'k', 'weight', 'correlation'),
-  [
-    ('repulsion', 10, 0.3, 0.05),
-    ('repulsion', 100, 0.3, 0.0),
-    ('symmetric', 10, 1.0, 0.0),
-    ('row_softmax', 10, 0.6, 0.1),
-    ('repulsion', 10, 0.0, 0.3),
-  ],
-)
-def test_bisection_finds_the_closed_form_with_pull_and_correlation(
-  model, k, weight, correlation
+def test_bisection_agrees_with_the_closed_form(
+  model, weight, correlation, steps
 ):
-  problem = {
+  k = 10
+  keywords = {
     'clop_weight': weight,
     'correlation': correlation,
     'temperature': TAU,
   }
-  closed = theory.critical_learning_rate(model, k, k + 3, **problem)
+  closed = theory.critical_learning_rate(model, k, k + 3, **keywords)
+  if not weight and not correlation:
+    expected = 2 * (k - 1) / (k - 2) / WITH_COLLAPSE[model]
+    assert closed == pytest.approx(expected, rel=1e-12)
   bisected = theory.bisect_critical_learning_rate(
-    model, k, k + 3, steps=500, **problem
+    model, k, k + 3, steps=steps, **keywords
   )
   assert bisected == pytest.approx(closed, rel=5e-4)
 
 
 @pytest.mark.parametrize('model', ['tangent', 'infonce'])
-def test_models_whose_radial_gradient_vanishes_have_no_critical_rate(model):
+def test_models_that_repel_equal_embeddings_have_no_critical_rate(model):
   assert theory.critical_learning_rate(model, 10, 16) == math.inf
   assert theory.bisect_critical_learning_rate(model, 10, 16) == math.inf
 
 
-def test_a_pull_of_weight_1_forbids_collapse_of_free_vectors_at_every_rate():
+def test_a_clop_weight_of_1_prevents_collapse_at_every_rate():
   pull = {'clop_weight': 1.0}
   assert theory.critical_learning_rate('repulsion', 10, 16, **pull) == math.inf
   starts = jax.random.normal(jax.random.key(0), (2, 1, 10, 16))
@@ -190,29 +174,11 @@ def test_a_pull_of_weight_1_forbids_collapse_of_free_vectors_at_every_rate():
   assert jnp.all(pulled.effective_rank > 8)
 
 
-def test_the_collapsed_branch_has_the_mean_cosine_of_the_formula():
-  k, rate, weight, correlation = 10, 3.0, 0.4, 0.1
-  common, own = 1 + correlation * (k - 1), 1 - correlation
-  b = rate * own * weight / (rate * common - 2 - rate * own / (k - 1))
-  outcome = theory.simulate(
-    'repulsion',
-    jnp.array([rate]),
-    jax.random.normal(jax.random.key(2), (1, 1, k, k + 3)),
-    steps=500,
-    prototypes=jnp.eye(k, k + 3),
-    clop_weight=weight,
-    correlation=correlation,
-  )
-  np.testing.assert_allclose(outcome.mean_cosine, 1 - b**2, atol=1e-3)
-
-
 @pytest.mark.parametrize(
   ('weight', 'correlation', 'repulsion'),
-  [(1, 0, 0), (5, 0.5, 0), (5, 0.9, 1), (5, 0.9, 2)],
+  [(1, 0, 0), (5, 0.9, 2)],
 )
-def test_the_simulation_rests_at_the_equilibrium_of_pull_and_repulsion(
-  weight, correlation, repulsion
-):
+def test_the_simulation_ends_at_the_equilibrium(weight, correlation, repulsion):
   k = 10
   outcome = theory.simulate(
     'repulsion',
@@ -231,7 +197,7 @@ def test_the_simulation_rests_at_the_equilibrium_of_pull_and_repulsion(
   np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_outputs_that_move_together_rest_at_the_prototypes_mean_from_sqrt_k():
+def test_outputs_that_move_together_end_at_the_mean_of_prototypes():
   collapsed = 1 - 1 / math.sqrt(10)
   heavy = stationary.pull_equilibrium(10, 5.0, correlation=0.9999)
   assert heavy.clop_loss == pytest.approx(collapsed, abs=1e-3)
@@ -258,22 +224,23 @@ REAL_LOSSES = {
 }
 
 
-@pytest.mark.parametrize('name', REAL_LOSSES)
-def test_embeddings_on_one_line_are_stationary_for_the_real_losses(name):
-  gradient = jax.jit(jax.grad(REAL_LOSSES[name]))
+def test_embeddings_on_one_line_are_stationary_for_the_real_losses():
+  gradients = jax.jit(
+    lambda z: {name: jax.grad(f)(z) for name, f in REAL_LOSSES.items()}
+  )
   for kind in ('equal', 'collinear'):
     z = lines(kind, 2, 4, 5)
-    assert jnp.max(jnp.abs(gradient(z))) < 1e-6
-    # The same losses are not flat: off the line they have a gradient.
+    # Off the line they have a gradient.
     off = z + 0.3 * jax.random.normal(jax.random.key(0), z.shape)
-    assert jnp.max(jnp.abs(gradient(off))) > 1e-2
+    for name in REAL_LOSSES:
+      assert jnp.max(jnp.abs(gradients(z)[name])) < 1e-6, name
+      assert jnp.max(jnp.abs(gradients(off)[name])) > 1e-2, name
 
 
-@pytest.mark.parametrize('kind', ['equal', 'collinear'])
-@pytest.mark.parametrize(('views', 'temperature'), [(2, 0.5), (3, 1.0)])
-def test_the_hessian_of_the_real_nt_xent_has_the_closed_form(
-  views, temperature, kind
-):
+@pytest.mark.parametrize(
+  ('kind', 'views', 'temperature'), [('equal', 2, 0.5), ('collinear', 3, 1.0)]
+)
+def test_the_hessian_of_nt_xent_has_the_closed_form(kind, views, temperature):
   examples, dim = 4, 4
   values = stationary.nt_xent_hessian_eigenvalues(
     examples,
@@ -288,20 +255,7 @@ def test_the_hessian_of_the_real_nt_xent_has_the_closed_form(
   )
   expected = np.sort(np.repeat(expected, dim - 1))
   np.testing.assert_allclose(spectrum, expected, atol=2e-6)
-  assert spectrum[0] < -0.1  # classes moving apart: the point is a saddle
-
-
-def test_the_class_directions_are_those_that_lower_the_real_nt_xent():
-  z = lines('equal', 2, 4, 5)
-  values = stationary.nt_xent_hessian_eigenvalues(4, temperature=0.5)
-  apart = np.random.default_rng(0).normal(size=(4, 5))
-  apart -= apart.mean(0)
-  views = np.stack([apart, -apart])
-  for name, motion in ('class', np.stack([apart, apart])), ('view', views):
-    motion = motion - (motion @ z[0, 0])[..., None] * np.asarray(z[0, 0])
-    motion *= 0.05 / np.linalg.norm(motion)
-    change = float(loss.nt_xent_loss(z + motion) - loss.nt_xent_loss(z))
-    assert change == pytest.approx(values[name][0] * 0.05**2 / 2, rel=0.02)
+  assert spectrum[0] < -0.1  # classes move apart: the point is a saddle
 
 
 def np_riemannian_spectrum(function, z, h=1e-3):
@@ -324,7 +278,7 @@ def np_riemannian_spectrum(function, z, h=1e-3):
   return np.linalg.eigvalsh(hessian / (4 * h * h))
 
 
-def test_the_spectrum_is_that_of_great_circles_off_a_stationary_point_too():
+def test_the_hessian_spectrum_is_that_along_great_circles():
   rng = np.random.default_rng(1)
   z, b = unit(rng.normal(size=5)), rng.normal(size=5)
   a = rng.normal(size=(5, 5))
@@ -336,14 +290,11 @@ def test_the_spectrum_is_that_of_great_circles_off_a_stationary_point_too():
   np.testing.assert_allclose(spectrum, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-  'keywords', [{}, {'repulsion': 1.0}, {'repulsion': 1.5}, {'temperature': 0.5}]
-)
+@pytest.mark.parametrize('keywords', [{'repulsion': 1.5}, {'temperature': 0.5}])
 def test_the_common_potential_at_the_mean_has_the_closed_curvature(keywords):
   k, dim = 4, 6
-  ours, numpys = distances(**keywords)
+  ours, _ = distances(**keywords)
   prototypes = np.linalg.qr(np.random.default_rng(0).normal(size=(dim, k)))[0].T
-  mean = unit(prototypes.sum(0))
   values = stationary.common_hessian_eigenvalues(
     k, 'softmax' if 'temperature' in keywords else 'cosine', **keywords
   )
@@ -353,16 +304,9 @@ def test_the_common_potential_at_the_mean_has_the_closed_curvature(keywords):
   c = jnp.asarray(prototypes, jnp.float32)
   spectrum = stationary.hessian_spectrum(
     lambda z: stationary.common_potential(z, c, distance=ours),
-    jnp.asarray(mean, jnp.float32),
+    jnp.asarray(unit(prototypes.sum(0)), jnp.float32),
   )
   np.testing.assert_allclose(spectrum, expected, atol=2e-5)
-
-  def potential(z):
-    return np.mean([numpys(z, y, prototypes) for y in range(k)])
-
-  np.testing.assert_allclose(
-    np_riemannian_spectrum(potential, mean), expected, atol=1e-4
-  )
 
 
 def test_a_simplex_etf_exerts_no_common_force_anywhere():
@@ -375,8 +319,8 @@ def test_a_simplex_etf_exerts_no_common_force_anywhere():
   )
 
 
-def test_at_the_mean_the_real_clop_loss_holds_all_but_no_single_embedding():
-  k = 10
+def test_at_the_mean_of_prototypes_the_clop_loss_has_a_minimum_of_equal_ones():
+  k = 5
   c = jnp.eye(k, k + 2)
   mean = jnp.sum(c, axis=0) / math.sqrt(k)
 
@@ -385,28 +329,25 @@ def test_at_the_mean_the_real_clop_loss_holds_all_but_no_single_embedding():
     return loss.clop_loss(every, jnp.arange(k), c)
 
   assert float(shared(mean)) == pytest.approx(1 - 1 / math.sqrt(k), abs=1e-6)
-  np.testing.assert_allclose(jax.grad(shared)(mean), 0, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(jax.grad(shared))(mean), 0, atol=1e-6)
   spectrum = stationary.hessian_spectrum(shared, mean)
   np.testing.assert_allclose(spectrum, 1 / math.sqrt(k), atol=1e-5)
-  gradient = jax.grad(loss.clop_loss)(jnp.tile(mean, (k, 1)), jnp.arange(k), c)
-  lengths = jnp.linalg.norm(gradient, axis=1) * k
-  np.testing.assert_allclose(lengths, math.sqrt(1 - 1 / k), atol=1e-5)
 
 
-@pytest.mark.parametrize(('k', 'temperature'), [(5, 0.5), (10, 1.0), (10, 0.1)])
-def test_infonce_collapses_onto_a_line_with_opposite_views(k, temperature):
+def test_infonce_collapses_onto_a_line_with_opposite_views():
+  k, temperature = 5, 0.5
   critical = stationary.opposite_views_critical_rate(k, temperature=temperature)
   start = 1e-3 * np.random.default_rng(0).normal(size=(1, 2, k, k + 1))
   start[:, 0, :, 0] += 1
   start[:, 1, :, 0] -= 1
   outcome = theory.simulate(
     'infonce',
-    critical * jnp.array([0.95, 1.05, 3.0]),
+    critical * jnp.array([0.95, 1.05]),
     jnp.asarray(start, jnp.float32),
     steps=600,
     temperature=temperature,
   )
-  assert list(outcome.effective_rank[:, 0] < 1.01) == [False, True, True]
+  assert list(outcome.effective_rank[:, 0] < 1.01) == [False, True]
   np.testing.assert_allclose(outcome.mean_cosine[1:], 0, atol=1e-3)
 
 
@@ -416,58 +357,55 @@ def test_infonce_has_no_collapse_onto_a_line_at_high_temperatures():
 
 
 STARTS = np.ones((1, 2, 4, 5), np.float32)
-C = np.eye(3, 5)
+
+
+def simulate(model='repulsion', rates=(1.0,), starts=STARTS, **keywords):
+  return theory.simulate(model, rates, starts, **keywords)
+
+
+def critical(model, k, dim, **keywords):
+  return theory.critical_learning_rate(model, k, dim, **keywords)
+
+
+PULL = {'clop_weight': 5.0, 'correlation': 0.5}
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'keywords', 'message'),
+  ('call', 'message'),
   [
-    (('adam', [1.0], STARTS), {}, "model .*'repulsion'.*got 'adam'"),
-    (('repulsion', 1.0, STARTS), {}, r'learning_rates .*got \(\)'),
-    (('infonce', [1.0], STARTS[:, :1]), {}, r'starts .*\(1, 1, 4, 5\)'),
-    (('repulsion', [1.0], STARTS), {'clop_weight': 1.0}, 'prototypes .*None'),
-    (('repulsion', [1.0], STARTS), {'prototypes': C}, r'prototypes .*\(3, 5\)'),
+    (lambda: simulate('adam'), "model .*'adam'"),
+    (lambda: simulate(rates=1.0), r'learning_rates .*\(\)'),
+    (
+      lambda: simulate('infonce', starts=STARTS[:, :1]),
+      r'starts .*\(1, 1, 4, 5\)',
+    ),
+    (lambda: simulate(clop_weight=1.0), 'prototypes .*None'),
+    (lambda: simulate(prototypes=np.eye(3, 5)), r'prototypes .*\(3, 5\)'),
+    (lambda: critical('repulsion', 2, 8), 'num_classes .*2'),
+    (lambda: critical('repulsion', 10, 1), 'dim .*1'),
+    (lambda: critical('repulsion', 10, 8, clop_weight=0.1), 'dim .*=10 .*8'),
+    (lambda: critical('repulsion', 9, 9, clop_weight=0.1), 'dim=9.*bisect'),
+    (
+      lambda: critical('repulsion', 10, 16, **PULL),
+      r'clop_weight=5\.0.*bisect',
+    ),
+    (lambda: critical('tangent', 10, 16, **PULL), "'tangent'.*bisect"),
+    (lambda: critical('repulsion', 9, 9, correlation=1.0), 'correlation .*1'),
+    (lambda: critical('repulsion', 9, 9, correlation=-1), 'correlation .*-1'),
+    (lambda: critical('repulsion', 9, 9, clop_weight=-1), 'clop_weight .*-1'),
+    (lambda: critical('row_softmax', 9, 9, temperature=0), 'temperature .*0'),
   ],
 )
-def test_a_wrong_argument_of_a_simulation_is_named(
-  arguments, keywords, message
-):
+def test_invalid_arguments(call, message):
   with pytest.raises(ValueError, match=message):
-    theory.simulate(*arguments, **keywords)
-
-
-@pytest.mark.parametrize(
-  ('arguments', 'keywords', 'message'),
-  [
-    (('repulsion', 2, 8), {}, 'num_classes .*got 2'),
-    (('repulsion', 10, 1), {}, 'dim .*got 1'),
-    (('repulsion', 10, 8), {'clop_weight': 0.1}, 'dim .*=10 .*got 8'),
-    (('repulsion', 10, 10), {'clop_weight': 0.1}, 'dim=10.*use bisect'),
-    (
-      ('repulsion', 10, 16),
-      {'clop_weight': 5.0, 'correlation': 0.5},
-      r'clop_weight=5\.0.*mean of the prototypes; use bisect',
-    ),
-    (
-      ('tangent', 10, 16),
-      {'clop_weight': 1.0, 'correlation': 0.5},
-      "'tangent'.*no closed form: use bisect",
-    ),
-    (('repulsion', 10, 16), {'correlation': 1.0}, 'correlation .*below 1'),
-    (('repulsion', 9, 9), {'correlation': -1}, 'correlation .*got -1'),
-    (('repulsion', 9, 9), {'clop_weight': -1}, 'clop_weight .*got -1'),
-    (('repulsion', 9, 9), {'level': 1.0}, r'level .*got 1\.0'),
-    (('row_softmax', 9, 9), {'temperature': 0}, 'temperature .*got 0'),
-  ],
-)
-def test_a_problem_without_a_closed_form_is_named(arguments, keywords, message):
-  with pytest.raises(ValueError, match=message):
-    theory.critical_learning_rate(*arguments, **keywords)
+    call()
 
 
 @pytest.mark.parametrize('make', [tables.hessians, tables.opposite_views])
-def test_the_page_has_the_tables_that_its_script_prints(make, monkeypatch):
+def test_docs_theory_has_the_tables_of_its_script(make, monkeypatch):
   rows = []
+  # Only the column that is not compared needs the spectrum.
+  monkeypatch.setattr(stationary, 'hessian_spectrum', lambda *_: 0.0)
   monkeypatch.setattr(tables, 'table', lambda *table: rows.extend(table[2]))
   make()
   page = (small.ROOT / 'docs' / 'theory.md').read_text()

@@ -1,4 +1,4 @@
-"""The PyTorch peers of the benchmarks do the same work as the library."""
+"""The PyTorch programs of the benchmarks compute the same as the library."""
 
 import colorsys
 import functools
@@ -44,7 +44,7 @@ PEERS = {
 @pytest.fixture(autouse=True)
 def seeded():
   torch.manual_seed(0)
-  torch.set_num_threads(1)  # more of them would wait for other tests' cores
+  torch.set_num_threads(1)  # other tests use the other cores
 
 
 def embeddings(views=2, batch=9, seed=0):
@@ -64,7 +64,7 @@ def assert_same_loss_and_gradient(ours, theirs, z):
 
 @pytest.mark.parametrize('temperature', [0.1, 0.5])
 @pytest.mark.parametrize('form', ['authors', 'expert'])
-def test_nt_xent_is_ours_in_value_and_gradient(form, temperature):
+def test_nt_xent_equals_ours_in_value_and_gradient(form, temperature):
   assert_same_loss_and_gradient(
     functools.partial(loss.nt_xent_loss, temperature=temperature),
     lambda z: PEERS[form](z, temperature),
@@ -76,7 +76,7 @@ def test_nt_xent_is_ours_in_value_and_gradient(form, temperature):
 @pytest.mark.parametrize(
   'labels', [[0, 1, 2, 3, 0, 1, 2, 3, 0], [-1, 3, -1, 0, -1, 2, 2, -1, -1]]
 )
-def test_clop_is_ours_in_value_and_gradient(labels, views):
+def test_clop_equals_ours_in_value_and_gradient(labels, views):
   prototypes = work(num_classes=4, dim=DIM).prototypes()
   np.testing.assert_allclose(prototypes @ prototypes.T, np.eye(4), atol=1e-6)
   squeezed = (lambda z: z[0]) if views == 1 else (lambda z: z)
@@ -125,8 +125,8 @@ def test_the_networks_have_as_many_parameters_as_ours(depth, stem):
     assert sum(x.numel() for x in theirs.parameters()) == expected
 
 
-def drawn(shapes):
-  """Variables of those shapes, none of them at its initial value."""
+def random_variables(shapes):
+  """Variables without an initial value."""
   rng = np.random.default_rng(0)
 
   def draw(path, leaf):
@@ -139,28 +139,28 @@ def drawn(shapes):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def copy_convolution(ours, theirs):
-  theirs.weight.copy_(torch.from_numpy(ours['kernel'].transpose(3, 2, 0, 1)))
-
-
-def copy_dense(ours, theirs):
-  theirs.weight.copy_(torch.from_numpy(ours['kernel'].T))
-  if theirs.bias is not None:
-    theirs.bias.copy_(torch.from_numpy(ours['bias']))
-
-
-def copy_norm(params, statistics, theirs):
-  theirs.weight.copy_(torch.from_numpy(params['scale']))
-  theirs.bias.copy_(torch.from_numpy(params['bias']))
-  theirs.running_mean.copy_(torch.from_numpy(statistics['mean']))
-  theirs.running_var.copy_(torch.from_numpy(statistics['var']))
+def copy(theirs, ours, statistics=None):
+  """Copies a layer's parameters and statistics to its PyTorch module."""
+  tensors = {
+    'weight': ours.get('kernel', ours.get('scale')),
+    'bias': ours.get('bias'),
+  }
+  if statistics is not None:
+    tensors |= {
+      'running_mean': statistics['mean'],
+      'running_var': statistics['var'],
+    }
+  for name, value in tensors.items():
+    if value is not None:
+      axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[value.ndim]
+      getattr(theirs, name).copy_(torch.tensor(value.transpose(axes)))
 
 
 @torch.no_grad()
 def copy_backbone(variables, theirs):
   params, statistics = variables['params'], variables['batch_stats']
-  copy_convolution(params['conv1'], theirs.conv1)
-  copy_norm(params['bn1'], statistics['bn1'], theirs.bn1)
+  copy(theirs.conv1, params['conv1'])
+  copy(theirs.bn1, params['bn1'], statistics['bn1'])
   for stage, blocks in enumerate(theirs.layers):
     for index, block in enumerate(blocks):
       name = f'layer{stage + 1}_{index}'
@@ -170,26 +170,22 @@ def copy_backbone(variables, theirs):
         modules['downsample_conv'], modules['downsample_bn'] = shortcut
       assert set(modules) == set(params[name])
       for child, module in modules.items():
-        ours = params[name][child]
-        if 'conv' in child:
-          copy_convolution(ours, module)
-        else:
-          copy_norm(ours, statistics[name][child], module)
+        copy(module, params[name][child], statistics[name].get(child))
 
 
 @torch.no_grad()
 def copy_head(variables, theirs):
   params, statistics = variables['params'], variables['batch_stats']
-  copy_dense(params['dense1'], theirs.dense1)
-  copy_norm(params['bn1'], statistics['bn1'], theirs.bn1)
-  copy_dense(params['dense2'], theirs.dense2)
+  copy(theirs.dense1, params['dense1'])
+  copy(theirs.bn1, params['bn1'], statistics['bn1'])
+  copy(theirs.dense2, params['dense2'])
 
 
 @pytest.mark.parametrize(
   ('depth', 'stem'), [(18, 'cifar'), (18, 'imagenet'), (50, 'cifar')]
 )
-def test_features_and_embeddings_are_ours_for_the_same_variables(depth, stem):
-  variables = [drawn(shapes) for shapes in our_shapes(depth, stem)]
+def test_features_and_embeddings_equal_ours_for_the_same_variables(depth, stem):
+  variables = [random_variables(shapes) for shapes in our_shapes(depth, stem)]
   images = np.random.default_rng(1).normal(size=(2, 32, 32, 3))
   images = images.astype(np.float32)
   theirs = peer(depth, stem).eval()
@@ -218,7 +214,7 @@ def views(images, size, **recipe):
 
 
 @pytest.mark.parametrize('shape', [(8, 8), (12, 20)])
-def test_batched_views_of_noise_are_images_of_the_asked_size(shape):
+def test_batched_views_have_the_requested_size(shape):
   images = torch.randint(256, (64, 3, *shape), dtype=torch.uint8)
   x = torch_augment.views(images, 8, MEAN, STD)
   assert x.shape == (64, 3, 8, 8)
@@ -252,15 +248,15 @@ def test_about_half_of_the_batched_views_are_flipped():
   assert 0.4 < rising.float().mean() < 0.6
 
 
-def test_a_fifth_of_the_batched_views_have_lost_their_colour():
+def test_about_a_fifth_of_the_batched_views_are_grey():
   images = torch.randint(256, (1000, 3, 1, 1), dtype=torch.uint8)
   x = views(images, 4, jitter_probability=0)
   grey = (x.amax(1) - x.amin(1)).amax((1, 2)) < 1e-5
   assert 0.15 < grey.float().mean() < 0.25
 
 
-def test_a_batched_crop_reads_where_its_box_is(monkeypatch):
-  columns = torch.arange(16.0) + 0.5  # of a pixel's centre
+def test_a_batched_crop_reads_its_box(monkeypatch):
+  columns = torch.arange(16.0) + 0.5  # centres of pixels
   images = (columns / 16).expand(4, 3, 16, 16)
   box = torch.tensor([0.375, 0.5, 0.5, 0.25])  # columns 2 to 10, rows 6 to 10
   monkeypatch.setattr(
@@ -288,7 +284,7 @@ def test_random_boxes_lie_in_the_image_and_keep_area_and_aspect():
   assert 1.3 < aspect.max() < 4 / 3 + 1e-4
 
 
-def test_the_batched_hue_is_that_of_hsv():
+def test_the_batched_hue_equals_colorsys():
   colours = torch.rand(50, 3, 1, 1)
   turns = torch.rand(50, 1, 1, 1) - 0.5
   turned = torch_augment.turn_hue(colours, turns).flatten(1)
@@ -300,7 +296,7 @@ def test_the_batched_hue_is_that_of_hsv():
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize('size', [(16, 16), (40, 12), (12, 40)])
+@pytest.mark.parametrize('size', [(40, 12), (12, 40)])
 def test_pillow_boxes_lie_in_the_image(size):
   rng = random.Random(0)
   width, height = size
@@ -353,8 +349,7 @@ def work(examples=20, num_classes=4, dim=8):
 
 
 def make_step(form, **options):
-  make = {'authors': torch_steps.authors, 'expert': torch_steps.expert}[form]
-  return make(work(), **options)
+  return getattr(torch_steps, form)(work(), **options)
 
 
 @pytest.mark.parametrize(
@@ -382,8 +377,8 @@ def test_a_step_trains_every_parameter(form, options, passes):
   step.close()
 
 
-# 20 examples are two batches of 8, so the fifth step is of a third epoch.
-def test_workers_go_on_over_epochs_and_end_when_closed():
+# 20 examples are two batches of 8, so the fifth step is in a third epoch.
+def test_workers_last_several_epochs_and_stop_when_closed():
   step = make_step('authors', workers=2)
   step()
   workers = multiprocessing.active_children()
@@ -413,6 +408,6 @@ def test_an_epoch_has_each_example_once():
     (lambda: make_step('expert', dtype='float16'), "dtype.*'float16'"),
   ],
 )
-def test_a_wrong_argument_is_named(call, message):
+def test_invalid_arguments(call, message):
   with pytest.raises(ValueError, match=message):
     call()

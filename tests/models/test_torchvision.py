@@ -1,4 +1,4 @@
-"""Weights under torchvision's names: the same features in NumPy and PyTorch."""
+"""Converted weights give the same features in NumPy and PyTorch."""
 
 import functools
 import hashlib
@@ -27,7 +27,7 @@ needs_torch = pytest.mark.skipif(not TORCH, reason='needs PyTorch')
 
 
 def variables(model, channels=3, size=8, seed=0):
-  """Of the model's shapes, with statistics that are not a new network's."""
+  """Random variables, with batch statistics unlike those of a new network."""
   x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
   init = functools.partial(model.init, train=False)
   rng = np.random.default_rng(seed)
@@ -35,7 +35,7 @@ def variables(model, channels=3, size=8, seed=0):
   def draw(path, leaf):
     name = path[-1].key
     if name == 'scale':
-      # Small enough for fifty layers not to blow up.
+      # Small enough for fifty layers.
       return rng.uniform(0.2, 0.6, leaf.shape).astype(np.float32)
     if name == 'var':
       return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
@@ -57,17 +57,10 @@ def our_features(model, own, x):
   return jax.jit(functools.partial(model.apply, train=False))(own, x)
 
 
-# The number of entries of torchvision's state dicts, classifier included.
-@pytest.mark.parametrize(
-  ('depth', 'entries'), [(18, 122), (34, 218), (50, 320)]
-)
-def test_names_and_shapes_are_those_of_torchvision(depth, entries):
-  make = {
-    18: resnet.ResNet18,
-    34: resnet.ResNet34,
-    50: resnet.ResNet50,
-  }[depth]
-  model = make(stem='imagenet')
+# Numbers of entries of torchvision's state dicts, with the classifier.
+@pytest.mark.parametrize(('depth', 'entries'), [(18, 122), (50, 320)])
+def test_names_and_shapes_equal_torchvision(depth, entries):
+  model = {18: resnet.ResNet18, 50: resnet.ResNet50}[depth](stem='imagenet')
   x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
   init = functools.partial(model.init, train=False)
   shapes = jax.eval_shape(init, jax.random.key(0), x)
@@ -86,9 +79,7 @@ def test_names_and_shapes_are_those_of_torchvision(depth, entries):
   ('depth', 'stem', 'channels'),
   [(8, 'cifar', 1), (18, 'imagenet', 3), (50, 'cifar', 3)],
 )
-def test_both_directions_are_each_other_s_inverse_bit_for_bit(
-  depth, stem, channels
-):
+def test_conversion_there_and_back_is_exact(depth, stem, channels):
   own = variables(MAKE[depth](stem=stem), channels)
   weights = torchvision.to_torchvision(own, num_batches=7)
   back = torchvision.from_torchvision(weights, own)
@@ -105,15 +96,11 @@ def test_both_directions_are_each_other_s_inverse_bit_for_bit(
 @pytest.mark.parametrize(
   ('depth', 'stem', 'channels', 'size'),
   [
-    (8, 'cifar', 1, 8),
-    (18, 'imagenet', 3, 33),
     (18, 'cifar', 3, 9),
-    (50, 'imagenet', 3, 32),
+    (50, 'imagenet', 1, 33),
   ],
 )
-def test_features_are_those_of_the_network_that_torchvision_s_names_mean(
-  depth, stem, channels, size
-):
+def test_features_equal_those_of_a_numpy_resnet(depth, stem, channels, size):
   model = MAKE[depth](stem=stem)
   own, x = variables(model, channels), images(channels, size)
   weights = torchvision.to_torchvision(own)
@@ -132,9 +119,7 @@ def test_features_are_those_of_the_network_that_torchvision_s_names_mean(
     (50, 'imagenet', 3, 64),
   ],
 )
-def test_features_are_those_of_a_plain_pytorch_resnet(
-  depth, stem, channels, size
-):
+def test_features_equal_those_of_a_pytorch_resnet(depth, stem, channels, size):
   import torch
 
   model = MAKE[depth](stem=stem)
@@ -148,7 +133,7 @@ def test_features_are_those_of_a_plain_pytorch_resnet(
     expected = network(torch.tensor(x.transpose(0, 3, 1, 2))).numpy()
   assert expected.std() > 0.05
   np.testing.assert_allclose(our_features(model, own, x), expected, atol=1e-4)
-  # And the other way round, with a classifier as torchvision's files have one.
+  # Back, with a classifier as in torchvision's files.
   saved = {
     name: value.numpy() for name, value in network.state_dict().items()
   } | {'fc.weight': np.zeros((10, 2)), 'fc.bias': np.zeros(10)}
@@ -158,33 +143,28 @@ def test_features_are_those_of_a_plain_pytorch_resnet(
 
 @needs_torch
 @pytest.mark.parametrize('depth', [18, 50])
-def test_our_pytorch_resnet_is_torchvision_s(depth):
+def test_the_pytorch_resnet_of_the_tests_equals_torchvision(depth):
   torchvision = pytest.importorskip('torchvision')
   model = getattr(torchvision.models, f'resnet{depth}')()
-  found = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-  assert found == theirs.shapes(depth, classes=1000)
+  shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+  assert shapes == theirs.shapes(depth, classes=1000)
 
 
-def unfit(change, *, channels=3, stem='imagenet'):
-  """The error for a file of torchvision's kind that was changed."""
-  weights = theirs.state_dict(18, width=4, classes=5)
-  change(weights)
-  own = variables(MAKE[18](stem=stem), channels)
+def error_of(weights, own):
   with pytest.raises(ValueError, match='do not fit the backbone') as caught:
     torchvision.from_torchvision(weights, own)
   return str(caught.value)
 
 
-def test_all_that_does_not_fit_is_listed():
-  def change(weights):
-    del weights['bn1.bias'], weights['layer4.1.conv2.weight']
-    weights['layer5.0.conv1.weight'] = np.zeros((4, 4, 3, 3))
-    weights['extra'] = np.zeros(3)
-    weights['layer1.0.conv1.weight'] = np.zeros((4, 2, 3, 3))
-    weights['layer2.0.bn1.running_mean'] = np.zeros(9)
-    weights['layer3.0.bn1.weight'][2] = np.nan
-
-  message = unfit(change)
+def test_all_faults_of_weights_are_listed():
+  weights = theirs.state_dict(18, width=4, classes=5)
+  del weights['bn1.bias'], weights['layer4.1.conv2.weight']
+  weights['layer5.0.conv1.weight'] = np.zeros((4, 4, 3, 3))
+  weights['extra'] = np.zeros(3)
+  weights['layer1.0.conv1.weight'] = np.zeros((4, 2, 3, 3))
+  weights['layer2.0.bn1.running_mean'] = np.zeros(9)
+  weights['layer3.0.bn1.weight'][2] = np.nan
+  message = error_of(weights, variables(MAKE[18](stem='imagenet')))
   for part in (
     r'missing: (?=.*bn1\.bias)(?=.*layer4\.1\.conv2\.weight)',
     r'unexpected: layer5\.0\.conv1\.weight, extra;',
@@ -193,52 +173,30 @@ def test_all_that_does_not_fit_is_listed():
     r'not finite: layer3\.0\.bn1\.weight',
   ):
     assert re.search(part, message), message
-  # Neither what fits nor what is always left.
+  # Neither correct nor ignored entries.
   for name in ('fc.', 'num_batches', 'layer2.0.bn2'):
     assert name not in message
 
 
-def test_the_first_layer_tells_what_the_config_should_say():
-  message = unfit(lambda weights: None, channels=1)
-  assert 'conv1.weight (4, 3, 7, 7), must be (4, 1, 7, 7)' in message
-  assert 'config.data.channels=3 (grey images are repeated over 3)' in message
-  message = unfit(lambda weights: None, stem='cifar')
-  assert "config.model.stem='imagenet'" in message
+def test_weights_of_another_network_fail_with_the_fields_to_check():
+  weights = theirs.state_dict(18, width=4, channels=1)
+  message = error_of(weights, variables(MAKE[8](stem='cifar')))
+  assert 'config.model.depth' in message
+  assert 'conv1.weight (4, 1, 7, 7), must be (4, 3, 3, 3)' in message
+  assert re.search(r'unexpected: layer1\.1\.\S+, .* and \d+ more', message)
+  assert len(message) < 600
+  weights['conv1.weight'] = np.zeros(3)
+  message = error_of(weights, variables(MAKE[8](stem='cifar')))
+  assert 'conv1.weight (3,), must be (4, 3, 3, 3)' in message
 
 
-def test_another_depth_s_weights_are_refused():
-  own = variables(MAKE[8]())
-  given = theirs.state_dict(18, width=4, stem='cifar')
-  with pytest.raises(ValueError, match=r'unexpected: layer1\.1\.conv1\.weight'):
-    torchvision.from_torchvision(given, own)
-  # The way out comes first: the lists are long.
-  message = (
-    'the weights do not fit the backbone; these have 2, 2, 2, 2 basic blocks '
-    'where config.model.depth has the backbone have 1, 1, 1 basic blocks; '
-  )
-  with pytest.raises(ValueError, match=message):
-    torchvision.from_torchvision(given, own)
-  given = theirs.state_dict(50, width=4, stem='cifar')
-  with pytest.raises(ValueError, match='these have 3, 4, 6, 3 bottleneck bl'):
-    torchvision.from_torchvision(given, own)
-
-
-def test_a_first_layer_of_no_known_shape_is_refused_as_the_others():
-  def change(weights):
-    weights['conv1.weight'] = np.zeros(3)
-
-  message = unfit(change)
-  assert 'of another shape: conv1.weight (3,), must be (4, 3, 7, 7)' in message
-  assert 'these' not in message
-
-
-def test_a_network_of_another_kind_has_no_names():
+def test_another_network_has_no_names_in_torchvision():
   dense = {'params': {'attention': {'kernel': np.zeros((2, 3))}}}
   with pytest.raises(ValueError, match='params/attention/kernel has no name'):
     torchvision.to_torchvision(dense)
 
 
-def test_a_dense_layer_is_transposed_and_half_precision_is_taken_over():
+def test_dense_layers_are_transposed_and_float16_is_converted():
   head = {'params': {'dense1': {'kernel': np.arange(6.0).reshape(2, 3)}}}
   weights = torchvision.to_torchvision(head, prefix='projection_head.')
   (name,) = weights
@@ -247,24 +205,21 @@ def test_a_dense_layer_is_transposed_and_half_precision_is_taken_over():
   given = theirs.state_dict(8, width=4, stem='cifar')
   half = {name: x.astype(np.float16) for name, x in given.items()}
   own = variables(MAKE[8]())
-  taken = torchvision.from_torchvision(half, own)
-  assert {x.dtype for x in jax.tree.leaves(taken)} == {np.dtype(np.float32)}
+  leaves = torchvision.from_torchvision(half, own)
+  assert {x.dtype for x in jax.tree.leaves(leaves)} == {np.dtype(np.float32)}
   kernel = half['conv1.weight'].transpose(2, 3, 1, 0)
-  np.testing.assert_array_equal(taken['params']['conv1']['kernel'], kernel)
-
-
-# --- files --------------------------------------------------------------------
+  np.testing.assert_array_equal(leaves['params']['conv1']['kernel'], kernel)
 
 
 def test_a_safetensors_file_is_read_with_its_sha256(tmp_path):
   weights = theirs.state_dict(8, width=4)
   path = tmp_path / 'weights.safetensors'
   safetensors.numpy.save_file(weights, path)
-  found, sha256 = torchvision.read(str(path))
+  arrays, sha256 = torchvision.read(str(path))
   assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-  assert found.keys() == weights.keys()
+  assert arrays.keys() == weights.keys()
   for name, value in weights.items():
-    np.testing.assert_array_equal(found[name], value)
+    np.testing.assert_array_equal(arrays[name], value)
 
 
 BFLOAT16 = b'{"x":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
@@ -274,19 +229,16 @@ BFLOAT16 = b'{"x":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
   ('name', 'content', 'message'),
   [
     ('w.npz', b'', r'must end in \.safetensors or \.pth'),
-    ('w.safetensors', None, 'there is no such file'),
-    ('w.safetensors', b'not weights', 'damaged, or no safetensors'),
-    ('w.safetensors', b'', 'damaged, or no safetensors'),
+    ('w.safetensors', None, 'no such file'),
+    ('w.safetensors', b'not weights', 'damaged'),
     (
       'w.safetensors',
       len(BFLOAT16).to_bytes(8, 'little') + BFLOAT16 + b'00',
-      "numbers of type 'BF16'.*save them as float32",
+      "dtype 'BF16'.*float32",
     ),
   ],
 )
-def test_a_file_that_cannot_be_read_is_refused(
-  name, content, message, tmp_path
-):
+def test_unreadable_files(name, content, message, tmp_path):
   path = tmp_path / name
   if content is not None:
     path.write_bytes(content)
@@ -294,7 +246,7 @@ def test_a_file_that_cannot_be_read_is_refused(
     torchvision.read(str(path))
 
 
-def test_pth_without_pytorch_tells_the_way_out(tmp_path, monkeypatch):
+def test_pth_without_pytorch_names_the_conversion(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'torch', None)
   path = tmp_path / 'weights.pth'
   path.write_bytes(b'any')
@@ -303,7 +255,7 @@ def test_pth_without_pytorch_tells_the_way_out(tmp_path, monkeypatch):
 
 
 @needs_torch
-def test_pth_is_a_state_dict_and_nothing_else(tmp_path):
+def test_pth_must_be_a_state_dict(tmp_path):
   import torch
 
   path = tmp_path / 'weights.pth'
@@ -315,15 +267,15 @@ def test_pth_is_a_state_dict_and_nothing_else(tmp_path):
     },
     path,
   )
-  found, _ = torchvision.read(str(path))
-  assert found.keys() == weights.keys()
-  np.testing.assert_array_equal(found['bn1.weight'], weights['bn1.weight'])
-  assert found['conv1.weight'].dtype == np.float32
+  arrays, _ = torchvision.read(str(path))
+  assert arrays.keys() == weights.keys()
+  np.testing.assert_array_equal(arrays['bn1.weight'], weights['bn1.weight'])
+  assert arrays['conv1.weight'].dtype == np.float32
   np.testing.assert_allclose(
-    found['conv1.weight'], weights['conv1.weight'], rtol=1e-2
+    arrays['conv1.weight'], weights['conv1.weight'], rtol=1e-2
   )
   torch.save({'epoch': 3, 'state_dict': {}}, path)
-  with pytest.raises(ValueError, match=r"it holds \['epoch', 'state_dict'\]"):
+  with pytest.raises(ValueError, match=r"\['epoch', 'state_dict'\]"):
     torchvision.read(str(path))
   torch.save(pytest.raises, path)  # code, which must not run
   with pytest.raises(ValueError, match='PyTorch cannot read it'):
@@ -358,7 +310,7 @@ def test_pth_is_a_state_dict_and_nothing_else(tmp_path):
     ({'depth': 8, 'stem': 'cifar', 'channels': 3}, None),
   ],
 )
-def test_the_lines_that_make_torchvision_s_network(arguments, expected):
+def test_construction_of_the_torchvision_network(arguments, expected):
   lines = torchvision.construction(**arguments, width_multiplier=1.0)
   if expected is not None:
     expected = [*expected, 'model.fc = torch.nn.Identity()']

@@ -1,4 +1,4 @@
-"""The examples in users' own code: run as a user does, and what they claim."""
+"""The examples run and give the results that they claim."""
 
 import ast
 import functools
@@ -17,8 +17,7 @@ NUMBER = re.compile(r'-?\d+(?:\.\d+)?(?:e-?\d+)?')
 
 @functools.cache
 def printed(name):
-  """What an example prints, in a process of its own without any flags."""
-  # Some ask for eight devices, unless the environment has flags for XLA.
+  """Returns the lines that an example prints in a new process."""
   text = (FOLDER / f'{name}.py').read_text()
   environment = small.environment(8 if 'device_count=8' in text else 1)
   result = subprocess.run(
@@ -32,7 +31,7 @@ def printed(name):
 
 
 def figures(line):
-  """The numbers after a line's name."""
+  """Returns the numbers after the name of a line."""
   return [float(x) for x in NUMBER.findall(line.partition(': ')[2])]
 
 
@@ -41,7 +40,7 @@ def tree(name):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_what_it_printed_stands_in_its_head(name):
+def test_output_matches_the_docstring(name):
   docstring = ast.get_docstring(tree(name))
   lines = printed(name)
   said = [line.strip() for line in docstring.splitlines()[-len(lines) :]]
@@ -56,15 +55,13 @@ def test_what_it_printed_stands_in_its_head(name):
 
 
 @pytest.mark.parametrize('name', ['nnx_model', 'equinox_model'])
-def test_with_clop_the_neighbours_are_better_where_the_plain_loss_collapses(
-  name,
-):
+def test_clop_prevents_collapse(name):
   (rank, knn), (clop_rank, clop_knn) = map(figures, printed(name))
-  assert rank < 10 < clop_rank, 'the classes'
+  assert rank < 10 < clop_rank  # classes
   assert clop_knn > knn
 
 
-def test_the_term_sorts_the_codes_of_an_autoencoder():
+def test_clop_sorts_the_codes_of_an_autoencoder():
   (error, accuracy), (clop_error, clop_accuracy), (strong_error, _) = map(
     figures, printed('own_loss')
   )
@@ -72,13 +69,13 @@ def test_the_term_sorts_the_codes_of_an_autoencoder():
   assert error < clop_error < strong_error
 
 
-def test_the_term_uses_the_few_labels_of_a_table():
+def test_clop_uses_the_few_labels_of_a_table():
   (_, accuracy), (_, clop_accuracy) = map(figures, printed('tabular'))
   assert clop_accuracy > accuracy + 0.01
 
 
 @pytest.mark.parametrize('name', ['pmap', 'shard_map'])
-def test_eight_devices_give_the_loss_and_the_weights_of_one(name):
+def test_eight_devices_equal_one(name):
   labels, losses, means, difference = printed(name)
   counts = figures(labels)
   assert len(counts) == 8 and len(set(counts)) > 3
@@ -89,12 +86,8 @@ def test_eight_devices_give_the_loss_and_the_weights_of_one(name):
   assert figures(difference)[-1] < 1e-6
 
 
-def test_both_maps_print_the_same_losses():
-  assert printed('pmap')[:3] == printed('shard_map')[:3]
-
-
 @pytest.mark.parametrize('name', NAMES)
-def test_it_needs_the_public_functions_alone_and_is_listed(name):
+def test_examples_use_public_functions_and_are_listed(name):
   ours = {
     alias.name
     for node in ast.walk(tree(name))

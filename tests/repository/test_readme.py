@@ -1,4 +1,4 @@
-"""The README's code runs and gives the right results."""
+"""The code of the README runs and is correct."""
 
 import re
 
@@ -40,7 +40,7 @@ def expected(w, x, labels):
   return w - 0.1 * gradient, value
 
 
-def test_the_jitted_step_trains():
+def test_jitted_step_trains():
   w, x, labels = problem()
   namespace = {}
   exec(python_block('@jax.jit'), namespace)
@@ -54,7 +54,7 @@ def test_the_jitted_step_trains():
   assert last < value
 
 
-def test_the_source_of_ones_own_trains(tmp_path, monkeypatch):
+def test_own_source_trains(tmp_path, monkeypatch):
   code = python_block('class Birds')
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(str(small.ROOT))

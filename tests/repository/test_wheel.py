@@ -22,7 +22,7 @@ COMMANDS = sorted(
     '.__main__'
   )
   for path in (small.ROOT / 'clop_jax').rglob('*.py')
-  if 'cli.run(main, define_flags)' in path.read_text()
+  if 'cli.run(main, define_flags' in path.read_text()
 )
 
 
@@ -35,11 +35,16 @@ SMALL = [
 ]
 
 
-def run(*arguments, **options):
+# Neither pip nor the commands may find the checkout.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+
+
+def run(*arguments, env=ENVIRONMENT, **options):
   result = subprocess.run(
     [str(argument) for argument in arguments],
     capture_output=True,
     text=True,
+    env=env,
     **options,
   )
   assert result.returncode == 0, result.stdout + result.stderr
@@ -56,12 +61,11 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def installed(wheel, tmp_path_factory):
-  """Returns the interpreter of an environment with the core alone."""
+  """Returns the interpreter of an environment without extras."""
   folder = tmp_path_factory.mktemp('empty')
   venv.create(folder, with_pip=True)
   python = folder / 'bin' / 'python'
   pip = [python, '-m', 'pip', '--disable-pip-version-check', '--quiet']
-  # Most of what is installed is not run here, and needs no bytecode.
   run(*pip, 'install', '--no-compile', wheel)
   run(*pip, 'check')
   return python
@@ -69,14 +73,13 @@ def installed(wheel, tmp_path_factory):
 
 @pytest.fixture
 def alone(tmp_path):
-  """Returns the options of a process that does not see the checkout."""
-  environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-  # As in conftest.py: compiled fast rather than well, but for one device.
+  """Returns options of a process that cannot import the checkout."""
+  # As in conftest.py, but for one device.
   quick = '--xla_backend_optimization_level=0'
-  return {'cwd': tmp_path, 'env': environment | {'XLA_FLAGS': quick}}
+  return {'cwd': tmp_path, 'env': ENVIRONMENT | {'XLA_FLAGS': quick}}
 
 
-def test_the_wheel_has_the_package_and_the_configs_and_no_more(wheel):
+def test_wheel_has_only_the_package_and_the_configs(wheel):
   assert wheel.name == f'clop_jax-{clop_jax.__version__}-py3-none-any.whl'
   names = zipfile.ZipFile(wheel).namelist()
   expected = {
@@ -91,22 +94,35 @@ def test_the_wheel_has_the_package_and_the_configs_and_no_more(wheel):
   assert any(name.endswith('licenses/LICENSE') for name in names)
 
 
-def test_every_command_tells_what_it_is_for(installed, alone):
+# Forks, because imports take seconds.
+HELP = """
+import os, runpy, sys
+import clop_jax.cli
+for command in sys.argv[1:]:
+  print('\f', end='', flush=True)
+  if not os.fork():
+    sys.argv = [command, '--help']
+    runpy.run_module(command, run_name='__main__', alter_sys=True)
+  assert not os.wait()[1]
+"""
+
+
+def test_every_command_has_help(installed, alone):
   assert {'clop_jax.train', 'clop_jax.evaluate', 'clop_jax.study'} < {*COMMANDS}
-  for command in COMMANDS:
-    printed = run(installed, '-m', command, '--help', **alone)
-    assert f'python -m {command}' in printed
+  printed = run(installed, '-c', HELP, *COMMANDS, **alone).split('\f')[1:]
+  for command, text in zip(COMMANDS, printed, strict=True):
+    assert f'python -m {command}' in text
     code = small.source_of(command).read_text().replace('config_flags.', '')
-    defined = re.findall(r"DEFINE_\w+\(\s*'(\w+)'", code)
-    assert defined
-    for flag in defined:
-      assert f'--{flag}' in printed or f'--[no]{flag}' in printed
+    flags = re.findall(r"DEFINE_\w+\(\s*'(\w+)'", code)
+    assert flags
+    for flag in flags:
+      assert f'--{flag}' in text or f'--[no]{flag}' in text
 
 
-def test_the_core_trains_and_extras_do_the_rest(
+def test_core_trains_and_extras_add_the_rest(
   installed, wheel, alone, digits_dir
 ):
-  # Preparing the set needs scikit-learn; reading it does not.
+  # Preparing digits needs scikit-learn, reading does not.
   sources.load('digits', 'train', digits_dir)
   code = 'import clop_jax; print(clop_jax.__file__)'
   files = run(installed, '-c', code, **alone)

@@ -1,85 +1,65 @@
-"""Where compiled programs are kept, and that the commands do keep them."""
+"""Folder of the compilation cache, and that commands enable it."""
 
 import os
-import subprocess
-import sys
-import textwrap
 
+import jax
 import pytest
 
-# In a process of its own: the cache is one of a process.
-SCRIPT = """
+from clop_jax import export
 from clop_jax.runtime import compilation_cache
-print(compilation_cache.enable())
-import jax
-import jax.numpy as jnp
-print(jax.config.jax_compilation_cache_dir)
-jax.jit(lambda x: x @ x + 1)(jnp.ones((3, 3)))
-"""
+from tests import small
 
 
-def environment(tmp_path, **changes):
-  kept = {
-    k: v
-    for k, v in os.environ.items()
-    if k not in ('JAX_COMPILATION_CACHE_DIR', 'XDG_CACHE_HOME')
-  }
-  return kept | {'HOME': str(tmp_path)} | changes
-
-
-def run(tmp_path, **changes):
-  return subprocess.run(
-    [sys.executable, '-c', textwrap.dedent(SCRIPT)],
-    env=environment(tmp_path, **changes),
-    capture_output=True,
-    text=True,
-    check=True,
-  )
+@pytest.fixture
+def config(monkeypatch, tmp_path):
+  """Restores JAX's config, and starts without a folder."""
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  monkeypatch.setenv('HOME', str(tmp_path))
+  names = ('jax_compilation_cache_dir', 'jax_enable_compilation_cache')
+  before = {name: getattr(jax.config, name) for name in names}
+  jax.config.update('jax_compilation_cache_dir', None)
+  yield jax.config
+  for name, value in before.items():
+    jax.config.update(name, value)
 
 
 @pytest.mark.parametrize(
-  ('changes', 'expected'),
+  ('variable', 'expected'),
   [
-    ({}, '.cache/clop_jax/compiled'),
-    ({'XDG_CACHE_HOME': 'not/absolute'}, '.cache/clop_jax/compiled'),
-    ({'XDG_CACHE_HOME': '{tmp}/mine'}, 'mine/clop_jax/compiled'),
-    ({'JAX_COMPILATION_CACHE_DIR': '{tmp}/own'}, 'own'),
+    (None, '.cache/clop_jax/compiled'),
+    ('not/absolute', '.cache/clop_jax/compiled'),
+    ('{tmp}/mine', 'mine/clop_jax/compiled'),
   ],
 )
-def test_what_is_compiled_lies_in_the_users_cache_folder(
-  tmp_path, changes, expected
+def test_programs_are_cached_in_the_users_folder(
+  variable, expected, tmp_path, config, monkeypatch
 ):
-  changes = {k: v.format(tmp=tmp_path) for k, v in changes.items()}
-  folder = str(tmp_path / expected)
-  assert run(tmp_path, **changes).stdout.split() == [folder, folder]
-  assert any('lambda' in name for name in os.listdir(folder))
+  if variable:
+    monkeypatch.setenv('XDG_CACHE_HOME', variable.format(tmp=tmp_path))
+  assert compilation_cache.enable() == str(tmp_path / expected)
+  assert config.jax_compilation_cache_dir == str(tmp_path / expected)
+  assert (tmp_path / expected).is_dir()
 
 
-def test_it_can_be_switched_off(tmp_path):
-  result = run(tmp_path, JAX_ENABLE_COMPILATION_CACHE='false')
-  assert result.stdout.split() == ['None', 'None']
-  assert not (tmp_path / '.cache').exists()
+def test_a_folder_that_the_user_chose_stays(tmp_path, config):
+  config.update('jax_compilation_cache_dir', str(tmp_path / 'own'))
+  assert compilation_cache.enable() == str(tmp_path / 'own')
 
 
-def test_a_folder_that_cannot_be_made_is_a_warning_and_no_end(tmp_path):
+def test_the_cache_can_be_disabled(tmp_path, config):
+  config.update('jax_enable_compilation_cache', False)
+  assert compilation_cache.enable() is None
+  assert not os.listdir(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path, config, capsys):
   (tmp_path / '.cache').write_text('a file')
-  result = run(tmp_path)
-  assert result.stdout.split() == ['None', 'None']
-  assert result.stderr.startswith('warning: what is compiled is not kept (')
-  assert 'set JAX_COMPILATION_CACHE_DIR' in result.stderr
+  assert compilation_cache.enable() is None
+  assert config.jax_compilation_cache_dir is None
+  assert 'JAX_COMPILATION_CACHE_DIR' in capsys.readouterr().err
 
 
-def test_a_command_keeps_what_it_compiles(tmp_path):
-  subprocess.run(
-    [
-      sys.executable,
-      '-m',
-      'clop_jax.preview',
-      '--config=configs/synthetic.py',
-      f'--out={tmp_path / "preview.png"}',
-    ],
-    env=environment(tmp_path),
-    check=True,
-    capture_output=True,
-  )
-  assert os.listdir(tmp_path / '.cache/clop_jax/compiled')
+def test_commands_enable_the_cache(tmp_path, config):
+  small.refused(export, f'--workdir={tmp_path}/none', f'--out={tmp_path}/x')
+  folder = config.jax_compilation_cache_dir
+  assert folder == str(tmp_path / '.cache/clop_jax/compiled')

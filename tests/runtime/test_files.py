@@ -1,6 +1,5 @@
-"""Files of a workdir: checks, whole writes, and paths as a user types them."""
+"""Checks and writes of files, and the home folder in paths."""
 
-import errno
 import os
 import sys
 
@@ -25,7 +24,7 @@ def tree(folder):
 
 
 @pytest.mark.parametrize('name', ['new.json', 'there.json', 'a/b/new.json'])
-def test_a_place_that_can_be_written_to_is_left_as_it_was(name, tmp_path):
+def test_the_check_of_a_writable_path_leaves_no_trace(name, tmp_path):
   (tmp_path / 'there.json').write_text('old')
   before = tree(tmp_path)
   files.check_writable(tmp_path / name, '--out=x')
@@ -42,7 +41,7 @@ def test_a_place_that_can_be_written_to_is_left_as_it_was(name, tmp_path):
     ('/dev/full/new.json', 'Not a directory'),
   ],
 )
-def test_a_place_that_cannot_be_written_to_is_named(name, message, tmp_path):
+def test_a_path_that_cannot_be_written_is_named(name, message, tmp_path):
   (tmp_path / 'there.json').write_text('old')
   (tmp_path / 'folder').mkdir()
   (tmp_path / 'loop').symlink_to('loop')
@@ -52,40 +51,20 @@ def test_a_place_that_cannot_be_written_to_is_named(name, message, tmp_path):
   assert tree(tmp_path) == before
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason='only root is another user')
-def test_a_file_of_another_user_in_a_sticky_folder_is_named(tmp_path):
-  above = [p for p in tmp_path.parents if 'pytest' in str(p)]
-  modes = [(p, p.stat().st_mode) for p in above]
-  (tmp_path / 'eval.json').write_text('old')
-  tmp_path.chmod(0o1777)
-  for path in above:
-    path.chmod(0o755)
-  try:
-    os.seteuid(65534)
-    with pytest.raises(OSError, match='another user'):
-      files.check_writable(tmp_path / 'eval.json', '--out=x')
-  finally:
-    os.seteuid(0)
-    for path, mode in modes:
-      path.chmod(mode)
-  assert os.listdir(tmp_path) == ['eval.json']
-
-
-def test_a_write_that_fails_leaves_nothing(tmp_path):
+def test_a_failed_write_leaves_nothing(tmp_path):
   (tmp_path / 'folder').mkdir()
   with pytest.raises(OSError):
     files.write_whole(tmp_path / 'folder', b'data')
   assert os.listdir(tmp_path) == ['folder']
 
 
-def test_only_a_missing_file_is_missing(tmp_path):
+def test_a_file_that_cannot_be_seen_is_not_missing(tmp_path):
   (tmp_path / 'loop').symlink_to('loop')
   assert not files.exists(tmp_path / 'no' / 'where')
   assert files.is_folder(tmp_path) and not files.is_folder(tmp_path / 'no')
   for look in (files.exists, files.is_folder):
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match='Too many levels'):
       look(tmp_path / 'loop')
-    assert caught.value.errno == errno.ELOOP
 
 
 # Every flag that is a path.
@@ -111,7 +90,7 @@ PATHS = [
 @pytest.mark.parametrize(
   ('module', 'name'), PATHS, ids=[f'{m.__name__} {n}' for m, n in PATHS]
 )
-def test_the_home_folder_is_expanded_in_every_path(
+def test_the_home_folder_is_expanded_in_every_flag(
   module, name, monkeypatch, tmp_path
 ):
   monkeypatch.setenv('HOME', str(tmp_path))

@@ -1,4 +1,4 @@
-"""File systems without locks, and what holds one."""
+"""Locks on file systems that have none."""
 
 import errno
 import fcntl
@@ -12,28 +12,34 @@ from clop_jax.experiment import workdir
 from clop_jax.runtime import locks
 
 
-@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def no_locks(request, monkeypatch):
-  def flock(file, operation):
-    raise OSError(request.param, os.strerror(request.param))
+@pytest.fixture
+def flock_fails(monkeypatch):
+  def fail(number):
+    def flock(file, operation):
+      raise OSError(number, os.strerror(number))
 
-  monkeypatch.setattr(fcntl, 'flock', flock)
-  locks._warn.cache_clear()
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    locks._warn.cache_clear()
+
+  return fail
 
 
-def warnings_of(capsys):
-  return [x for x in capsys.readouterr().err.splitlines() if 'warning: ' in x]
-
-
-def test_a_workdir_without_locks_is_warned_of_once(no_locks, tmp_path, capsys):
+@pytest.mark.parametrize(
+  'number', [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
+)
+def test_a_workdir_without_locks_is_one_warning(
+  number, flock_fails, tmp_path, capsys
+):
+  flock_fails(number)
   for _ in range(2):
     with workdir.locked(str(tmp_path)):
       pass
-  (line,) = warnings_of(capsys)
+  (line,) = capsys.readouterr().err.splitlines()
   assert f'warning: {tmp_path} cannot be locked (' in line
 
 
-def test_data_are_prepared_without_locks(no_locks, tmp_path, capsys):
+def test_data_are_prepared_without_locks(flock_fails, tmp_path, capsys):
+  flock_fails(errno.ENOSYS)
   made = tfds_source.builder('digits', str(tmp_path))
   # Of another process, perhaps.
   folder, version = os.path.split(made.data_dir)
@@ -41,14 +47,10 @@ def test_data_are_prepared_without_locks(no_locks, tmp_path, capsys):
   other.mkdir(parents=True)
   assert tfds_source.prepared('digits', str(tmp_path)).is_prepared()
   assert other.exists()
-  (line,) = warnings_of(capsys)
-  assert f'warning: {folder} cannot be locked (' in line
+  assert f'warning: {folder} cannot be locked (' in capsys.readouterr().err
 
 
-def test_other_errors_of_a_lock_are_raised(tmp_path, monkeypatch):
-  def flock(file, operation):
-    raise OSError(errno.EBADF, 'no')
-
-  monkeypatch.setattr(fcntl, 'flock', flock)
-  with pytest.raises(OSError, match='no'), workdir.locked(str(tmp_path)):
+def test_other_errors_of_a_lock_are_raised(flock_fails, tmp_path):
+  flock_fails(errno.EBADF)
+  with pytest.raises(OSError, match='Bad file'), workdir.locked(str(tmp_path)):
     pass

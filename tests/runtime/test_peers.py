@@ -1,9 +1,9 @@
-"""Processes that meet, and miss each other; here they are threads."""
+"""Processes that meet, or fail to. Here they are threads."""
 
 import concurrent.futures
+import re
 import socket
 import threading
-import time
 
 import pytest
 
@@ -27,7 +27,7 @@ def address():
     ('[::1]:1', ('::1', 1)),
   ],
 )
-def test_an_address_is_read_and_written(text, expected):
+def test_an_address_is_parsed_and_printed(text, expected):
   address = peers.parse_address(text)
   assert address == expected and str(address) == text
 
@@ -39,12 +39,10 @@ def test_an_address_is_read_and_written(text, expected):
     *('::1:1234', '[::1]', '[node]:1234', 'http://node:1234', 'a b:1234'),
   ],
 )
-def test_a_malformed_address_is_refused(text):
-  with pytest.raises(
-    ValueError, match=r'--coordinator_address.*HOST:PORT'
-  ) as e:
+def test_a_malformed_address_is_an_error(text):
+  message = f'--coordinator_address.*HOST:PORT.*{re.escape(repr(text))}'
+  with pytest.raises(ValueError, match=message):
     peers.parse_address(text)
-  assert repr(text) in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -53,25 +51,19 @@ def test_a_malformed_address_is_refused(text):
     ('127.0.0.1', '127.0.0.1'),
     ('localhost', '127.0.0.1'),
     ('::1', '::1'),
-    ('node1', '::'),  # it may know itself by an address of its own
-    ('192.0.2.1', '::'),  # no address of this machine
+    ('node1', '::'),
   ],
 )
-def test_process_0_listens_on_the_address_given(host, expected):
-  if host == '::1' and not socket.has_dualstack_ipv6():
-    pytest.skip('this machine has no IPv6')
+def test_process_0_listens_on_a_given_ip_address(host, expected):
   assert peers.bind_address(peers.Address(host, 7)) == (expected, 7)
 
 
 def meet(address, numbers, *, count=None, timeout=20):
-  """What `peers.meet` gives or raises in each process, in their order."""
+  """Returns what `peers.meet` returns or raises in each process."""
 
   def one(number, count):
     bind = peers.bind_address(address)
-    met = peers.meet(address, number, count, timeout=timeout, bind=bind)
-    if number == 0:
-      met.release()
-    return met
+    return peers.meet(address, number, count, timeout=timeout, bind=bind)
 
   counts = count or [len(numbers)] * len(numbers)
   with concurrent.futures.ThreadPoolExecutor(len(numbers)) as pool:
@@ -79,36 +71,32 @@ def meet(address, numbers, *, count=None, timeout=20):
     return [future.exception() or future.result() for future in futures]
 
 
-def test_processes_wait_for_each_other_and_say_so(address, capsys):
+def test_processes_wait_for_each_other(address, capsys):
   for met in meet(address, [2, 1, 0]):
     met.close()
   lines = sorted(capsys.readouterr().err.splitlines())
-  assert lines[0].startswith('process 0 of 3: waiting for the other 2 of 3 ')
-  assert lines[1].startswith(
-    f'process 1 of 3: waiting for process 0 at {HOST}:'
-  )
-  # The port is free for JAX.
+  assert re.match('process 0 of 3: waiting .* the other 2 of 3 ', lines[0])
+  assert re.match(f'process 1 of 3: waiting .* process 0 at {HOST}:', lines[1])
+  # JAX can use the port.
   socket.create_server(address).close()
 
 
 @pytest.mark.parametrize(
   ('numbers', 'count', 'messages'),
   [
-    ([0, 2], [4, 4], [r'2 of 4 processes \(1, 3\) did not come'] * 2),
+    ([0, 2], [4, 4], [r'2 of 4 processes \(1, 3\) did not connect'] * 2),
     ([0, 1], [2, 3], ['--num_processes=2, process 1 has .*=3'] * 2),
     ([0, 1, 1], [3] * 3, ['two processes have --process_id=1'] * 3),
     ([1], [2], ['process 0 at .* did not start the run within 1 s']),
   ],
 )
-def test_processes_that_do_not_meet_all_hear_why(
+def test_processes_that_fail_to_meet_all_report_why(
   numbers, count, messages, address
 ):
-  began = time.monotonic()
   errors = meet(address, numbers, count=count, timeout=1)
   for error, message in zip(errors, messages, strict=True):
     with pytest.raises((ValueError, TimeoutError), match=message):
       raise error
-  assert time.monotonic() - began < 10
 
 
 def test_a_port_in_use_is_named(address):
@@ -126,7 +114,7 @@ def test_a_host_without_an_address_is_named(monkeypatch):
       peers.meet(peers.Address('no.invalid', 7), number, 2, timeout=60)
 
 
-def test_whatever_else_answers_there_is_not_process_0(address):
+def test_another_program_is_not_process_0(address):
   def answer(listener):
     while True:
       try:
@@ -141,12 +129,12 @@ def test_whatever_else_answers_there_is_not_process_0(address):
     threading.Thread(target=answer, args=[listener], daemon=True).start()
     (error,) = meet(address, [1], count=[2], timeout=1)
     listener.shutdown(socket.SHUT_RDWR)
-  with pytest.raises(TimeoutError, match='not process 0 of this run'):
+  with pytest.raises(TimeoutError, match='another program answers'):
     raise error
 
 
 class Watched:
-  """A process that watches the others, and what ended it."""
+  """A process that watches the others, and its messages."""
 
   def __init__(self, met, timeout):
     self.peers, self.messages = met, []
@@ -163,8 +151,7 @@ class Watched:
 
 
 @pytest.fixture
-def three(address, monkeypatch):
-  monkeypatch.setattr(peers, '_GRACE_SECONDS', 0)
+def three(address):
   met = meet(address, [0, 1, 2])
   yield met
   for each in met:
@@ -173,21 +160,21 @@ def three(address, monkeypatch):
 
 
 @pytest.mark.parametrize('lost', [0, 2])
-def test_the_others_hear_of_a_process_that_ended(lost, three):
+def test_a_process_that_died_ends_the_others(lost, three):
   watched = [Watched(x, 60) for i, x in enumerate(three) if i != lost]
   three[lost].close()
   for each in watched:
-    assert each.wait()[0].startswith(f'process {lost} has ended')
+    assert each.wait()[0].startswith(f'process {lost} died')
 
 
 @pytest.mark.parametrize('hung', [0, 2])
-def test_the_others_hear_of_a_process_that_hangs(hung, three):
+def test_a_process_that_hangs_ends_the_others(hung, three):
   watched = [Watched(x, 1) for i, x in enumerate(three) if i != hung]
   for each in watched:
-    assert f'process {hung} has given no sign for 1 s' in each.wait()[0]
+    assert f'process {hung} has been silent for 1 s' in each.wait()[0]
 
 
-def test_a_process_that_says_goodbye_is_not_lost(three):
+def test_a_process_that_leaves_is_not_lost(three):
   zero, one = Watched(three[0], 1), Watched(three[1], 1)
   three[2].leave()
   three[2].close()

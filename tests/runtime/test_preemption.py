@@ -9,10 +9,9 @@ import pytest
 
 from tests import small
 
-# A signal cannot interrupt this, and Python's handlers have to wait for it.
+# No signal interrupts this, so Python's handlers have to wait for it.
 _IN_C = 'hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)'
 _MOMENTS = {
-  'at once': (75, 'end(); time.sleep(60)'),
   'main thread in C': (75, f'end(after=0.1); {_IN_C}'),
   'first of a notice': (
     3,
@@ -21,16 +20,6 @@ with preemption.Notice():
   end()
   time.sleep(0.1)
 sys.exit(3)
-""",
-  ),
-  'second of a notice': (
-    75,
-    """
-with preemption.Notice():
-  end()
-  time.sleep(0.1)
-  end()
-  time.sleep(60)
 """,
   ),
   'second of a notice, main thread in C': (
@@ -65,21 +54,21 @@ sys.exit(3)
 }
 
 
-def run(code):
+def run(*arguments, **options):
   return subprocess.run(
-    [sys.executable, '-c', code],
+    [sys.executable, *arguments],
     capture_output=True,
     text=True,
-    cwd=small.ROOT,
     timeout=60,
+    **options,
   )
 
 
 @pytest.mark.parametrize(
   ('exit_code', 'code'), list(_MOMENTS.values()), ids=list(_MOMENTS)
 )
-def test_a_listening_command_ends_by_sigterm_at_any_moment(exit_code, code):
-  result = run(f"""
+def test_sigterm_ends_a_listening_command_at_any_moment(exit_code, code):
+  prelude = """
 import hashlib, os, signal, sys, threading, time
 from clop_jax.runtime import preemption
 assert 'jax' not in sys.modules
@@ -90,9 +79,8 @@ def end(kill=os.kill, pid=os.getpid(), number=signal.SIGTERM, after=None):
     kill(pid, number)
   else:
     threading.Timer(after, end).start()
-
-{code}
-""")
+"""
+  result = run('-c', prelude + code, cwd=small.ROOT)
   assert result.returncode == exit_code, result.stderr
   assert not result.stderr
 
@@ -101,23 +89,20 @@ def end(kill=os.kill, pid=os.getpid(), number=signal.SIGTERM, after=None):
   ('sent', 'exit_code', 'lines'),
   [('SIGTERM', 75, 0), ('SIGINT', -signal.SIGINT, 1)],
 )
-def test_the_imports_of_train_may_be_ended(sent, exit_code, lines, tmp_path):
-  # It is imported in the place of the first library.
+def test_a_signal_ends_the_imports_of_train(sent, exit_code, lines, tmp_path):
+  # Imported in place of the first library.
   (tmp_path / 'absl.py').write_text(
     'import os, signal, time\n'
-    # Ignored where the tests run in the background of a shell.
+    # Ignored if the tests run in the background of a shell.
     'signal.signal(signal.SIGINT, signal.default_int_handler)\n'
     f'os.kill(os.getpid(), signal.{sent})\n'
     'time.sleep(60)\n'
   )
   path = os.pathsep.join([str(tmp_path), str(small.ROOT)])
-  result = subprocess.run(
-    [sys.executable, '-m', 'clop_jax.train'],
-    capture_output=True,
-    text=True,
+  result = run(
+    *('-m', 'clop_jax.train'),
     cwd=tmp_path,
     env=os.environ | {'PYTHONPATH': path},
-    timeout=60,
   )
   assert result.returncode == exit_code, result.stderr
   assert len(result.stderr.splitlines()) == lines, result.stderr

@@ -1,4 +1,4 @@
-"""The grid of a study: values, errors, and the names of cells."""
+"""Tests of grids: values, errors and names of cells."""
 
 import ml_collections
 import pytest
@@ -27,11 +27,11 @@ from clop_jax.study import grid
 )
 def test_values_get_the_type_of_their_field(given, field, values):
   config = defaults.get_config()
-  config.data.options.noise = 0.5  # only the config file knows of it
+  config.data.options.noise = 0.5  # a field of this config only
   parsed = grid.parse([given], config)
   assert parsed == {field: values}
   assert [type(v) for v in parsed[field]] == [type(v) for v in values]
-  # A config from study.json has lost what None stands for, and its tuples.
+  # A config from study.json has no types for None, and no tuples.
   saved = ml_collections.ConfigDict(workdir_lib.to_json(config))
   assert grid.parse([given], saved) == parsed
 
@@ -81,19 +81,19 @@ def test_a_wrong_grid_is_one_clear_line(texts, message):
         'learning_rate=10,seed=1',
       ],
     ),
-    # Fields with the same last part keep their whole names.
+    # Fields with the same last part have their full names.
     (
       {'train.batch_size': [8], 'eval.batch_size': [8]},
       ['train.batch_size=8,eval.batch_size=8'],
     ),
-    # Paths are file names, and cannot collide.
+    # Paths become file names that cannot collide.
     (
       {'data.data_dir': ['a/b', 'a_b', '..', None]},
       ['data_dir=a%2Fb', 'data_dir=a_b', 'data_dir=..', 'data_dir=None'],
     ),
   ],
 )
-def test_cells_have_file_names_and_the_first_field_changes_last(fields, names):
+def test_cells_are_named_by_their_values(fields, names):
   named = grid.cells(fields)
   assert list(named) == names
   assert named[names[-1]] == {f: values[-1] for f, values in fields.items()}

@@ -1,3 +1,5 @@
+"""Tests of the report of a study."""
+
 import base64
 import html.parser
 import importlib.util
@@ -23,7 +25,7 @@ def coarse_pictures(monkeypatch):
 
 
 class Page(html.parser.HTMLParser):
-  """Text, tables and images of a page; open tags must be closed in order."""
+  """The text, tables and images of a page whose tags are well nested."""
 
   def __init__(self, text):
     super().__init__()
@@ -101,7 +103,7 @@ def test_every_image_is_a_picture_with_a_description(whole):
     assert len(image.convert('RGB').getcolors(1 << 20)) > 1
 
 
-def test_the_header_says_what_was_run(whole):
+def test_the_header_describes_the_study(whole):
   _, _, page = whole
   hours = f'{8 * (1800 + 60) / 3600:.2f} hours'
   for fact in ('6 done', '1 diverged', '1 failed', 'of 8', 'dice', 'f00ba4'):
@@ -110,7 +112,7 @@ def test_the_header_says_what_was_run(whole):
     assert fact in page.text
 
 
-def test_the_tables_have_the_means_and_every_cell(whole):
+def test_the_tables_have_all_means_and_cells(whole):
   folder, _, page = whole
   study = results.read_study(str(folder))
   means, cells = results.means(study), results.listed(study)
@@ -118,13 +120,12 @@ def test_the_tables_have_the_means_and_every_cell(whole):
     assert [list(rows[0]), *(list(r.values()) for r in rows)] in page.tables
   # Errors are shown and cannot become markup.
   assert ERROR in {row['error'] for row in cells}
-  assert '1 diverged: these count at the accuracy of chance' in page.text
-  assert '1 failed: these are left out' in page.text
+  assert '1 diverged: ' in page.text and '1 failed: ' in page.text
   numbers = [a for a in page.attributes if a == ('td', 'class', 'number')]
   assert len(numbers) >= 4 * (len(means) + len(cells))
 
 
-def test_the_markdown_is_the_table_with_its_grid(whole):
+def test_table_md_has_the_grid_and_the_means(whole):
   folder, _, page = whole
   text = (folder / 'table.md').read_text()
   line = f'Grid: {RATE}: 0.01, 1; {WEIGHT}: 0, 1; seed: 0, 1'
@@ -138,7 +139,7 @@ def test_the_markdown_is_the_table_with_its_grid(whole):
   assert '1 diverged' in text
 
 
-def test_missing_and_odd_files_of_cells_do_not_stop_the_page(tmp_path):
+def test_missing_and_damaged_files_of_cells_are_noted(tmp_path):
   studies.make_study(tmp_path, GRID | {'seed': [0]}, points=12)
   cells = tmp_path / 'cells'
   for name, text in {
@@ -162,7 +163,7 @@ def test_missing_and_odd_files_of_cells_do_not_stop_the_page(tmp_path):
     assert note in notes
 
 
-def test_a_text_in_a_config_or_a_cell_is_no_markup(tmp_path):
+def test_texts_are_escaped(tmp_path):
   grid = {'prototypes.kind': ['<b>', 'a & b'], 'seed': [0]}
   studies.make_study(tmp_path, grid, changed={'c0': {'status': 'diverged'}})
   (tmp_path / 'cells' / 'c1' / 'metrics.jsonl').write_text('<i>')
@@ -177,9 +178,7 @@ def test_a_text_in_a_config_or_a_cell_is_no_markup(tmp_path):
   ('status', 'message'),
   [(None, 'none of 8'), ('failed', '8 failed of 8')],
 )
-def test_a_study_without_results_has_a_page_that_says_so(
-  tmp_path, status, message
-):
+def test_a_study_without_results_has_a_page(tmp_path, status, message):
   failed = {'status': status, 'error': 'no luck'}
   studies.make_study(tmp_path, changed={f'c{i}': failed for i in range(8)})
   if status is None:
@@ -216,10 +215,9 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
   assert sorted(tmp_path.iterdir()) == before
 
 
-def test_none_is_written_as_the_command_takes_it(tmp_path):
+def test_none_is_written_as_for_the_command(tmp_path):
   grid = {'data.labels_per_class': [None, 4], 'seed': [0]}
-  changed = {'c0': {'data.labels_per_class': 'None'}}
-  studies.make_study(tmp_path, grid, changed=changed)
+  studies.make_study(tmp_path, grid)
   page = page_of(tmp_path)
   assert 'null' not in page.text
   assert ['data.labels_per_class', 'None, 4'] in page.tables[1]

@@ -1,4 +1,4 @@
-"""Studies: cells that fail, diverge and resume, and the jobs that run them."""
+"""Tests of studies: their cells, folder and jobs."""
 
 import csv
 import json
@@ -36,22 +36,27 @@ def digits(digits_dir, **changes):
 
 
 def seeds(folder, *values):
-  """The plan of a study of seeds that has begun."""
+  """Returns the plan of a study of seeds that has begun."""
   plan = plan_lib.Plan(str(folder), defaults.get_config(), {'seed': [*values]})
   folder.mkdir(exist_ok=True)
   plan.save()
   return plan
 
 
-def end(plan, name, status='done', error=None):
-  """Ends a cell without any training."""
-  folder = plan.folder(name)
-  os.makedirs(folder, exist_ok=True)
-  if status == 'done':
-    jobs.write_done(folder)
-  else:
-    cell.write_record(folder, {'status': status, 'error': error})
-  return plan.finish(name)
+def reread(folder):
+  return plan_lib.Plan(str(folder), None, None)
+
+
+def end(plan, status='done', names=None):
+  """Ends cells without any training."""
+  for name in names or plan.cells:
+    folder = plan.folder(name)
+    os.makedirs(folder, exist_ok=True)
+    if status == 'done':
+      jobs.write_done(folder)
+    else:
+      cell.write_record(folder, {'status': status, 'error': 'why'})
+    plan.finish(name)
 
 
 def rows_of(folder):
@@ -67,29 +72,21 @@ def wait_for(path, process=None):
     time.sleep(0.02)
 
 
-# The check of cells
-
-
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
     ({'loss__contrastive': 'simclr'}, r"loss\.contrastive.*'simclr'"),
-    ({'data__num_classes': 1}, 'num_classes.* at least 2.* 1'),
     ({'data__name': 'cifra10'}, "'cifra10'.* cifar10"),
-    ({'data__test_split': ''}, 'test_split must name a split'),
+    ({'data__test_split': ''}, r"data\.test_split.*''"),
     ({'data__test_split': 'tset'}, "test_split='tset'"),
-    ({'loss__clop_distance': 'cosin'}, "distance.*'cosin'"),
     ({'model__embedding_dim': 8}, 'num_classes .*dim=8'),
     ({'train__batch_size': 4096}, 'batch_size .*1438'),
-    ({'data__label_fraction': 2.0}, r'label_fraction.* 2\.0'),
-    ({'train__keep_best': 'top1'}, "keep_best .*'top1'"),
-    (
-      {'loss__contrastive': 'none', 'loss__clop_weight': 0.0},
-      r'loss\.contrastive',
-    ),
+    ({'watch__probe_every_epochs': 1}, 'watch.probe_every_epochs.* 1'),
   ],
 )
-def test_a_wrong_cell_is_found_before_any_starts(digits_dir, changes, message):
+def test_wrong_configs_are_found_before_any_cell_starts(
+  digits_dir, changes, message
+):
   _, fault = cell.check({'b': digits(digits_dir, **changes)})
   assert re.match(f'cell b: .*{message}', fault)
 
@@ -108,24 +105,16 @@ def test_cells_that_differ_in_numbers_are_traced_once(digits_dir, monkeypatch):
   assert traced == [0, 7]
 
 
-# One cell
-
-
 @pytest.mark.parametrize(
   ('where', 'error', 'status', 'shown'),
   [
     (None, None, 'done', None),
-    (
-      train,
-      FloatingPointError('nan at step 2; go\nhome'),
-      'diverged',
-      'nan at',
-    ),
+    (train, FloatingPointError('nan at 2; go\nhome'), 'diverged', 'nan at'),
     (train, KeyError('x'), 'failed', "KeyError: 'x'"),
     (evaluate, ValueError('far too long ' * 100), 'failed', 'far too'),
   ],
 )
-def test_a_cell_records_how_it_ended(
+def test_a_cell_records_its_outcome(
   where, error, status, shown, digits_dir, tmp_path, monkeypatch
 ):
   def act(module):
@@ -150,7 +139,7 @@ def test_a_cell_records_how_it_ended(
     assert type(error).__name__ in log
 
 
-def test_kept_embeddings_are_few_and_evenly_spaced(tmp_path):
+def test_at_most_2000_evenly_spaced_embeddings_are_saved(tmp_path):
   n, dim, k = 5001, 4, 3
   rows = np.arange(n, dtype=np.float32)
   arrays = {
@@ -176,168 +165,172 @@ def test_kept_embeddings_are_few_and_evenly_spaced(tmp_path):
     assert kept['labels'][-1] == (n - 1) % k
 
 
-# The folder
-
-
-def test_a_study_that_is_through_starts_no_process(tmp_path, monkeypatch):
+def test_a_finished_study_starts_no_process(tmp_path, monkeypatch):
   monkeypatch.setattr(run, '_LocalJobs', None)
-  folder, config = tmp_path / 'study', defaults.get_config()
-  plan = seeds(folder, 0, 1)
-  for name in plan.cells:
-    end(plan, name)
+  folder = tmp_path / 'study'
+  end(seeds(folder, 0, 1))
   before = (folder / 'results.csv').read_text()
   assert len(run.study(str(folder))) == 2
-  assert len(run.study(str(folder), config, {'seed': [1]})) == 1
+  assert len(run.study(str(folder), defaults.get_config(), {'seed': [1]})) == 1
   assert (folder / 'results.csv').read_text() == before
   assert list(rows_of(folder)[0]) == [
     *['cell', 'status', 'error', 'seed'],
     *['linear_top1', 'knn_top1', 'effective_rank'],
     *['train_seconds', 'evaluate_seconds', 'commit', 'config'],
   ]
-  assert [row['seed'] for row in rows_of(folder)] == ['0', '1']
 
 
-def test_a_study_grows_by_values_and_keeps_those_it_has(tmp_path):
-  folder = tmp_path / 'study'
-  plan = seeds(folder, 1, 2)
-  for name in plan.cells:
-    end(plan, name)
-  plan = seeds(folder, 0, 2)
+def test_a_study_grows_and_retries_only_failed_cells(tmp_path):
+  end(seeds(tmp_path, 1, 2))
+  plan = seeds(tmp_path, 0, 2)
   assert list(plan.cells) == ['seed=2', 'seed=0']
   assert list(plan.todo()) == ['seed=0']
-  saved = json.loads((folder / 'study.json').read_text())
+  saved = json.loads((tmp_path / 'study.json').read_text())
   assert saved['grid'] == {'seed': [1, 2, 0]}
-  end(plan, 'seed=0', 'diverged', 'at step 3')
-  rows = rows_of(folder)
-  assert [(r['seed'], r['status']) for r in rows] == [
+  end(plan, 'diverged', ['seed=0'])
+  rows = rows_of(tmp_path)
+  assert [(row['seed'], row['status']) for row in rows] == [
     *[('1', 'done'), ('2', 'done'), ('0', 'diverged')]
   ]
-  # A diverged cell is a result, without numbers; a failed one is not.
   assert rows[2]['linear_top1'] == ''
-  assert not plan_lib.Plan(str(folder), None, None).todo()
-  # It had written its record before its process died.
+  assert not reread(tmp_path).todo()
+  # Its process died after it had written its record.
   assert plan.finish('seed=0', 'it died')['status'] == 'diverged'
-  end(plan, 'seed=0', 'failed', 'somehow')
-  assert list(plan_lib.Plan(str(folder), None, None).todo()) == ['seed=0']
+  end(plan, 'failed', ['seed=0'])
+  assert list(reread(tmp_path).todo()) == ['seed=0']
 
 
 @pytest.mark.parametrize('file', ['cell.json', 'eval.json'])
-@pytest.mark.parametrize('text', ['', '{"status": "done', '[]', '{}'])
+@pytest.mark.parametrize('text', ['', '[]', '{}'])
 def test_a_cell_with_a_damaged_file_runs_again(tmp_path, capsys, file, text):
-  plan = seeds(tmp_path, 0, 1)
-  for name in plan.cells:
-    end(plan, name)
+  end(seeds(tmp_path, 0, 1))
   path = tmp_path / 'cells' / 'seed=1' / file
   path.write_text(text)
-  plan = plan_lib.Plan(str(tmp_path), None, None)
+  plan = reread(tmp_path)
   assert list(plan.todo()) == ['seed=1']
   plan.save()
   assert str(path) in capsys.readouterr().err
 
 
-def test_a_wrong_folder_is_refused_and_left_as_it_is(tmp_path):
-  config, grid = defaults.get_config(), {'seed': [0, 1]}
-  made, new = tmp_path / 'study', tmp_path / 'new'
-  seeds(made, 0, 1)
-  other, file = tmp_path / 'other', tmp_path / 'file'
-  other.mkdir()
-  (other / 'notes.txt').write_text('mine')
-  file.write_text('')
-  trained = tmp_path / 'run'
-  trained.mkdir()
-  (trained / 'config.json').write_text('{}')
+GRID = {'seed': [0, 1]}
+LONG = {'data.data_dir': ['a' * 250]}
+EPOCHS = {'train.num_epochs': [1]}
+
+
+@pytest.mark.parametrize(
+  ('folder', 'grid', 'options', 'message'),
+  [
+    ('run', GRID, {}, 'workdir of a run'),
+    ('other', GRID, {}, r'study\.json.* notes\.txt'),
+    ('file', GRID, {}, 'is a file'),
+    ('new', None, {}, '--grid must name'),
+    ('made', GRID | EPOCHS, {}, 'seed, train.num_epochs'),
+    ('new', {'optimizer.lr': [1]}, {}, "config.optimizer .*'lr'"),
+    ('new', {'seed': [0, 0.0]}, {}, 'two cells seed=0'),
+    ('new', LONG, {}, '259 bytes'),
+    ('new', GRID, {'executor': 'pbs'}, "local, slurm.* 'pbs'"),
+    ('new', GRID, {'slurm': {'time': 1}}, '--executor=slurm'),
+    ('new', GRID, {'executor': 'slurm'}, 'sbatch and srun'),
+  ],
+)
+def test_bad_arguments_leave_the_folder_as_it_is(
+  folder, grid, options, message, tmp_path
+):
+  seeds(tmp_path / 'made', 0, 1)
+  for name, file in (('other', 'notes.txt'), ('run', 'config.json')):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / file).write_text('{}')
+  (tmp_path / 'file').write_text('')
+  before = {p: p.is_file() and p.read_text() for p in tmp_path.rglob('*')}
+  with pytest.raises(ValueError, match=message):
+    run.study(str(tmp_path / folder), defaults.get_config(), grid, **options)
+  after = {p: p.is_file() and p.read_text() for p in tmp_path.rglob('*')}
+  assert after == before
+
+
+def test_another_config_or_a_used_folder_is_refused(tmp_path, monkeypatch):
+  seeds(tmp_path, 0, 1)
   changed = defaults.get_config()
   changed.train.num_epochs = 3
-  for path, *arguments, message in (
-    (trained, config, grid, 'workdir of a run'),
-    (other, config, grid, r'study\.json.* notes\.txt'),
-    (file, config, grid, 'is a file'),
-    ('gs://b/x', config, grid, 'local folder.* gs://b/x'),
-    (new, None, grid, '--config must name'),
-    (new, config, None, '--grid must name'),
-    (made, changed, grid, 'num_epochs is 20 there and 3 here'),
-    (made, config, grid | {'train.num_epochs': [1]}, 'seed, train.num_epochs'),
-    (new, config, {'optimizer.lr': [1]}, "config.optimizer .*'lr'"),
-    (new, config, {'seed': [0, 0.0]}, 'two cells seed=0'),
-    (new, config, {'data.data_dir': ['a' * 250]}, '259 bytes'),
-  ):
-    with pytest.raises(ValueError, match=message):
-      run.study(str(path), *arguments)
-  for options, message in (
-    ({'executor': 'pbs'}, "local, slurm.* 'pbs'"),
-    ({'slurm': {'time': 1}}, '--executor=slurm'),
-    ({'executor': 'slurm'}, 'sbatch and srun'),
-  ):
-    with pytest.raises(ValueError, match=message):
-      run.study(str(new), config, grid, **options)
+  with pytest.raises(ValueError, match='num_epochs is 20 there and 3 here'):
+    run.study(str(tmp_path), changed, GRID)
+  with pytest.raises(ValueError, match=r'local folder.* gs://b/x'):
+    run.study('gs://b/x', changed, GRID)
+  with pytest.raises(ValueError, match='--config must name'):
+    run.study(str(tmp_path / 'new'), None, GRID)
+  monkeypatch.setattr(run, '_check_cells', lambda *_: 'cpu')
   with (
-    workdir_lib.locked(str(made)),
+    workdir_lib.locked(str(tmp_path)),
     pytest.raises(ValueError, match='in use by another run'),
   ):
-    run._check_cells, check = lambda *a: 'cpu', run._check_cells
-    try:
-      run.study(str(made))
-    finally:
-      run._check_cells = check
-  assert os.listdir(other) == ['notes.txt']
-  assert not new.exists()
+    run.study(str(tmp_path))
 
 
 @pytest.mark.skipif(not os.path.exists('/proc'), reason='no such file system')
-def test_a_folder_that_cannot_be_made_is_refused_first():
+def test_a_folder_that_cannot_be_created_is_refused_first():
   with pytest.raises(OSError, match=r'^--workdir=/proc/xx: '):
     run.study('/proc/xx', defaults.get_config(), {'seed': [0]})
 
 
-# The jobs
-
-
 class DiedError(BaseException):
-  """Ends a job without a word, as SIGKILL does."""
+  """Ends a job without a record, as SIGKILL does."""
+
+
+class ThreadJob:
+  """A job that is a thread of this process."""
+
+  paths = types.SimpleNamespace(stderr='its.err')
+
+  def __init__(self, *arguments):
+    self._error = None
+    self._thread = threading.Thread(target=self._work, args=arguments)
+    self._thread.start()
+
+  def _work(self, *arguments):
+    try:
+      job.take_cells(*arguments)
+    except preemption.PreemptionError:
+      pass
+    except DiedError as error:
+      self._error = error
+
+  def done(self):
+    return not self._thread.is_alive()
+
+  def exception(self):
+    return self._error
+
+  def stderr(self):
+    return 'why\nbecause'
 
 
 class Jobs:
-  """Jobs that are threads of this process."""
+  """Starts jobs as `run._Jobs` does."""
 
   study, pause, where, count = 'now', 0.01, 'here', 2
 
-  def __init__(self):
-    self.running, self._number = {}, 0
+  def start(self, function, *arguments):
+    return ThreadJob(*arguments)
 
-  def add(self, cells):
-    result, owner = (
-      types.SimpleNamespace(exists=lambda: True),
-      str(self._number),
-    )
-    self._number += 1
-
-    def work():
-      try:
-        job.take_cells(cells, self.study, owner)
-      except preemption.PreemptionError:
-        pass
-      except DiedError:
-        result.exists = lambda: False
-
-    thread = threading.Thread(target=work)
-    self.running[owner] = types.SimpleNamespace(
-      done=lambda: not thread.is_alive(),
-      paths=types.SimpleNamespace(result_pickle=result, stderr='its.err'),
-      stderr=lambda: 'why\nbecause',
-    )
-    thread.start()
-
-  remove_ended = run._Jobs.remove_ended
+  def has_ended(self, job):
+    return job.done()
 
   def stop(self):
     return 1
 
-  def died(self, ended):
+  def died(self, job):
     return 'the job died'
 
 
-def execute(plan, monkeypatch, actions=None, notice=None):
-  """Runs the cells; an action is an exception, by name and attempt."""
+def execute(plan, monkeypatch, actions=None, came=lambda: False):
+  """Runs the cells and returns the calls of `cell.run`.
+
+  Args:
+    plan: Plan.
+    monkeypatch: Fixture.
+    actions: Exceptions by cell and attempt.
+    came: `preemption.Notice.came`.
+  """
   actions = dict(actions or {})
   calls = []
 
@@ -356,9 +349,7 @@ def execute(plan, monkeypatch, actions=None, notice=None):
       jobs.write_done(workdir, attempt=attempt)
 
   monkeypatch.setattr(cell, 'run', act)
-  crew = Jobs()
-  never = types.SimpleNamespace(reached=lambda steps: False)
-  run._Execution(plan, crew).run(notice or never)
+  run._Execution(plan, Jobs()).run(types.SimpleNamespace(came=came))
   return calls
 
 
@@ -370,11 +361,10 @@ def execute(plan, monkeypatch, actions=None, notice=None):
     ([DiedError()], 'done', ('seed=1: failed, the job died; see ', 'log.txt')),
     ([preemption.PreemptionError()], 'done', ()),
     ([ValueError('odd'), ValueError('still')], 'failed', ('failed, still; ',)),
-    ([ValueError('odd'), DiedError()], 'failed', ('failed, the job died',)),
     ([DiedError(), DiedError()], 'failed', ('failed, the job died',)),
   ],
 )
-def test_a_cell_that_fails_is_told_and_tried_again(
+def test_a_cell_that_fails_is_reported_and_tried_again(
   failures, status, told, tmp_path, monkeypatch, capsys
 ):
   plan = seeds(tmp_path, 0, 1, 2)
@@ -388,10 +378,11 @@ def test_a_cell_that_fails_is_told_and_tried_again(
   output = capsys.readouterr().out
   assert '3 of 3 cells to go, 2 at a time here' in output
   assert all(text in output for text in told)
-  assert output.count('it is tried again') == (again if told else 0)
-  assert re.search(r'2 left, about \d s\n', output) and 'none left' in output
-  # The same command tries it again, in vain or not.
-  plan = plan_lib.Plan(str(tmp_path), None, None)
+  assert output.count('trying again') == (again if told else 0)
+  assert re.search(r'2 left, about 0:00:\d\d h\n', output)
+  assert 'none left' in output
+  # The same command tries it again.
+  plan = reread(tmp_path)
   assert list(plan.todo()) == (['seed=1'] if status == 'failed' else [])
   if plan.todo():
     monkeypatch.setattr(Jobs, 'study', 'later')
@@ -399,7 +390,7 @@ def test_a_cell_that_fails_is_told_and_tried_again(
     assert [row['status'] for row in rows_of(tmp_path)] == ['done'] * 3
 
 
-def test_jobs_that_end_before_they_take_a_cell_end_the_study(
+def test_jobs_that_fail_before_they_take_a_cell_end_the_study(
   tmp_path, monkeypatch
 ):
   def die(*arguments):
@@ -410,7 +401,7 @@ def test_jobs_that_end_before_they_take_a_cell_end_the_study(
     execute(seeds(tmp_path, 0), monkeypatch)
 
 
-def test_a_cell_that_another_process_holds_is_waited_for(tmp_path, monkeypatch):
+def test_a_cell_of_another_process_is_waited_for(tmp_path, monkeypatch):
   plan = seeds(tmp_path, 0, 1)
   os.makedirs(plan.folder('seed=0'))
   file = open(os.path.join(plan.folder('seed=0'), '.claim'), 'a')  # noqa: SIM115
@@ -420,7 +411,9 @@ def test_a_cell_that_another_process_holds_is_waited_for(tmp_path, monkeypatch):
   assert calls == [('seed=1', 1), ('seed=0', 1)]
 
 
-def test_a_cell_whose_folder_cannot_be_made_fails_alone(tmp_path, monkeypatch):
+def test_a_cell_whose_folder_cannot_be_created_fails_alone(
+  tmp_path, monkeypatch
+):
   plan = seeds(tmp_path, 0, 1)
   (tmp_path / 'cells').mkdir()
   (tmp_path / 'cells' / 'seed=0').write_text('')
@@ -429,21 +422,20 @@ def test_a_cell_whose_folder_cannot_be_made_fails_alone(tmp_path, monkeypatch):
   assert 'seed=0' in failed['error'] and done['status'] == 'done'
 
 
-@pytest.mark.parametrize('first', [KeyboardInterrupt, None])
+@pytest.mark.parametrize('interrupt', [KeyboardInterrupt, None])
 def test_a_study_that_is_ended_says_how_to_resume(
-  first, tmp_path, monkeypatch, capsys
+  interrupt, tmp_path, monkeypatch, capsys
 ):
-  def reached(steps):
-    if first:
-      raise first
+  def came():
+    if interrupt:
+      raise interrupt
     return True
 
-  notice = types.SimpleNamespace(reached=reached)
-  with pytest.raises(first or preemption.PreemptionError) as caught:
-    execute(seeds(tmp_path, 0, 1), monkeypatch, notice=notice)
+  with pytest.raises(interrupt or preemption.PreemptionError) as caught:
+    execute(seeds(tmp_path, 0, 1), monkeypatch, came=came)
   said = capsys.readouterr().out + str(caught.value)
   assert '2 of 2 cells are left' in said and 'rerun the same command' in said
-  assert '1 of their processes had not saved' in said
+  assert '1 did not save' in said
 
 
 @pytest.mark.parametrize(
@@ -451,7 +443,6 @@ def test_a_study_that_is_ended_says_how_to_resume(
   [
     ('cpu', None, 9, [[0], [1], [2], [3]], None),
     ('cpu', None, 1, [[0, 1, 2, 3]], None),
-    ('cpu', 3, 9, [[0], [1], [2]], None),
     ('cpu', 2, 9, [[0, 1], [2, 3]], None),
     ('gpu', None, 9, [[0, 1, 2, 3]], None),
     ('gpu', 2, 9, [[0, 1, 2, 3]] * 2, '0.450'),
@@ -473,31 +464,31 @@ def test_local_jobs_share_the_machine(
 
 @pytest.fixture
 def fake_cells(monkeypatch):
-  """Cells of `jobs`, in processes; the check is left out."""
+  """Replaces cells by those of `jobs`, in processes, without their check."""
   monkeypatch.chdir(small.ROOT)
   monkeypatch.setattr(job, 'work', jobs.work)
   monkeypatch.setattr(run, '_check_cells', lambda *arguments: 'cpu')
 
 
-def test_local_jobs_are_replaced_and_save_when_told(
+def test_local_jobs_are_replaced_and_save_at_sigterm(
   tmp_path, fake_cells, capfd
 ):
   training = tmp_path / 'cells' / 'seed=2' / 'training'
 
-  def tell():
+  def terminate():
     wait_for(training)
     # As a scheduler does, to all processes.
     os.kill(int(training.read_text()), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
 
-  teller = threading.Thread(target=tell)
-  teller.start()
+  thread = threading.Thread(target=terminate)
+  thread.start()
   grid = {'seed': [0, jobs.KILLED, jobs.LONG]}
   with pytest.raises(
     preemption.PreemptionError, match='2 of 3 cells are left; rerun'
   ):
     run.study(str(tmp_path), defaults.get_config(), grid, jobs=1)
-  teller.join()
+  thread.join()
   assert (training.parent / 'saved').exists()
   output = capfd.readouterr().out
   assert 'seed=1: failed, its process died, ' in output
@@ -541,7 +532,7 @@ done
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-  """A cluster of this machine; its folder."""
+  """Makes this machine a Slurm cluster; returns the folder of its state."""
   folder = tmp_path / 'slurm'
   folder.mkdir()
   for name, text in SLURM.items():
@@ -551,11 +542,11 @@ def slurm(tmp_path, monkeypatch):
   monkeypatch.setenv('PATH', f'{folder}:{os.environ["PATH"]}')
   monkeypatch.setenv('SLURM', str(folder))
   monkeypatch.setattr(run._SlurmJobs, 'pause', 0.2)
-  monkeypatch.setattr(run._SlurmJobs, 'force_after', 0.5)
+  monkeypatch.setattr(run._SlurmJobs, 'sacct_pause', 0.5)
   return folder
 
 
-def test_slurm_runs_the_jobs_and_says_why_one_ended(
+def test_slurm_runs_the_jobs_and_reports_a_killed_one(
   tmp_path, slurm, fake_cells, capfd
 ):
   parameters = run.slurm_parameters(
@@ -586,7 +577,7 @@ def test_slurm_runs_the_jobs_and_says_why_one_ended(
   ],
 )
 @pytest.mark.usefixtures('slurm', 'fake_cells')
-def test_what_slurm_refuses_is_one_line(
+def test_bad_slurm_parameters_are_one_line(
   parameters, message, tmp_path, monkeypatch
 ):
   monkeypatch.setenv('REFUSED', 'invalid partition')
@@ -598,9 +589,6 @@ def test_what_slurm_refuses_is_one_line(
       executor='slurm',
       slurm=parameters,
     )
-
-
-# The command
 
 
 @pytest.mark.parametrize(
@@ -645,7 +633,7 @@ def started(workdir, *arguments):
   )
 
 
-def test_a_killed_study_resumes_and_ends_as_an_unbroken_one(
+def test_a_killed_study_resumes_to_the_results_of_an_unbroken_one(
   digits_dir, tmp_path
 ):
   process = started(
@@ -660,42 +648,34 @@ def test_a_killed_study_resumes_and_ends_as_an_unbroken_one(
     '--config.train.num_epochs=4',
     '--config.train.checkpoint_every_epochs=1',
     '--config.eval.probe_iterations=20',
-    '--grid=optimizer.learning_rate=0.2,1e30',
-    # Which changes nothing in the results: the first of these runs unbroken,
-    # the second is stopped and resumes.
+    # This changes no result: the first cell runs unbroken, the second resumes.
     '--grid=train.keep_checkpoints=3,4',
   )
-  cells = [
-    tmp_path / 'cells' / f'learning_rate=0.2,keep_checkpoints={keep}'
-    for keep in (3, 4)
-  ]
+  cells = [tmp_path / 'cells' / f'keep_checkpoints={keep}' for keep in (3, 4)]
   wait_for(cells[1] / 'checkpoints' / '5', process)
   pid = int((cells[1] / '.lock').read_text().split()[1])
   process.kill()
   process.communicate()
-  # Its job ends with it.
+  # The job ends with the command.
   limit = time.monotonic() + 20
   while pathlib.Path(f'/proc/{pid}').exists():
     assert time.monotonic() < limit
     time.sleep(0.05)
   kept = {p: p.stat().st_mtime_ns for p in cells[0].rglob('*') if p.is_file()}
 
-  # The study's own config and grid.
+  # With the config and grid of the study.
   process = started(tmp_path)
   output, errors = process.communicate()
   assert process.returncode == 0, errors
-  assert '3 of 4 cells to go, 1 at a time on cpu' in output
+  assert '1 of 2 cells to go, 1 at a time on cpu' in output
   assert {p: p.stat().st_mtime_ns for p in kept} == kept
   log = (cells[1] / 'log.txt').read_text()
   assert re.search(r'from step \d+ of 20|already trained', log), log
-  rows = rows_of(tmp_path)
-  assert [row['status'] for row in rows] == ['done'] * 2 + ['diverged'] * 2
-  unbroken, resumed, diverged, _ = rows
-  assert diverged['error'] == 'the loss is nan at step 2'
-  assert f'diverged: {diverged["cell"]}: {diverged["error"]}\n' in errors
+  unbroken, resumed = rows_of(tmp_path)
+  assert unbroken['status'] == resumed['status'] == 'done'
   own = {'cell', 'train.keep_checkpoints', 'config'}
   own |= {'train_seconds', 'evaluate_seconds'}
-  for name in set(rows[0]) - own:
+  for name in set(unbroken) - own:
     assert unbroken[name] == resumed[name], name
   assert json.loads(resumed['config'])['train']['keep_checkpoints'] == 4
   with np.load(cells[1] / 'embeddings.npz') as arrays:

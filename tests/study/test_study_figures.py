@@ -1,3 +1,5 @@
+"""Tests of the figures of a study."""
+
 from matplotlib import figure as figure_lib
 import numpy as np
 from PIL import Image
@@ -13,7 +15,7 @@ K, RATE, WEIGHT = studies.K, studies.RATE, studies.WEIGHT
 
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
-  """Draws the sweeps of a study; gives the figures with their axes."""
+  """Returns a function that draws the sweeps of a study, not to files."""
   saved = []
   monkeypatch.setattr(
     figure_lib.Figure, 'savefig', lambda self, path, **_: saved.append(self)
@@ -46,9 +48,7 @@ def test_numbers_are_swept_and_names_are_compared(swept, grid, titles):
     assert second.startswith(f'Effective rank against {title}')
 
 
-def test_means_bands_and_crosses_have_the_diverged_cell_in_them(
-  tmp_path, swept
-):
+def test_means_and_bands_count_diverged_but_not_failed_cells(tmp_path, swept):
   changed = {'c5': {'status': 'diverged'}, 'c7': {'status': 'failed'}}
   (info, figure), _ = swept(studies.GRID, changed=changed)
   rows = studies.make_study(tmp_path / 'again', changed=changed)
@@ -102,7 +102,7 @@ def test_names_make_dots_side_by_side(swept):
   assert (np.abs(first - second) > 0.1).all()
 
 
-def test_many_settings_have_few_panels_and_say_so(swept):
+def test_at_most_eight_settings_have_panels(swept):
   names = [f'l{i}' for i in range(5)]
   grid = {RATE: [1, 2], WEIGHT: [0, 1], 'loss.contrastive': names}
   (info, figure), _ = swept(grid | {'data.name': ['cards', 'dice']})

@@ -4,11 +4,9 @@ from importlib import machinery
 import json
 import struct
 
-import jax
 from PIL import Image
 import pytest
 
-from clop_jax import train
 from clop_jax.runtime import extras
 from clop_jax.tracking import wandb as wandb_log
 from tests import small
@@ -46,8 +44,8 @@ def history_of(records):
 
 
 @pytest.mark.usefixtures('collapse')
-def test_weights_and_biases_get_what_tensorboard_gets(
-  digits_dir, tmp_path, monkeypatch
+def test_weights_and_biases_get_the_events_of_tensorboard(
+  digits_dir, tmp_path, monkeypatch, run
 ):
   pytest.importorskip('wandb')
   monkeypatch.delenv('WANDB_PROJECT', raising=False)
@@ -60,7 +58,7 @@ def test_weights_and_biases_get_what_tensorboard_gets(
     watch__collapse_patience=1,
   )
   workdir = tmp_path / 'run'
-  train.train(config, str(workdir), devices=jax.devices()[:1], wandb='offline')
+  run(config, workdir, wandb='offline')
   assert not (workdir / 'tensorboard').exists()
   (file,) = workdir.glob('wandb/offline-run-*/*.wandb')
   records = list(records_of(file))

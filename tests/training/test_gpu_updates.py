@@ -36,15 +36,6 @@ def test_leaf_norm_that_is_not_finite_stays_with_its_leaf():
   np.testing.assert_allclose(got, [3**0.5, np.nan, np.inf, 0], rtol=1e-6)
 
 
-def test_leaf_norms_map_over_runs():
-  runs = tree_of([(3, 4, 5), (3, 6)])
-  got = jax.vmap(gpu_updates.leaf_norms)(runs)
-  expected = [
-    [np.linalg.norm(x) for x in run] for run in zip(*runs, strict=True)
-  ]
-  np.testing.assert_allclose(got, expected, rtol=1e-6)
-
-
 def test_flat_leaves_keep_the_shapes_of_updates_and_state():
   params = tree_of([(3, 4), (5,), ()])
   tx = gpu_updates.on_flat_leaves(optax.adam(0.1))

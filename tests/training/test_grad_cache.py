@@ -18,7 +18,7 @@ from clop_jax.runtime import parallel
 from tests import small
 
 BATCH = 32
-STEPS = 3
+STEPS = 2
 LEARNING_RATE = 0.05
 RECIPE = augment.Recipe(
   size=8,
@@ -29,13 +29,8 @@ RECIPE = augment.Recipe(
 )
 CONTRASTIVE = {
   'nt_xent': lambda z, y, **axis: loss.nt_xent_loss(z, **axis),
-  'nt_xent_blocked': lambda z, y, **axis: loss.nt_xent_loss(
-    z, block_size=24, **axis
-  ),
   'supcon': lambda z, y, **axis: loss.supcon_loss(z, y, **axis),
-  'dcl': lambda z, y, **axis: loss.dcl_loss(z, **axis),
   'vicreg': lambda z, y, **axis: loss.vicreg_loss(z, **axis),
-  'barlow_twins': lambda z, y, **axis: loss.barlow_twins_loss(z, **axis),
 }
 
 
@@ -112,13 +107,13 @@ def _batches():
 
 
 def _run(step, state, mapping):
-  """State and metrics after each step; the mapping is one of `MAPPINGS`."""
-  devices = 8 if mapping.endswith('8') else 1
-  small.need_devices(devices)
+  """Returns state and metrics after each step."""
+  if mapping != 'jit':
+    small.need_devices(8)
   if mapping == 'jit':
     mapped = jax.jit(step)
-  elif mapping.startswith('shard_map'):
-    mesh = parallel.make_mesh(jax.devices()[:devices])
+  elif mapping == 'shard_map8':
+    mesh = parallel.make_mesh(jax.devices()[:8])
     mapped = parallel.map_step(step, mesh, batch_axes=(None, 0, None))
     state = parallel.replicate(mesh, state)
   else:
@@ -135,9 +130,6 @@ def _run(step, state, mapping):
     state, metrics = mapped(state, batch, jax.random.key(7))
     history.append(jax.device_get((state, metrics)))
   return history
-
-
-MAPPINGS = ('jit', 'shard_map1', 'shard_map8', 'pmap8')
 
 
 def _axis_of(mapping):
@@ -166,22 +158,11 @@ def _assert_close(ours, expected, relative):
   )
 
 
-def test_labels_differ_in_number_over_micro_batches_and_devices():
-  for batch in _batches():
-    labelled = batch['label'] >= 0
-    for parts in (2, 4):
-      assert len({*labelled.reshape(-1, parts).sum(axis=0)}) > 1
-    of_device = labelled.reshape(8, -1).sum(axis=1)
-    assert 0 in of_device and len({*of_device}) > 2
-
-
 @pytest.mark.parametrize(
   ('contrastive', 'mapping', 'num_micro_batches'),
   [
     *[(contrastive, 'shard_map8', 4) for contrastive in CONTRASTIVE],
     ('nt_xent', 'jit', 2),
-    ('nt_xent', 'jit', 4),
-    ('nt_xent', 'shard_map8', 2),
     ('nt_xent', 'pmap8', 4),
   ],
 )
@@ -198,8 +179,7 @@ def test_without_batch_norm_the_step_is_the_undivided_one(
   for (state, metrics), (expected, expected_metrics) in zip(
     history, _undivided(contrastive), strict=True
   ):
-    # The undivided step rounds as well, differently on each kind of CPU: up to
-    # 1.3e-6 for Barlow Twins, which divides by standard deviations.
+    # The undivided step rounds as well, differently on each kind of CPU.
     _assert_close(state.params, expected.params, 5e-6)
     _assert_close(
       _gradient(initial, state.params),
@@ -281,40 +261,27 @@ def _step_with_batch_norm(mapping, num_micro_batches, bn_scope='global'):
 
 
 @functools.cache
-def _micro_batches_by_hand(num_micro_batches):
-  return _by_hand(
-    [np.arange(m, BATCH, num_micro_batches) for m in range(num_micro_batches)]
-  )
+def _micro_batches_by_hand():
+  return _by_hand([np.arange(m, BATCH, 4) for m in range(4)])
 
 
-@pytest.mark.parametrize('mapping', MAPPINGS)
+@pytest.mark.parametrize('mapping', ['jit', 'shard_map8', 'pmap8'])
 def test_batch_statistics_are_of_one_micro_batch_over_all_devices(mapping):
-  ours = _step_with_batch_norm(mapping, 4)
-  expected = _micro_batches_by_hand(4)
-  for a, b in zip(ours, expected, strict=True):
+  for a, b in zip(
+    _step_with_batch_norm(mapping, 4), _micro_batches_by_hand(), strict=True
+  ):
     _assert_close(a, b, 1e-4)
 
 
-@pytest.mark.parametrize('mapping', ['shard_map8', 'pmap8'])
-def test_batch_statistics_of_a_device_are_of_its_micro_batch(mapping):
+def test_batch_statistics_of_a_device_are_of_its_micro_batch():
   groups = [
     np.arange(4 * device + m, 4 * device + 4, 2)
     for device in range(8)
     for m in range(2)
   ]
-  ours = _step_with_batch_norm(mapping, 2, bn_scope='device')
+  ours = _step_with_batch_norm('shard_map8', 2, bn_scope='device')
   for a, b in zip(ours, _by_hand(groups), strict=True):
     _assert_close(a, b, 1e-4)
-
-
-def test_with_batch_norm_micro_batches_are_another_network():
-  whole = _step_with_batch_norm('jit', 1)
-  for a, b in zip(whole, _micro_batches_by_hand(1), strict=True):
-    _assert_close(a, b, 1e-4)
-  divided = _step_with_batch_norm('jit', 4)
-  for a, b in zip(whole[:2], divided[:2], strict=True):
-    with pytest.raises(AssertionError):
-      _assert_close(a, b, 1e-3)
 
 
 def _compiled(step, state, mesh=None):
@@ -328,7 +295,7 @@ def _compiled(step, state, mesh=None):
 def test_memory_is_that_of_one_micro_batch():
   def temporary_bytes(num_micro_batches):
     create, step = _parts(
-      backbone=Network(filters=64, layers=4),
+      backbone=Network(filters=32, layers=4),
       num_micro_batches=num_micro_batches,
     )
     state = jax.eval_shape(create)
@@ -336,8 +303,8 @@ def test_memory_is_that_of_one_micro_batch():
 
   whole, divided = temporary_bytes(1), temporary_bytes(8)
   # The activations that the backward pass needs: 2 views of 32 examples, 4
-  # layers of 64 filters.
-  assert whole > 2 * 32 * 4 * 64 * 8 * 8 * 4
+  # layers of 32 filters.
+  assert whole > 2 * 32 * 4 * 32 * 8 * 8 * 4
   assert divided < whole / 3
 
 
@@ -354,12 +321,9 @@ def _all_reduces(text):
   return found
 
 
-@pytest.mark.parametrize('num_micro_batches', [2, 4])
-def test_gradients_are_summed_over_devices_once(num_micro_batches):
+def test_gradients_are_summed_over_devices_once():
   small.need_devices(8)
-  create, step = _parts(
-    axis_name=parallel.DATA_AXIS, num_micro_batches=num_micro_batches
-  )
+  create, step = _parts(axis_name=parallel.DATA_AXIS, num_micro_batches=4)
   state = jax.eval_shape(create)
   text = _compiled(step, state, parallel.make_mesh()).as_text()
   loops = set(re.findall(r'body=(%[\w.\-]+)', text))
@@ -371,14 +335,8 @@ def test_gradients_are_summed_over_devices_once(num_micro_batches):
   assert [count for count in operands if count > 3] == [6]
 
 
-@pytest.mark.parametrize('num_micro_batches', [-1, 0, 3, 64])
-def test_micro_batches_that_do_not_divide_the_batch_are_refused(
-  num_micro_batches,
-):
-  create, step = _parts(num_micro_batches=num_micro_batches)
-  message = (
-    r'train\.num_micro_batches must be at least 1 and divide .* 32 here, got '
-    rf'{num_micro_batches}\b'
-  )
-  with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize('number', [3, 64])
+def test_micro_batches_must_divide_the_batch(number):
+  create, step = _parts(num_micro_batches=number)
+  with pytest.raises(ValueError, match=rf'num_micro_batches .*got {number}'):
     jax.eval_shape(step, create(), next(_batches()), jax.random.key(7))

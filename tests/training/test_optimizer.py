@@ -16,10 +16,6 @@ from clop_jax.training import optimizer
 RATE = 0.1
 
 
-def constant(_):
-  return RATE
-
-
 @pytest.fixture(params=['default', 'cuda'])
 def platform(request, monkeypatch):
   """Runs what a platform would run, on this one."""
@@ -32,26 +28,6 @@ def platform(request, monkeypatch):
 
 
 on_all_platforms = pytest.mark.usefixtures('platform')
-
-
-@functools.cache
-def resnet_params():
-  """A real tree of names and shapes; no leaf is 0, so that decay shows."""
-  x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
-  init = functools.partial(resnet.ResNet8(width=2).init, train=False)
-  shapes = jax.eval_shape(init, jax.random.key(0), x)['params']
-  rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda s: rng.normal(size=s.shape).astype(np.float32) + 0.25, shapes
-  )
-
-
-def flat(tree):
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    '/'.join(entry.key for entry in path): np.asarray(leaf, np.float64)
-    for path, leaf in leaves
-  }
 
 
 def run(tx, params, gradients):
@@ -88,88 +64,39 @@ def test_scaling_of_the_learning_rate(scaling, expected):
   np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_unknown_scaling_names_the_valid_ones():
-  with pytest.raises(
-    ValueError, match=r"one of \['linear', 'none', 'sqrt'\], got 'cubic'"
-  ):
-    optimizer.scaled_learning_rate(0.3, 512, 'cubic')
-
-
 @pytest.mark.parametrize(
-  ('step', 'expected'),
+  ('warmup', 'step', 'expected'),
   [
-    (0, 0.0),
-    (5, 1.0),
-    (10, 2.0),
-    (35, 1 + math.cos(math.pi / 4)),
-    (60, 1.0),
-    (110, 0.0),
-    (200, 0.0),
+    (10, 0, 0.0),
+    (10, 5, 1.0),
+    (10, 10, 2.0),
+    (10, 35, 1 + math.cos(math.pi / 4)),
+    (10, 60, 1.0),
+    (10, 110, 0.0),
+    (10, 200, 0.0),
+    (0, 0, 2.0),
+    (0, 55, 1.0),
   ],
 )
-def test_warmup_then_cosine_by_hand(step, expected):
-  schedule = optimizer.warmup_cosine(2.0, total_steps=110, warmup_steps=10)
+def test_warmup_then_cosine_by_hand(warmup, step, expected):
+  schedule = optimizer.warmup_cosine(2.0, total_steps=110, warmup_steps=warmup)
   np.testing.assert_allclose(schedule(step), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-  ('step', 'expected'), [(0, 2.0), (50, 1.0), (100, 0.0)]
-)
-def test_cosine_without_warmup_starts_at_the_peak(step, expected):
-  schedule = optimizer.warmup_cosine(2.0, total_steps=100, warmup_steps=0)
-  np.testing.assert_allclose(schedule(step), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize('warmup', [-1, 10, 11])
-def test_warmup_that_does_not_end_in_the_run_is_refused(warmup):
-  with pytest.raises(
-    ValueError, match=rf'\[0, total_steps=10\), got {warmup}; shorten'
-  ):
+@pytest.mark.parametrize('warmup', [-1, 10])
+def test_warmup_must_end_within_the_run(warmup):
+  with pytest.raises(ValueError, match=rf'warmup_steps.*got {warmup};'):
     optimizer.warmup_cosine(1.0, total_steps=10, warmup_steps=warmup)
 
 
 def test_kernel_mask_has_every_kernel_and_nothing_else():
-  mask = flat(optimizer.kernel_mask(resnet_params()))
-  chosen = {name for name, value in mask.items() if value}
-  assert chosen == {name for name in mask if name.endswith('/kernel')}
-  assert len(chosen) == 9  # stem, two a block, two shortcuts
-  assert len(mask) > len(chosen)
-
-
-@on_all_platforms
-@pytest.mark.parametrize('name', ['lars', 'sgd', 'adamw'])
-def test_weight_decay_moves_kernels_only(name):
-  params = resnet_params()
-  tx = optimizer.create(name, constant, weight_decay=0.5)
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  (after,) = run(tx, params, [zeros])
-  before, after = flat(params), flat(after)
-  for path, value in before.items():
-    if path.endswith('/kernel'):
-      # LARS: the decayed gradient 0.5 w, rescaled to 0.001 |w|.
-      factor = 0.001 if name == 'lars' else 0.5
-      expected = value * (1 - RATE * factor)
-      np.testing.assert_allclose(after[path], expected, rtol=1e-5, atol=1e-7)
-      assert (after[path] != value).any()
-    else:
-      np.testing.assert_array_equal(after[path], value)
-
-
-@on_all_platforms
-def test_trust_ratio_leaves_biases_and_scales_alone():
-  params = resnet_params()
-  tx = optimizer.create('lars', constant, weight_decay=0.5)
-  ones = jax.tree.map(jnp.ones_like, params)
-  (after,) = run(tx, params, [ones])
-  before, after = flat(params), flat(after)
-  for path, value in before.items():
-    if path.endswith('/kernel'):
-      gradient = 1 + 0.5 * value
-      ratio = 0.001 * np.linalg.norm(value) / np.linalg.norm(gradient)
-      expected = value - RATE * ratio * gradient
-    else:
-      expected = value - RATE
-    np.testing.assert_allclose(after[path], expected, rtol=1e-5, atol=1e-6)
+  x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+  init = functools.partial(resnet.ResNet8(width=2).init, train=False)
+  params = jax.eval_shape(init, jax.random.key(0), x)['params']
+  mask = jax.tree_util.tree_leaves_with_path(optimizer.kernel_mask(params))
+  chosen = [path[-1].key for path, value in mask if value]
+  assert chosen == ['kernel'] * 9  # stem, two per block, two shortcuts
+  assert 'kernel' not in [path[-1].key for path, value in mask if not value]
 
 
 @on_all_platforms
@@ -200,68 +127,6 @@ def test_lars_by_hand_over_three_steps(rate_in_momentum):
     w, b = w - outside * velocity_w, b - outside * velocity_b
     np.testing.assert_allclose(got['dense']['kernel'], w, atol=1e-6)
     np.testing.assert_allclose(got['dense']['bias'], b, atol=1e-6)
-
-
-@on_all_platforms
-def test_sgd_with_momentum_by_hand():
-  params, gradients = problem()
-  tx = optimizer.create('sgd', constant, momentum=0.7, weight_decay=0.01)
-  w = params['dense']['kernel'].astype(np.float64)
-  b = params['dense']['bias'].astype(np.float64)
-  velocity_w, velocity_b = 0.0, 0.0
-  for gradient, got in zip(gradients, run(tx, params, gradients), strict=True):
-    velocity_w = 0.7 * velocity_w + gradient['dense']['kernel'] + 0.01 * w
-    velocity_b = 0.7 * velocity_b + gradient['dense']['bias']
-    w, b = w - RATE * velocity_w, b - RATE * velocity_b
-    np.testing.assert_allclose(got['dense']['kernel'], w, atol=1e-6)
-    np.testing.assert_allclose(got['dense']['bias'], b, atol=1e-6)
-
-
-@on_all_platforms
-def test_adamw_by_hand():
-  params, gradients = problem()
-  tx = optimizer.create('adamw', constant, momentum=0.8, weight_decay=0.05)
-  w = params['dense']['kernel'].astype(np.float64)
-  first, second = 0.0, 0.0
-  history = run(tx, params, gradients)
-  for t, (gradient, got) in enumerate(
-    zip(gradients, history, strict=True), start=1
-  ):
-    g = gradient['dense']['kernel'].astype(np.float64)
-    first = 0.8 * first + 0.2 * g
-    second = 0.999 * second + 0.001 * g**2
-    step = first / (1 - 0.8**t) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
-    w = w - RATE * (step + 0.05 * w)
-    np.testing.assert_allclose(got['dense']['kernel'], w, atol=1e-5)
-
-
-@on_all_platforms
-@pytest.mark.parametrize(('scale', 'clipped'), [(100.0, True), (0.01, False)])
-def test_clip_norm_bounds_the_whole_gradient_only_when_it_is_above(
-  scale, clipped
-):
-  params, (gradient, *_) = problem()
-  gradient = jax.tree.map(lambda g: scale * g, gradient)
-  norm = np.sqrt(sum((g**2).sum() for g in flat(gradient).values()))
-  tx = optimizer.create('sgd', constant, momentum=0.0, clip_norm=0.5)
-  updates, _ = tx.update(gradient, tx.init(params), params)
-  factor = 0.5 / norm if clipped else 1.0
-  for name, value in flat(updates).items():
-    expected = -RATE * factor * flat(gradient)[name]
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize('clip_norm', [0, -1.0, float('nan')])
-def test_clip_norm_that_stops_all_learning_is_refused(clip_norm):
-  with pytest.raises(ValueError, match='clip_norm must be None or above 0'):
-    optimizer.create('sgd', constant, clip_norm=clip_norm)
-
-
-def test_unknown_optimizer_names_the_valid_ones():
-  with pytest.raises(
-    ValueError, match=r"one of \['adamw', 'lars', 'sgd'\], got 'adam'"
-  ):
-    optimizer.create('adam', constant)
 
 
 def optax_own(name, schedule, clip_norm=None):
@@ -349,7 +214,7 @@ def assert_close(got, expected):
 
 
 @on_all_platforms
-@pytest.mark.parametrize('clip_norm', [None, 0.5, 1e6])
+@pytest.mark.parametrize('clip_norm', [None, 0.5])
 @pytest.mark.parametrize('name', ['lars', 'sgd', 'adamw'])
 def test_updates_and_state_are_those_of_optax(name, clip_norm):
   got, expected = [
@@ -360,26 +225,8 @@ def test_updates_and_state_are_those_of_optax(name, clip_norm):
 
 
 @on_all_platforms
-@pytest.mark.parametrize('name', ['lars', 'sgd', 'adamw'])
-def test_updates_mapped_over_runs_are_those_of_each(name):
-  make = functools.partial(our_own, name, clip_norm=0.5)
-  params, gradients = layers(steps=2)
-  rates = jnp.array([0.1, 0.3])
-
-  def run_steps(rate):
-    scaled = jax.tree.map(lambda x: x * rate, gradients)
-    return steps_of(make, rate, params, scaled)
-
-  got = jax.vmap(run_steps)(rates)
-  for i, rate in enumerate(rates):
-    of_one = jax.tree.map(lambda x, i=i: x[i], got)
-    assert_close(of_one, run_steps(rate))
-
-
-@on_all_platforms
-@pytest.mark.parametrize('name', ['lars', 'sgd', 'adamw'])
-def test_updates_in_shard_map_are_replicated(name):
-  make = functools.partial(our_own, name, clip_norm=0.5)
+def test_updates_in_shard_map_are_replicated():
+  make = functools.partial(our_own, 'lars', clip_norm=0.5)
   run_steps = functools.partial(steps_of, make, RATE)
   mapped = jax.shard_map(
     run_steps,
@@ -392,10 +239,9 @@ def test_updates_in_shard_map_are_replicated(name):
   assert_close(jax.jit(mapped)(*arguments), run_steps(*arguments))
 
 
-@pytest.mark.parametrize('name', ['lars', 'sgd', 'adamw'])
-def test_only_gpus_get_flat_leaves(name):
+def test_only_gpus_get_flat_leaves():
   params, (gradient, *_) = layers()
-  tx = our_own(name, constant)
+  tx = our_own('lars', lambda step: RATE)
   traced = jax.jit(tx.update).trace(gradient, tx.init(params), params)
   for platform, is_flat in (
     ('cpu', False),
