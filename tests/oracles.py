@@ -164,6 +164,88 @@ def barlow_twins(z, redundancy=5e-3):
   return total / len(pairs)
 
 
+def _view_pairs(z):
+  return [(a, b) for a in range(len(z)) for b in range(a + 1, len(z))]
+
+
+def invariance(z):
+  values = [
+    1 - cosine(x, y)
+    for a, b in _view_pairs(z)
+    for x, y in zip(z[a], z[b], strict=True)
+  ]
+  return sum(values) / len(values)
+
+
+def alignment_uniformity(z, alignment=1.0, uniformity=1.0, alpha=2.0, t=2.0):
+  def distance(x, y):
+    return math.sqrt(sum((unit(x) - unit(y)) ** 2))
+
+  n = z.shape[1]
+  aligned = [
+    distance(z[a, i], z[b, i]) ** alpha
+    for a, b in _view_pairs(z)
+    for i in range(n)
+  ]
+  uniform = 0.0
+  for view in z:
+    terms = [
+      math.exp(-t * distance(view[i], view[j]) ** 2)
+      for i in range(n)
+      for j in range(n)
+      if i != j
+    ]
+    uniform += math.log(sum(terms) / len(terms))
+  return alignment * sum(aligned) / len(aligned) + uniformity * uniform / len(z)
+
+
+def spectral_contrastive(z, mu=1.0):
+  n = z.shape[1]
+  total = 0.0
+  for a, b in _view_pairs(z):
+    for i in range(n):
+      total -= 2 * mu * cosine(z[a, i], z[b, i]) / n
+      for j in range(n):
+        if i != j:
+          total += (mu * cosine(z[a, i], z[b, j])) ** 2 / (n * (n - 1))
+  return total / len(_view_pairs(z))
+
+
+def sigmoid(z, temperature=0.1, bias=-10.0):
+  n = z.shape[1]
+  total = 0.0
+  for a, b in _view_pairs(z):
+    for i in range(n):
+      for j in range(n):
+        logit = cosine(z[a, i], z[b, j]) / temperature + bias
+        sign = 1 if i == j else -1
+        total += math.log(1 + math.exp(-sign * logit)) / n
+  return total / len(_view_pairs(z))
+
+
+def w_mse(z, epsilon=1e-3):
+  n, d = z.shape[1:]
+
+  def whitened(view):
+    means = [sum(view[:, j]) / n for j in range(d)]
+    covariance = np.zeros((d, d))
+    for i in range(d):
+      for j in range(d):
+        products = (view[:, i] - means[i]) * (view[:, j] - means[j])
+        covariance[i, j] = (1 - epsilon) * sum(products) / (n - 1)
+      covariance[i, i] += epsilon
+    inverse = np.linalg.inv(np.linalg.cholesky(covariance))
+    return [inverse @ (row - means) for row in view]
+
+  views = [whitened(view) for view in z]
+  values = [
+    2 - 2 * cosine(x, y)
+    for a, b in _view_pairs(z)
+    for x, y in zip(views[a], views[b], strict=True)
+  ]
+  return sum(values) / len(values)
+
+
 def gradient(function, z, step=1e-6):
   """Central differences of a scalar function of an array, float64."""
   z = np.array(z, np.float64)

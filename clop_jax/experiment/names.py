@@ -43,7 +43,5 @@ def resolve(field: str, name: str, ours: Mapping[str, Any]) -> Any:
       raise ValueError(f'{where}: {module_name} has no attribute {attribute!r}')
     value = getattr(value, part)
   if not callable(value):
-    raise ValueError(
-      f'{where} must be callable, got {type(value).__name__}'
-    )
+    raise ValueError(f'{where} must be callable, got {type(value).__name__}')
   return value

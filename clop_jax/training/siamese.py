@@ -68,9 +68,7 @@ def asymmetric_loss(
   return (losses[0] + losses[1]) / 2
 
 
-def momentum_at(
-  step: jax.Array, *, base: float, total_steps: int
-) -> jax.Array:
+def momentum_at(step: jax.Array, *, base: float, total_steps: int) -> jax.Array:
   r"""Momentum of the target networks, rising from `base` to 1.
 
   .. math:: m_k = 1 - (1 - m_0)\, (\cos(\pi k / K) + 1) / 2

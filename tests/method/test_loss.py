@@ -48,6 +48,22 @@ CASES = {
   'dcl': case('dcl', 0.3, temperature=0.3),
   'vicreg': case('vicreg'),
   'barlow_twins': case('barlow_twins'),
+  'w_mse': case('w_mse'),
+  'w_mse without shrinkage': case('w_mse', 0.0, epsilon=0.0),
+  'invariance': case('invariance'),
+  'alignment and uniformity': case(
+    'alignment_uniformity',
+    2.0,
+    0.5,
+    1.0,
+    5.0,
+    alignment_weight=2.0,
+    uniformity_weight=0.5,
+    alpha=1.0,
+    t=5.0,
+  ),
+  'spectral': case('spectral_contrastive', 3.0, mu=3.0),
+  'sigmoid': case('sigmoid', 0.5, -1.0, temperature=0.5, bias=-1.0),
 }
 
 
@@ -349,6 +365,21 @@ clop = functools.partial(loss.clop_loss, Z, Y, np.eye(3))
     (lambda: loss.dcl_loss(Z[:, :1]), 'embeddings .*2 examples.*1'),
     (lambda: loss.vicreg_loss(Z[:, :1]), 'embeddings .*2 examples.*1'),
     (lambda: loss.barlow_twins_loss(Z[:, :1]), 'embeddings .*2 examples.*1'),
+    (lambda: loss.w_mse_loss(Z[:, :3]), r'embeddings .*dim=3.*batch of 3'),
+    (lambda: loss.w_mse_loss(Z, epsilon=1.5), r'epsilon.*1\.5'),
+    (lambda: loss.sigmoid_loss(Z, temperature=0), 'temperature.* 0'),
+    (lambda: loss.sigmoid_loss(Z, bias=np.nan), 'bias.*nan'),
+    (lambda: loss.invariance_loss(Z[:1]), r'embeddings .*2 .*\(1, 4, 3\)'),
+    (lambda: loss.spectral_contrastive_loss(Z, mu=0), 'mu.* 0'),
+    (
+      lambda: loss.spectral_contrastive_loss(Z[:, :1]),
+      'embeddings .*2 examples.*1',
+    ),
+    (lambda: loss.alignment_uniformity_loss(Z, t=-1), 't must.* -1'),
+    (
+      lambda: loss.alignment_uniformity_loss(Z, alpha=0),
+      'alpha.* 0',
+    ),
     (
       lambda: loss.vicreg_loss(Z, variance_weight=np.inf),
       'variance_weight.*inf',

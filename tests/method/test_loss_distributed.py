@@ -50,6 +50,11 @@ LOSSES = {
   'dcl': unlabelled(loss.dcl_loss),
   'vicreg': unlabelled(loss.vicreg_loss),
   'barlow_twins': unlabelled(loss.barlow_twins_loss),
+  'w_mse': unlabelled(loss.w_mse_loss),
+  'invariance': unlabelled(loss.invariance_loss),
+  'alignment and uniformity': unlabelled(loss.alignment_uniformity_loss),
+  'spectral': unlabelled(loss.spectral_contrastive_loss),
+  'sigmoid': unlabelled(loss.sigmoid_loss),
 }
 
 

@@ -67,7 +67,13 @@ rows(
   supcon_blocked=('supcon_loss', {'block_size': 10}),
 )
 rows(loss, (Z,), nt_xent_blocked=('nt_xent_loss', {'block_size': 10}))
-plain(loss, (Z,), 'nt_xent_loss dcl_loss vicreg_loss barlow_twins_loss')
+plain(
+  loss,
+  (Z,),
+  'nt_xent_loss dcl_loss vicreg_loss barlow_twins_loss w_mse_loss '
+  'invariance_loss alignment_uniformity_loss spectral_contrastive_loss '
+  'sigmoid_loss',
+)
 LOSSES = tuple(ROWS)
 plain(loss, (floats(DIM), integers(), C), 'prototype_distances')
 plain(

@@ -87,6 +87,12 @@ def of_a_number(x):
       Z, invariance_weight=x, variance_weight=x, covariance_weight=x
     ),
     'barlow_twins': loss.barlow_twins_loss(Z, redundancy_weight=x),
+    'w_mse': loss.w_mse_loss(Z, epsilon=x),
+    'alignment and uniformity': loss.alignment_uniformity_loss(
+      Z, alignment_weight=x, uniformity_weight=x, alpha=x, t=x
+    ),
+    'spectral': loss.spectral_contrastive_loss(Z, mu=x),
+    'sigmoid': loss.sigmoid_loss(Z, temperature=x, bias=x),
     'pseudo_labels': prototypes.pseudo_labels(
       Z, Y, C, threshold=x, temperature=x
     ),

@@ -293,7 +293,7 @@ def test_public_functions_have_an_example(name):
     value
     for key, value in vars(module).items()
     if not key.startswith('_')
-    and getattr(value, '__module__', '') == module.__name__
+    and getattr(value, '__module__', '').startswith(module.__name__)
   ]
   assert len(functions) > 5
   for function in functions:
@@ -320,10 +320,10 @@ def test_api_reference_builds_without_warnings(tmp_path):
   for module in modules:
     page = tmp_path / 'clop_jax' / f'{module.replace(".", "/")}.html'
     assert page.exists() or module.endswith('__main__'), module
-    if module == 'loss':
+    if module == 'loss.contrastive':
       # A line of a formula that starts like a list would become one.
       formulas = re.findall(r'\$\$(.*?)\$\$', page.read_text(), re.DOTALL)
-      assert len(formulas) >= 7
+      assert len(formulas) >= 3
       assert not [x for x in formulas if '<' in x]
 
 

@@ -1,10 +1,4 @@
-"""Losses that align the views of an example, and what keeps them apart.
-
-Each of them prevents collapse in another way, or (`invariance_loss`) not at
-all. The conventions are those of `clop_jax.loss`.
-"""
-
-import itertools
+"""Losses between views by cosines; `clop_jax.loss` has the conventions."""
 
 import jax
 from jax import lax
@@ -12,7 +6,7 @@ import jax.numpy as jnp
 
 from clop_jax import arguments
 from clop_jax import linalg
-from clop_jax import loss as _loss
+from clop_jax.loss import shared
 
 
 def invariance_loss(
@@ -29,13 +23,10 @@ def invariance_loss(
 
   Args:
     embeddings: `[views, batch, dim]` with at least two views, floating.
-    axis_name: Mapped axis over which the batch is split, or None.
+    axis_name: Mapped axis of the batch.
 
   Returns:
     A float32 scalar in [0, 2].
-
-  Raises:
-    ValueError: If the shape or the dtype is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -49,8 +40,8 @@ def invariance_loss(
     stop-gradient: Chen and He, "Exploring Simple Siamese Representation
     Learning", arXiv 2011.10566, equation 1.
   """
-  embeddings = _loss._checked_embeddings(embeddings, min_views=2)
-  return 1.0 - _mean_cosine(linalg.normalize(embeddings), axis_name)
+  embeddings = shared.checked_embeddings(embeddings, min_views=2)
+  return 1.0 - shared.mean_cosine(linalg.normalize(embeddings), axis_name)
 
 
 def alignment_uniformity_loss(
@@ -79,13 +70,10 @@ def alignment_uniformity_loss(
     uniformity_weight: Weight of the uniformity.
     alpha: Power of the distance in the alignment, must be positive.
     t: Scale of the squared distance in the uniformity, must be positive.
-    axis_name: Mapped axis over which the batch is split, or None.
+    axis_name: Mapped axis of the batch.
 
   Returns:
     A float32 scalar.
-
-  Raises:
-    ValueError: If a shape, a dtype or a hyper-parameter is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -102,26 +90,29 @@ def alignment_uniformity_loss(
   uniformity_weight = arguments.number('uniformity_weight', uniformity_weight)
   alpha = arguments.number('alpha', alpha, above=0)
   t = arguments.number('t', t, above=0)
-  embeddings = _loss._checked_embeddings(embeddings, min_views=2)
-  batch = _loss._checked_global_batch(embeddings, axis_name)
+  embeddings = shared.checked_embeddings(embeddings, min_views=2)
+  batch = shared.checked_global_batch(embeddings, axis_name)
   unit = linalg.normalize(embeddings)
   squared = jnp.stack(
-    [jnp.sum(jnp.square(unit[a] - unit[b]), axis=-1) for a, b in _pairs(unit)]
+    [
+      jnp.sum(jnp.square(unit[a] - unit[b]), axis=-1)
+      for a, b in shared.pairs(unit)
+    ]
   )
   # For alpha below 2 the power has no gradient at 0: 0 is a subgradient.
   is_zero = squared == 0.0
   powers = jnp.where(is_zero, 1.0, squared) ** (alpha / 2)
   powers = jnp.where(is_zero, 0.0, powers)
-  alignment = _loss._psum(jnp.sum(powers), axis_name) / (len(squared) * batch)
+  alignment = shared.psum(jnp.sum(powers), axis_name) / (len(squared) * batch)
 
   others = ~_same_example(unit.shape[1], batch, axis_name)
   exponents = -t * (2.0 - 2.0 * _cosines(unit, unit, axis_name))
-  exponents = jnp.where(others[None], exponents, _loss._MASKED)
+  exponents = jnp.where(others[None], exponents, shared.MASKED)
   largest = lax.stop_gradient(jnp.max(exponents, axis=(1, 2), keepdims=True))
   if axis_name is not None:
     largest = lax.pmax(largest, axis_name)
   total = jnp.sum(jnp.exp(exponents - largest), axis=(1, 2))
-  total = _loss._psum(total, axis_name) / (batch * (batch - 1))
+  total = shared.psum(total, axis_name) / (batch * (batch - 1))
   uniformity = jnp.mean(jnp.log(total) + largest[:, 0, 0])
   return alignment_weight * alignment + uniformity_weight * uniformity
 
@@ -143,13 +134,10 @@ def spectral_contrastive_loss(
     embeddings: `[views, batch, dim]`, floating, with at least two views and
       (over all devices) two examples.
     mu: Squared length of the embeddings, must be positive.
-    axis_name: Mapped axis over which the batch is split, or None.
+    axis_name: Mapped axis of the batch.
 
   Returns:
     A float32 scalar, at least `-2 mu`.
-
-  Raises:
-    ValueError: If a shape, a dtype or `mu` is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -163,15 +151,15 @@ def spectral_contrastive_loss(
     Spectral Contrastive Loss", arXiv 2106.04156, equation 6.
   """
   mu = arguments.number('mu', mu, above=0)
-  embeddings = _loss._checked_embeddings(embeddings, min_views=2)
-  batch = _loss._checked_global_batch(embeddings, axis_name)
+  embeddings = shared.checked_embeddings(embeddings, min_views=2)
+  batch = shared.checked_global_batch(embeddings, axis_name)
   unit = linalg.normalize(embeddings)
-  grams = _loss._cross_products(unit, unit, axis_name)
+  grams = shared.cross_products(unit, unit, axis_name)
   # The sum of all (z_i . z'_j)^2 is the inner product of the Gram matrices.
-  everything = sum(jnp.sum(grams[a] * grams[b]) for a, b in _pairs(unit))
-  own = _pair_cosines(unit)
+  everything = sum(jnp.sum(grams[a] * grams[b]) for a, b in shared.pairs(unit))
+  own = shared.pair_cosines(unit)
   sums = jnp.stack([jnp.sum(own), jnp.sum(jnp.square(own))])
-  attraction, own_squared = _loss._psum(sums, axis_name)
+  attraction, own_squared = shared.psum(sums, axis_name)
   repulsion = (everything - own_squared) / (batch - 1)
   return mu * (mu * repulsion - 2.0 * attraction) / (len(own) * batch)
 
@@ -197,13 +185,10 @@ def sigmoid_loss(
     embeddings: `[views, batch, dim]` with at least two views, floating.
     temperature: Temperature of the logits, must be positive.
     bias: Bias of the logits. A negative bias outweighs the many negatives.
-    axis_name: Mapped axis over which the batch is split, or None.
+    axis_name: Mapped axis of the batch.
 
   Returns:
     A float32 scalar.
-
-  Raises:
-    ValueError: If a shape, a dtype or a hyper-parameter is not as above.
 
   Example:
     >>> import jax.numpy as jnp
@@ -219,9 +204,9 @@ def sigmoid_loss(
   """
   temperature = arguments.number('temperature', temperature, above=0)
   bias = arguments.number('bias', bias)
-  embeddings = _loss._checked_embeddings(embeddings, min_views=2)
+  embeddings = shared.checked_embeddings(embeddings, min_views=2)
   unit = linalg.normalize(embeddings)
-  first, second = jnp.array([*_pairs(unit)]).T
+  first, second = jnp.array([*shared.pairs(unit)]).T
   logits = _cosines(unit[first], unit[second], axis_name) / temperature + bias
   batch = logits.shape[-1]
   positive = _same_example(unit.shape[1], batch, axis_name)
@@ -229,95 +214,13 @@ def sigmoid_loss(
   total = jnp.sum(jax.nn.softplus(logits)) - jnp.sum(
     jnp.where(positive[None], logits, 0.0)
   )
-  return _loss._psum(total, axis_name) / (len(first) * batch)
-
-
-def w_mse_loss(
-  embeddings: jax.Array,
-  *,
-  epsilon: float = 1e-3,
-  axis_name: str | None = None,
-) -> jax.Array:
-  r"""W-MSE: the distance between views after whitening each view.
-
-  .. math::
-    L = \frac{1}{B} \sum_i \big( 2 - 2 \cos(w_{1,i}, w_{2,i}) \big), \qquad
-    w_{v,i} = L_v^{-1} (z_{v,i} - \bar z_v), \qquad
-    L_v L_v^\top = (1 - \epsilon)\, Cov(Z_v) + \epsilon I
-
-  where `L` is the Cholesky factor and the covariance is unbiased (B - 1).
-  Whitened embeddings have no direction in common, so they cannot collapse. With
-  more than two views it is the mean over the pairs of views. (The authors
-  whiten random parts of the batch; here it is the whole batch.)
-
-  Args:
-    embeddings: `[views, batch, dim]`, floating, with at least two views and
-      (over all devices) more examples than dimensions. They are not normalized.
-    epsilon: Shrinkage of the covariance to the identity, in [0, 1]. With 0, as
-      in the authors' code, collapsed embeddings give NaN.
-    axis_name: Mapped axis over which the batch is split, or None.
-
-  Returns:
-    A float32 scalar in [0, 4].
-
-  Raises:
-    ValueError: If a shape, a dtype or `epsilon` is not as above.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> from clop_jax import loss
-    >>> z = jnp.array([[[1.0], [-1.0]], [[-5.0], [5.0]]])
-    >>> print(f'{loss.w_mse_loss(z):.3f}')  # whitened, the views are opposite
-    4.000
-
-  Reference:
-    Ermolov et al., "Whitening for Self-Supervised Representation Learning",
-    arXiv 2007.06346, section 3, equations 3 to 5.
-  """
-  epsilon = arguments.number('epsilon', epsilon, at_least=0, at_most=1)
-  embeddings = _loss._checked_embeddings(embeddings, min_views=2)
-  batch = _loss._checked_global_batch(embeddings, axis_name)
-  dim = embeddings.shape[-1]
-  if batch <= dim:
-    raise ValueError(
-      f'embeddings must hold more examples than their dim={dim} to be whitened, '
-      f'got a global batch of {batch}; raise the batch size or lower the dim'
-    )
-  centred = _loss._centred(embeddings, batch, axis_name)
-  covariance = _loss._cross_products(centred, centred, axis_name) / (batch - 1)
-  identity = jnp.eye(dim, dtype=jnp.float32)[None]
-  factors = lax.linalg.cholesky(
-    (1.0 - epsilon) * covariance + epsilon * identity
-  )
-  whitened = lax.linalg.triangular_solve(
-    factors, centred, left_side=False, lower=True, transpose_a=True
-  )
-  return 2.0 - 2.0 * _mean_cosine(linalg.normalize(whitened), axis_name)
-
-
-def _pairs(embeddings):
-  return itertools.combinations(range(len(embeddings)), 2)
-
-
-def _pair_cosines(unit):
-  """Cosines `[pairs of views, batch]` between the views of each example."""
-  return jnp.stack(
-    [jnp.sum(unit[a] * unit[b], axis=-1) for a, b in _pairs(unit)]
-  )
-
-
-def _mean_cosine(unit, axis_name):
-  """Mean cosine over the pairs of views and the global batch."""
-  cosines = _pair_cosines(unit)
-  return _loss._mean(jnp.sum(cosines), jnp.float32(cosines.size), axis_name)
+  return shared.psum(total, axis_name) / (len(first) * batch)
 
 
 def _cosines(rows, columns, axis_name):
   """Cosines `[views, batch, global batch]`; columns come from all devices."""
-  columns = _loss._all_gather(columns, axis_name, axis=1)
-  return jnp.einsum(
-    'vid,vjd->vij', rows, columns, precision=_loss._PRECISION
-  )
+  columns = shared.all_gather(columns, axis_name, axis=1)
+  return jnp.einsum('vid,vjd->vij', rows, columns, precision=shared.PRECISION)
 
 
 def _same_example(batch, global_batch, axis_name):
