@@ -37,7 +37,7 @@ _USER_ERRORS = (
 _FIELD = re.compile(r'--?(?:no)?config\.([\w.]+)')
 # Overrides that absl (None) or ml_collections (new entries) cannot parse.
 _LATE = re.compile(
-  r'--?config\.(?:[\w.]+=None$|data\.(?:class_fractions|options)\.\w+=)'
+  r'--?config\.(?:[\w.]+=None$|(?:data\.class_fractions|\w+\.options)\.\w+=)'
 )
 
 # Flags whose files must be local.

@@ -10,7 +10,7 @@ from clop_jax import fields
 
 choice, switch, text = fields.choice, fields.switch, fields.text
 real, reals, share = fields.real, fields.reals, fields.share
-whole = fields.whole
+whole, options = fields.whole, fields.options
 
 _PIXELS = 4096
 _BATCH = 2**20
@@ -37,8 +37,8 @@ FIELDS |= fields.group(
   'data',
   name=text(
     'digits',
-    'Image source: folder, npz, synthetic, digits, tiny_imagenet or the name '
-    'of a TFDS data set.',
+    'Image source: folder, npz, synthetic, digits, tiny_imagenet, the name of '
+    'a TFDS data set, or your own as package.module:attribute.',
   ),
   data_dir=text(
     None,
@@ -46,8 +46,8 @@ FIELDS |= fields.group(
     'default of TFDS).',
     is_path=True,
   ),
-  options=fields.Field(
-    {}, 'Keyword arguments of the source; see clop_jax/data/sources.py.', dict
+  options=options(
+    'Keyword arguments of the source; see clop_jax/data/sources.py.'
   ),
   train_split=text('train', 'Split for training and for fitting the probe.'),
   test_split=text(
@@ -194,14 +194,33 @@ FIELDS |= fields.group(
 
 FIELDS |= fields.group(
   'model',
-  depth=choice((8, 18, 34, 50), 'Number of layers of the ResNet.'),
+  name=choice(
+    (
+      'resnet8',
+      'resnet18',
+      'resnet34',
+      'resnet50',
+      'vit_ti',
+      'vit_s',
+      'vit_b',
+    ),
+    'Backbone: one of ours or your own, see docs/own_code.md.',
+    importable=True,
+  ),
+  options=options(
+    'Keyword arguments of the backbone: patch_size, pool, dropout and '
+    'stochastic_depth of a ViT, or those of your own.'
+  ),
   stem=choice(
-    ('cifar', 'imagenet'), 'First layers: cifar for images up to 64 px.'
+    ('cifar', 'imagenet'),
+    'First layers of a ResNet: cifar for images up to 64 px.',
   ),
   width_multiplier=real(
-    1.0, 'Factor of the number of channels in all layers.', 1 / 64, 64
+    1.0, 'Factor of the number of channels of a ResNet.', 1 / 64, 64
   ),
-  zero_init_last_bn=switch(False, 'Initialize residual blocks as identity.'),
+  zero_init_last_bn=switch(
+    False, 'Initialize the residual blocks of a ResNet as identity.'
+  ),
   bn_scope=choice(
     ('global', 'device'),
     'Batch statistics over the global batch or over the batch of a device.',
@@ -230,8 +249,25 @@ FIELDS |= fields.group(
 FIELDS |= fields.group(
   'loss',
   contrastive=choice(
-    ('nt_xent', 'supcon', 'dcl', 'vicreg', 'barlow_twins', 'none'),
-    'Contrastive loss.',
+    (
+      'nt_xent',
+      'supcon',
+      'dcl',
+      'vicreg',
+      'barlow_twins',
+      'alignment_uniformity',
+      'spectral',
+      'sigmoid',
+      'w_mse',
+      'invariance',
+      'none',
+    ),
+    'Contrastive loss: one of ours or your own, see docs/own_code.md.',
+    importable=True,
+  ),
+  options=options(
+    'Keyword arguments of the contrastive loss, such as variant of supcon or '
+    'redundancy_weight of barlow_twins; see clop_jax/loss.'
   ),
   temperature=real(0.5, 'Temperature of nt_xent, supcon and dcl.', 1e-4, 1e4),
   block_size=whole(
@@ -240,15 +276,6 @@ FIELDS |= fields.group(
     '(nt_xent, supcon). None computes all rows, or 512 on each device if '
     '`loss.choose_block_size` says so.',
   ),
-  supcon_variant=choice(
-    ('out', 'in'), 'Mean of logarithms (out) or logarithm of the mean (in).'
-  ),
-  vicreg_weights=reals(
-    (25.0, 25.0, 1.0),
-    'Weights of invariance, variance and covariance.',
-    lengths=(3, 3),
-  ),
-  barlow_weight=real(5e-3, 'Weight of the redundancy term of barlow_twins.'),
   clop_weight=real(
     1.0,
     'Weight of the CLOP loss (lambda in the paper). If 0, the loss is only '

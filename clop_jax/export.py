@@ -153,17 +153,20 @@ def to_weights(
     weights['prototypes'] = np.asarray(run.prototypes)
   text = json.dumps(workdir_lib.to_json(config), sort_keys=True)
   construction = torchvision.construction(
-    depth=config.model.depth,
-    stem=config.model.stem,
+    name=config.model.name,
     channels=config.data.channels,
+    image_size=config.augment.size,
+    stem=config.model.stem,
     width_multiplier=config.model.width_multiplier,
+    options=config.model.options,
   )
   metadata = {
     'format': 'pt',  # tells other libraries that the names are PyTorch's
     'writer': f'clop_jax {clop_jax.__version__}',
     'step': run.step,
     'config_sha256': hashlib.sha256(text.encode()).hexdigest(),
-    'depth': config.model.depth,
+    'name': config.model.name,
+    'options': config.model.options.to_dict(),
     'stem': config.model.stem,
     'width_multiplier': config.model.width_multiplier,
     'channels': config.data.channels,
@@ -172,7 +175,7 @@ def to_weights(
     'std': list(config.augment.std),
     'images': 'float32 [batch, channels, height, width] in [0, 1], then '
     '(images - mean) / std',
-    'features': 'global average pool of the last stage',
+    'features': 'output of the backbone',
     'torchvision': '\n'.join(construction or []),
   }
   return weights, {
@@ -209,7 +212,7 @@ def to_stablehlo(
     f'uint8 images [batch, {image_size}, {image_size}, {channels}] to '
     f'features [batch, {features.shape[-1]}] and embeddings [batch, '
     f'{embeddings.shape[-1]}], on {",".join(exported.platforms)}, computed in '
-    f'{jnp.dtype(run.experiment.backbone.dtype).name}'
+    f'{jnp.dtype(run.experiment.dtype).name}'
   )
   return bytes(exported.serialize()), [line]
 
@@ -221,9 +224,9 @@ def _about_weights(out, weights, metadata):
   ]
   if not metadata['torchvision']:
     lines.append(
-      f'# torchvision has no ResNet of depth {metadata["depth"]} and width '
-      f'multiplier {metadata["width_multiplier"]}: write the model yourself, '
-      "with torchvision's names"
+      f'# torchvision has no {metadata["name"]} of width multiplier '
+      f'{metadata["width_multiplier"]} and these options: write the model '
+      "yourself, with torchvision's names"
     )
   loaded = f'safetensors.torch.load_file({out!r})'
   has_head = 'prototypes' in weights

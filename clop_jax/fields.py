@@ -11,6 +11,9 @@ import math
 import numbers
 from typing import Any
 
+# Name of an object that was passed from Python and has none.
+GIVEN = '(given)'
+
 _MANY = 10_000
 
 _KINDS = {
@@ -36,6 +39,7 @@ class Field:
   below: bool = False  # `high` itself is invalid
   unit: str = ''
   choices: tuple = ()  # all valid values; () for any
+  importable: bool = False  # 'package.module:attribute' is valid, too
   lengths: tuple[int, int] | None = None  # least and greatest; None: no list
   ascending: bool = False  # a list must be in ascending order
   optional: bool = False  # None is valid
@@ -45,7 +49,8 @@ class Field:
   def range(self) -> str:
     """Returns the range for the documentation, '' if there is none."""
     if self.choices:
-      return ', '.join(map(str, self.choices))
+      names = [*self.choices, *['package.module:attribute'] * self.importable]
+      return ', '.join(map(str, names))
     if math.isinf(self.low):
       return ''
     low, high = f'{self.low:.10g}', f'{self.high:.10g}'
@@ -61,6 +66,7 @@ class Field:
     limits = f' from {limits}' if ' to ' in limits else limits and f' {limits}'
     if self.choices:
       text = f'one of {list(self.choices)}'
+      text += " or 'package.module:attribute'" * self.importable
     elif self.lengths is not None:
       least, most = self.lengths
       count = f'{least}' if least == most else f'{least} to {most}'
@@ -100,7 +106,9 @@ class Field:
     if not isinstance(value, _TYPES.get(self.kind, numbers.Real)):
       return False
     if self.choices:
-      return value in self.choices
+      return value in self.choices or (
+        self.importable and (':' in value or value == GIVEN)
+      )
     if self.kind is str:
       return self.may_be_empty or bool(value)
     # Comparisons with NaN are false.
@@ -153,9 +161,14 @@ def text(default: str | None, meaning: str, **more) -> Field:
   return Field(default, meaning, str, optional=default is None, **more)
 
 
-def choice(choices: tuple, meaning: str) -> Field:
+def choice(choices: tuple, meaning: str, **more) -> Field:
   """Declares a value that must be one of several; the first is the default."""
-  return Field(choices[0], meaning, type(choices[0]), choices=choices)
+  return Field(choices[0], meaning, type(choices[0]), choices=choices, **more)
+
+
+def options(meaning: str) -> Field:
+  """Declares a group of keyword arguments, which their function checks."""
+  return Field({}, meaning, dict)
 
 
 def switch(default: bool, meaning: str) -> Field:

@@ -24,7 +24,6 @@ import numpy as np
 
 from clop_jax import cli
 from clop_jax import defaults
-from clop_jax.experiment import build
 from clop_jax.experiment import inputs
 from clop_jax.experiment import memory as memory_lib
 from clop_jax.experiment import setup
@@ -160,9 +159,8 @@ def plan(
   flop, sent = _flop(traced.jaxpr.jaxpr), _sent(hlo.collectives(text))
   platform = devices[0].platform
   chip_name = chip.name if chip else devices[0].device_kind
-  dtype = build.compute_dtype(config.model.dtype, platform)
   return Plan(
-    config=f'{config.data.name}, ResNet-{config.model.depth}',
+    config=f'{config.data.name}, {config.model.name}',
     topology=f'{len(devices)} x {chip_name}',
     platform=platform,
     devices=len(devices),
@@ -172,7 +170,7 @@ def plan(
     batch_size=config.train.batch_size,
     total_steps=run.total_steps,
     images=run.total_steps * config.train.batch_size,
-    dtype=np.dtype(dtype).name,
+    dtype=np.dtype(run.experiment.dtype).name,
     flop=flop,
     memory=_memory(compiled, *run.program.arguments),
     capacity=_capacity(chip, devices[0], topology),

@@ -12,10 +12,12 @@ if __name__ == '__main__':
 
   preemption.listen()
 
+from collections.abc import Callable
 import contextlib
 import json
 import math
 import os
+from typing import Any
 
 from absl import flags
 import jax
@@ -45,6 +47,8 @@ def train(
   workdir: str,
   *,
   source: sources.Source | None = None,
+  backbone: Any = None,
+  contrastive: Callable[..., jax.Array] | None = None,
   devices=None,
   profile_steps: int | None = None,
   watched: bool = True,
@@ -59,6 +63,12 @@ def train(
       the outputs of `config.watch`.
     source: Training examples to use instead of those that `config.data` names,
       see `clop_jax.data.sources`.
+    backbone: Backbone to use instead of `config.model.name`: a `flax.linen`
+      module or an object as in `clop_jax.models.backbone`. Pass it again to
+      resume, evaluate or load.
+    contrastive: Loss `(embeddings, labels, *, axis_name) -> scalar` to use
+      instead of `config.loss.contrastive`, with the conventions of
+      `clop_jax.loss`.
     devices: Devices to train on; None is all.
     profile_steps: Number of steps to record, see `tracking.profiling`.
     watched: If False, ignore `config.watch`; see `tracking.watch`.
@@ -84,7 +94,13 @@ def train(
   callbacks: list[callback.Callback] = []
   if profile_steps is not None:
     callbacks.append(profiling.Profiler(workdir, profile_steps))
-  setup = setup_lib.prepare(config, source=source, devices=devices)
+  setup = setup_lib.prepare(
+    config,
+    source=source,
+    backbone=backbone,
+    contrastive=contrastive,
+    devices=devices,
+  )
   config, examples = setup.config, setup.examples
   initial = None
   if not workdir_lib.has_checkpoint(workdir):

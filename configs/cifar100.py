@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.hue = 0.1
   config.augment.grey_probability = 0.2
 
-  config.model.depth = 50
+  config.model.name = 'resnet50'
   config.model.head_hidden_dim = 2048
 
   config.loss.temperature = 0.2

@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.hue = 0.1
   config.augment.grey_probability = 0.2
 
-  config.model.depth = 18
+  config.model.name = 'resnet18'
   config.model.head_hidden_dim = 512
 
   config.loss.temperature = 0.2

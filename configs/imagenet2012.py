@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.blur_probability = 0.5
   config.augment.solarize_probability = 0.1
 
-  config.model.depth = 50
+  config.model.name = 'resnet50'
   config.model.stem = 'imagenet'
   config.model.embedding_dim = 1024
   config.model.head_hidden_dim = 2048

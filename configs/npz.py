@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.std = (0.29,)
   config.augment.crop_area = (0.4, 1.0)
 
-  config.model.depth = 18
+  config.model.name = 'resnet18'
   config.model.head_hidden_dim = 512
 
   config.loss.temperature = 0.2

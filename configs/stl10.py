@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.grey_probability = 0.2
   config.augment.blur_probability = 0.5
 
-  config.model.depth = 18
+  config.model.name = 'resnet18'
   config.model.stem = 'imagenet'
   config.model.head_hidden_dim = 512
 

@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.randaugment_layers = 3
   config.augment.randaugment_magnitude = 18.0
 
-  config.model.depth = 50
+  config.model.name = 'resnet50'
   config.model.embedding_dim = 256
   config.model.head_hidden_dim = 2048
 

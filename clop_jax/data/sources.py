@@ -18,6 +18,7 @@ from clop_jax.data import folder
 from clop_jax.data import images
 from clop_jax.data import synthetic
 from clop_jax.data import tfds_source
+from clop_jax.runtime import names
 from clop_jax.runtime import remote
 
 
@@ -41,8 +42,9 @@ def load(
   """Returns a split of a data set, prepared first if necessary.
 
   Args:
-    name: 'folder', 'npz', 'synthetic', 'digits', 'tiny_imagenet' or a data set
-      of TFDS, such as 'cifar100'.
+    name: 'folder', 'npz', 'synthetic', 'digits', 'tiny_imagenet', a data set of
+      TFDS such as 'cifar100', or 'package.module:attribute' of a function
+      `(split, data_dir, **options) -> source`.
     split: Name of the split, such as 'train'.
     data_dir: Folder of images, npz file, or folder of TFDS's data sets (None is
       TFDS's default).
@@ -59,6 +61,8 @@ def load(
     (100, (8, 8, 1))
   """
   make = _SOURCES.get(name)
+  if make is None and ':' in name:
+    make = names.resolve('data.name', name, _SOURCES)
   if data_dir is not None:
     # The config of a workdir was not checked by a command.
     check = remote.check if make is None else remote.check_local

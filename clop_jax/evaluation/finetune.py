@@ -12,7 +12,6 @@ import functools
 import math
 from typing import Any
 
-from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -27,8 +26,10 @@ from clop_jax.data import reader as reader_lib
 from clop_jax.evaluation import probe
 from clop_jax.evaluation import protocol
 from clop_jax.experiment import inputs
+from clop_jax.models import backbone as backbone_lib
 from clop_jax.models import heads
 from clop_jax.runtime import parallel
+from clop_jax.training import train_state
 
 # Written into every result. Increase it whenever the same weights could give
 # other numbers. In version 1 a streamed set was augmented differently.
@@ -87,7 +88,7 @@ def train_step(
   key: jax.Array,
   numbers: dict[str, jax.Array],
   *,
-  backbone: nn.Module,
+  backbone: Any,
   recipe: augment.Recipe,
   bn_scope: str = 'global',
   axis_name: str | None = None,
@@ -100,7 +101,7 @@ def train_step(
       `label` `[batch]` and `index` `[batch]`.
     key: Key of the augmentation, the same at every step.
     numbers: Scalars `learning_rate` (the peak) and `total_steps`.
-    backbone: Module from images to features, with the same `axis_name`.
+    backbone: Backbone from images to features, with the same `axis_name`.
     recipe: Augmentation.
     bn_scope: Scope of batch normalization, as in the backbone.
     axis_name: Name of the mapped axis, or None.
@@ -113,11 +114,12 @@ def train_step(
   images = jax.vmap(make)(keys, batch['image'])
 
   def loss_of(params):
-    features, updated = backbone.apply(
-      {'params': params['backbone'], 'batch_stats': state['batch_stats']},
-      images,
-      train=True,
-      mutable=['batch_stats'],
+    variables = {
+      'params': params['backbone'],
+      'batch_stats': state['batch_stats'],
+    }
+    features, updated = backbone_lib.adapt(backbone).apply(
+      variables, images, True, train_state.keys_of_views(keys, 1)
     )
     logits = _logits(params['head'], features)
     loss = jnp.mean(
@@ -126,13 +128,15 @@ def train_step(
     if axis_name is not None:
       # The global mean, because all shards have the same size.
       loss = lax.pmean(loss, axis_name)
-    return loss, updated['batch_stats']
+    return loss, updated.get('batch_stats', state['batch_stats'])
 
   (loss, batch_stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(
     state['params']
   )
-  if bn_scope == 'device' and axis_name is not None:
-    batch_stats = lax.pmean(batch_stats, axis_name)
+  if axis_name is not None:
+    batch_stats = train_state.averaged(
+      batch_stats, axis_name, everything=bn_scope == 'device'
+    )
   tx = _optimizer(numbers['learning_rate'], numbers['total_steps'])
   updates, opt_state = tx.update(gradients, state['opt_state'], state['params'])
   state = {
@@ -154,7 +158,7 @@ class Trainer:
 
   def __init__(
     self,
-    backbone: nn.Module,
+    backbone: Any,
     variables: Any,
     *,
     num_classes: int,
@@ -166,7 +170,8 @@ class Trainer:
   ):
     """Compiles nothing yet; the seed is that of the augmentation."""
     shape = (1, recipe.size, recipe.size, channels)
-    features = jax.eval_shape(
+    backbone = backbone_lib.adapt(backbone)
+    features, _ = jax.eval_shape(
       functools.partial(backbone.apply, train=False),
       variables,
       jax.ShapeDtypeStruct(shape, np.float32),
@@ -205,7 +210,7 @@ class Trainer:
         'params': state['params']['backbone'],
         'batch_stats': state['batch_stats'],
       }
-      features = backbone.apply(variables, x, train=False)
+      features, _ = backbone.apply(variables, x, False)
       return features, _logits(state['params']['head'], features)
 
     self._apply = apply
@@ -256,7 +261,7 @@ class FineTuning:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    backbone: nn.Module,
+    backbone: Any,
     variables: Any,
     readers: Mapping[str, reader_lib.Reader],
     mesh: Mesh,

@@ -62,6 +62,7 @@ class Request:
     fractions: Fractions of the training labels, each in (0, 1].
     data: Another data set to evaluate on. If None, the run's own data set.
     given: Sources named 'train' and 'test' that replace the data set.
+    backbone: Backbone of the run, if it was passed to `train.train`.
     overrides: Values that replace those in the run's `config.eval`, by name, as
       in `{'eval.finetune_epochs': 5}`.
     devices: Devices. If None, all devices of all processes.
@@ -76,6 +77,7 @@ class Request:
   fractions: Sequence[float] = (1.0,)
   data: OtherData | None = None
   given: Mapping[str, sources.Source] | None = None
+  backbone: Any = None
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   devices: Sequence[jax.Device] | None = None
 
@@ -240,7 +242,10 @@ class _Subject:
       'eval_changed': {k: v for k, v in settings.items() if v != own[k]},
     }
     self._run = restored.load(
-      workdir, which=request.which, devices=request.devices
+      workdir,
+      which=request.which,
+      backbone=request.backbone,
+      devices=request.devices,
     )
     self._fingerprint = self._hash()
     self._read(request.modes)

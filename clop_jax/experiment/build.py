@@ -9,10 +9,9 @@ import dataclasses
 import functools
 import os
 import subprocess
+from typing import Any
 
-from flax import linen as nn
 import jax
-from jax import lax
 import jax.numpy as jnp
 import ml_collections
 import optax
@@ -20,21 +19,13 @@ import optax
 from clop_jax import loss
 from clop_jax import prototypes
 from clop_jax.data import augment
-from clop_jax.models import heads
-from clop_jax.models import resnet
+from clop_jax.experiment import components
 from clop_jax.models import torchvision
 from clop_jax.runtime import parallel
 from clop_jax.training import optimizer
 from clop_jax.training import prototype_rules
 from clop_jax.training import train_state
 from clop_jax.training import train_step
-
-_BACKBONES = {
-  8: resnet.ResNet8,
-  18: resnet.ResNet18,
-  34: resnet.ResNet34,
-  50: resnet.ResNet50,
-}
 
 # Initial prototypes of each kind.
 _PROTOTYPES = {
@@ -52,20 +43,7 @@ _ALIGNMENTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Networks:
-  """The Flax modules of a config.
-
-  Attributes:
-    backbone: Module from images to features.
-    projection_head: Module from features to embeddings.
-  """
-
-  backbone: nn.Module
-  projection_head: nn.Module
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment(Networks):
+class Experiment(components.Networks):
   """Networks, optimizer and train step of a config; see `build`.
 
   Attributes:
@@ -84,37 +62,13 @@ class Experiment(Networks):
   step: Callable
 
 
-def networks(
-  config: ml_collections.ConfigDict, *, platform: str | None = None
-) -> Networks:
-  """Builds the networks of a config; see `build` for the platform."""
-  model = config.model
-  shared = {
-    'bn_scope': model.bn_scope,
-    'axis_name': parallel.DATA_AXIS,
-    'dtype': compute_dtype(model.dtype, platform),
-  }
-  backbone = _BACKBONES[model.depth](
-    stem=model.stem,
-    width_multiplier=model.width_multiplier,
-    zero_init_last_bn=model.zero_init_last_bn,
-    **shared,
-  )
-  projection_head = heads.ProjectionHead(
-    dim=model.embedding_dim,
-    hidden_dim=model.head_hidden_dim,
-    num_layers=model.head_layers,
-    use_bn=model.head_bn,
-    **shared,
-  )
-  return Networks(backbone, projection_head)
-
-
 def build(
   config: ml_collections.ConfigDict,
   *,
   total_steps: int,
   steps_per_epoch: int,
+  backbone: Any = None,
+  contrastive: Callable[..., jax.Array] | None = None,
   platform: str | None = None,
 ) -> Experiment:
   """Builds the networks, the optimizer and the train step of a config.
@@ -123,13 +77,15 @@ def build(
     config: Config of the run.
     total_steps: Number of steps of the whole run.
     steps_per_epoch: Number of steps in an epoch.
+    backbone: Backbone to use instead of `config.model.name`.
+    contrastive: Loss to use instead of `config.loss.contrastive`.
     platform: Platform for `model.dtype='auto'` and automatic block sizes:
       'cpu', 'gpu' or 'tpu'. None is JAX's default.
 
   Raises:
     ValueError: If fields contradict each other.
   """
-  built = networks(config, platform=platform)
+  networks = components.networks(config, backbone=backbone, platform=platform)
   config_numbers = numbers_of(config)
   clop_step = _first_step(config, 'loss.clop_after_epochs', steps_per_epoch)
 
@@ -152,10 +108,12 @@ def build(
     return {'tx': tx, 'schedule': schedule}
 
   parts = train_step.Parts(
-    backbone=built.backbone,
-    projection_head=built.projection_head,
+    backbone=networks.backbone,
+    projection_head=networks.projection_head,
     recipe=recipe(config),
-    contrastive=_contrastive_loss(config, platform),
+    contrastive=components.contrastive_loss(
+      config, contrastive=contrastive, platform=platform
+    ),
     clop_weight=config_numbers['clop_weight'],
     clop=functools.partial(
       loss.clop_loss,
@@ -184,57 +142,11 @@ def build(
     )
 
   return Experiment(
-    backbone=parts.backbone,
-    projection_head=parts.projection_head,
+    **vars(networks),
     tx=parts.tx,
     create_state=functools.partial(_create_state, config, parts),
     step=step,
   )
-
-
-def _contrastive_loss(config, platform):
-  """Returns the function `(embeddings, labels, axis_name) -> loss`."""
-  fields = config.loss
-  if fields.contrastive == 'none' and not fields.clop_weight:
-    raise ValueError(
-      "config.loss.contrastive is 'none' and config.loss.clop_weight is 0: "
-      'nothing is left to train on'
-    )
-
-  def block_size(embeddings, axis_name):
-    if fields.block_size is not None:
-      return fields.block_size
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    views, batch, _ = embeddings.shape
-    rows = views * batch * devices
-    return loss.choose_block_size(rows, devices, platform=platform)
-
-  def contrastive(z, labels, *, axis_name):
-    options = {'axis_name': axis_name}
-    if fields.contrastive in ('nt_xent', 'supcon', 'dcl'):
-      options['temperature'] = fields.temperature
-    if fields.contrastive in ('nt_xent', 'supcon'):
-      options['block_size'] = block_size(z, axis_name)
-    match fields.contrastive:
-      case 'nt_xent':
-        return loss.nt_xent_loss(z, **options)
-      case 'supcon':
-        variant = fields.supcon_variant
-        return loss.supcon_loss(z, labels, variant=variant, **options)
-      case 'dcl':
-        return loss.dcl_loss(z, **options)
-      case 'vicreg':
-        terms = ('invariance', 'variance', 'covariance')
-        for term, weight in zip(terms, fields.vicreg_weights, strict=True):
-          options[f'{term}_weight'] = weight
-        return loss.vicreg_loss(z, **options)
-      case 'barlow_twins':
-        weight = fields.barlow_weight
-        return loss.barlow_twins_loss(z, redundancy_weight=weight, **options)
-      case 'none':
-        return jnp.zeros((), jnp.float32)
-
-  return contrastive
 
 
 def _create_state(config, parts, key=None, backbone_variables=None):
@@ -246,12 +158,10 @@ def _create_state(config, parts, key=None, backbone_variables=None):
   dim = config.model.embedding_dim
   if config.model.head_layers == 0:
     # Without a head the features are the embeddings.
-    features, _ = jax.eval_shape(
-      functools.partial(parts.backbone.init_with_output, train=False),
-      init_key,
+    dim = jax.eval_shape(
+      functools.partial(train_state.features_of, parts.backbone, init_key),
       jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
-    )
-    dim = features.shape[-1]
+    ).shape[-1]
   initial = _PROTOTYPES[config.prototypes.kind](
     prototype_key, config.data.num_classes, dim
   )
@@ -342,14 +252,6 @@ def recipe(config: ml_collections.ConfigDict) -> augment.Recipe:
 def training_key(config: ml_collections.ConfigDict) -> jax.Array:
   """Returns the PRNG key of all train steps."""
   return jax.random.fold_in(jax.random.key(config.seed), 1)
-
-
-def compute_dtype(name, platform=None):
-  """Returns the dtype that the networks compute in, for `model.dtype`."""
-  if name == 'auto':
-    platform = platform or jax.default_backend()
-    name = 'float32' if platform == 'cpu' else 'bfloat16'
-  return {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}[name]
 
 
 def abstract_state(experiment: Experiment, mesh) -> train_state.TrainState:

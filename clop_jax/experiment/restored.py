@@ -11,10 +11,12 @@ import jax
 from jax.sharding import Mesh
 import jax.numpy as jnp
 import ml_collections
+import optax
 
 from clop_jax.data import augment
 from clop_jax.experiment import build
 from clop_jax.experiment import checkpoint
+from clop_jax.experiment import components
 from clop_jax.experiment import workdir as workdir_lib
 from clop_jax.runtime import files
 from clop_jax.runtime import parallel
@@ -27,7 +29,7 @@ class Restored:
 
   Attributes:
     config: Config of the run.
-    experiment: Flax modules `backbone` and `projection_head`.
+    experiment: Networks of the run.
     mesh: Mesh of the devices that hold the variables.
     step: Step of the checkpoint.
     variables: `{'params': ..., 'batch_stats': ...}`, each with the parts
@@ -42,7 +44,7 @@ class Restored:
   """
 
   config: ml_collections.ConfigDict
-  experiment: build.Networks
+  experiment: components.Networks
   mesh: Mesh
   step: int
   variables: Any
@@ -54,12 +56,15 @@ class Restored:
     return self.pure(self.variables, images)
 
 
-def load(workdir: str, *, which: str = 'latest', devices=None) -> Restored:
+def load(
+  workdir: str, *, which: str = 'latest', backbone: Any = None, devices=None
+) -> Restored:
   """Restores a checkpoint; nothing but the workdir is needed.
 
   Args:
     workdir: Workdir of a run.
     which: Checkpoint: 'latest', 'best' (by `train.keep_best`) or a step.
+    backbone: Backbone of the run, if it was passed to `train.train`.
     devices: Devices for the variables, by default all of all processes.
 
   Returns:
@@ -72,7 +77,7 @@ def load(workdir: str, *, which: str = 'latest', devices=None) -> Restored:
   """
   config = workdir_lib.load_config(workdir)
   mesh = parallel.make_mesh(devices)
-  networks = build.networks(config)
+  networks = components.networks(config, backbone=backbone)
   target = _abstract_state(networks, config, mesh)
   with _checkpoints(config, workdir) as checkpoints:
     if which == 'latest':
@@ -128,7 +133,7 @@ def frozen(
   """Returns `Restored.pure` for some networks.
 
   Args:
-    networks: Flax modules as `backbone` and `projection_head`.
+    networks: Networks as `backbone` and `projection_head`.
     config: Config of the run.
     mesh: Mesh of the devices, over which the outputs are replicated.
   """
@@ -195,21 +200,26 @@ def _abstract_state(networks, config, mesh):
   size, channels = config.augment.size, config.data.channels
 
   def create():
+    state = train_state.create(
+      jax.random.key(0),
+      backbone=networks.backbone,
+      projection_head=networks.projection_head,
+      tx=optax.identity(),
+      image_shape=(size, size, channels),
+      prototypes=jnp.zeros(()),
+    )
     images = jnp.zeros((1, size, size, channels), jnp.float32)
-    key = jax.random.key(0)
-    features, backbone = networks.backbone.init_with_output(
-      key, images, train=False
+    _, embeddings, _ = train_state.apply_networks(
+      networks.backbone,
+      networks.projection_head,
+      state.params,
+      state.batch_stats,
+      images,
+      train=False,
     )
-    embeddings, head = networks.projection_head.init_with_output(
-      key, features, train=False
-    )
-    variables = {'backbone': backbone, 'projection_head': head}
-    return train_state.TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params={k: v.get('params', {}) for k, v in variables.items()},
-      batch_stats={k: v.get('batch_stats', {}) for k, v in variables.items()},
-      opt_state=None,
-      prototypes=jnp.zeros((config.data.num_classes, embeddings.shape[-1])),
+    classes, dim = config.data.num_classes, embeddings.shape[-1]
+    return dataclasses.replace(
+      state, opt_state=None, prototypes=jnp.zeros((classes, dim))
     )
 
   return build.abstract(create, mesh)

@@ -1,5 +1,6 @@
 """A run, ready to go: its data, networks and compiled step."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -9,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from clop_jax import defaults
+from clop_jax import fields
 from clop_jax.data import reader as reader_lib
 from clop_jax.data import sources
 from clop_jax.experiment import build
@@ -92,6 +94,8 @@ def prepare(
   config: ml_collections.ConfigDict,
   *,
   source: sources.Source | None = None,
+  backbone: Any = None,
+  contrastive: Callable[..., jax.Array] | None = None,
   devices=None,
   load: bool = True,
 ) -> Setup:
@@ -103,6 +107,10 @@ def prepare(
   Args:
     config: Config of the run, see `defaults`.
     source: Training examples to use instead of those that `config.data` names.
+    backbone: Backbone to use instead of `config.model.name`, see
+      `models.backbone`.
+    contrastive: Loss `(embeddings, labels, *, axis_name) -> scalar` to use
+      instead of `config.loss.contrastive`, see `clop_jax.loss`.
     devices: Devices to train on; None is all.
     load: If False, do not read the images, for checks and previews.
 
@@ -124,6 +132,7 @@ def prepare(
     >>> run.total_steps == config.train.num_epochs * run.data.steps_per_epoch
     True
   """
+  config = _with_given(config, backbone, contrastive)
   defaults.check(config)
   mesh = parallel.make_mesh(devices)
   parallel.check_batch_size(config.train.batch_size, mesh)
@@ -140,7 +149,8 @@ def prepare(
     data = inputs.abstract_loader(
       config, mesh, num_examples=len(reader), image_shape=reader.shape
     )
-  setup = _setup(config, mesh, data, shared, examples=examples)
+  given = {'backbone': backbone, 'contrastive': contrastive}
+  setup = _setup(config, mesh, data, shared, given=given, examples=examples)
   _check_best(setup)
   return setup
 
@@ -197,13 +207,28 @@ def plan(
   return _setup(config, mesh, data, shared, platform=platform)
 
 
-def _setup(config, mesh, data, shared, *, platform=None, examples=None):
+def _with_given(config, backbone, contrastive):
+  """Records in the config what was passed from Python."""
+  if backbone is None and contrastive is None:
+    return config
+  config = ml_collections.ConfigDict(config.to_dict())
+  if backbone is not None:
+    config.model.name = fields.GIVEN
+  if contrastive is not None:
+    config.loss.contrastive = fields.GIVEN
+  return config.lock()
+
+
+def _setup(
+  config, mesh, data, shared, *, given=None, platform=None, examples=None
+):
   total_steps = count_steps(config, data.steps_per_epoch)
   experiment = build.build(
     config,
     total_steps=total_steps,
     steps_per_epoch=data.steps_per_epoch,
     platform=platform or mesh.devices.flat[0].platform,
+    **(given or {}),
   )
   state = build.abstract_state(experiment, mesh)
   shared = shared | {'resident': data.resident}

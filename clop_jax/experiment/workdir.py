@@ -27,6 +27,7 @@ from clop_jax.runtime import parallel
 
 CONFIG, LABELS = 'config.json', 'labels.npz'
 _CONFIG_FIX = 'put an intact copy back, or use another --workdir'
+_VICREG = ('invariance_weight', 'variance_weight', 'covariance_weight')
 _LABELS_FIX = 'delete it; the command that trained the run writes it again'
 
 
@@ -277,17 +278,38 @@ def completed(saved: Any, path: str) -> dict:
   """
   if not isinstance(saved, dict):
     raise ValueError(f'{path}: config must be an object, got {saved!r:.40}')
-  data = saved.get('data')
-  if isinstance(data, dict) and isinstance(data.get('class_fractions'), str):
-    # Older workdirs have '0:0.6,1:0.23'.
-    parts = [x.partition(':') for x in data['class_fractions'].split(',') if x]
-    fractions = {label.strip(): float(value) for label, _, value in parts}
-    saved = saved | {'data': data | {'class_fractions': fractions}}
+  saved = _upgraded(saved)
   config = _completed(saved, to_json(defaults.get_config()))
   # A later version of the code may have fields that this one does not.
   known = _known(config, defaults.FIELDS, '')
   fields.check(known, defaults.FIELDS, where=f'{path}: ', fix=_CONFIG_FIX)
   return config
+
+
+def _upgraded(saved):
+  """Returns a config of an earlier version with the fields of this one."""
+  groups = ('data', 'model', 'loss')
+  data, model, loss = (
+    dict(x) if isinstance(x := saved.get(name), dict) else {} for name in groups
+  )
+  if isinstance(data.get('class_fractions'), str):  # '0:0.6,1:0.23'
+    parts = [x.partition(':') for x in data['class_fractions'].split(',') if x]
+    data['class_fractions'] = {
+      label.strip(): float(value) for label, _, value in parts
+    }
+  if 'depth' in model:
+    model['name'] = f'resnet{model.pop("depth")}'
+  options = {
+    'supcon': {'variant': loss.pop('supcon_variant', 'out')},
+    'vicreg': dict(
+      zip(_VICREG, loss.pop('vicreg_weights', (25, 25, 1)), strict=True)
+    ),
+    'barlow_twins': {'redundancy_weight': loss.pop('barlow_weight', 5e-3)},
+  }
+  if 'options' not in loss and loss.get('contrastive') in options:
+    loss['options'] = options[loss['contrastive']]
+  groups = zip(groups, (data, model, loss), strict=True)
+  return saved | {name: group for name, group in groups if name in saved}
 
 
 def _known(config, names, prefix):

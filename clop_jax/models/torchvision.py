@@ -1,4 +1,4 @@
-"""Conversion of `models.resnet` weights to and from torchvision's names.
+"""Conversion of ResNet and ViT weights to and from torchvision's names.
 
 Both have the same layers with other names and layouts. A convolution is
 `[height, width, in, out]` in Flax and `[out, in, height, width]` in PyTorch.
@@ -6,7 +6,7 @@ Batch normalization agrees in evaluation mode. (In training, Flax averages the
 biased variance of a batch and PyTorch the unbiased one.)
 
 Reference:
-  torchvision, `torchvision/models/resnet.py`.
+  torchvision, `torchvision/models/resnet.py` and `vision_transformer.py`.
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,8 @@ from typing import Any
 from etils import epath
 from flax import traverse_util
 import numpy as np
+
+from clop_jax.models import vit
 
 ENDINGS = ('.safetensors', '.pth')
 
@@ -37,12 +39,29 @@ _DOWNSAMPLE = {
   'downsample_conv': 'downsample.0',
   'downsample_bn': 'downsample.1',
 }
+_VIT_LAYER = re.compile(
+  r'(?:encoder_layer_(?P<index>\d+)/)?'
+  r'(?P<name>conv_proj|ln|ln_1|ln_2|in_proj|out_proj|mlp_1|mlp_2)'
+)
+_VIT_NAMES = {
+  'conv_proj': 'conv_proj.',
+  'ln': 'encoder.ln.',
+  # PyTorch joins these with an underscore.
+  'in_proj': 'self_attention.in_proj_',
+  'out_proj': 'self_attention.out_proj.',
+  'mlp_1': 'mlp.0.',
+  'mlp_2': 'mlp.3.',
+}
+_VIT_PARAMETERS = {
+  'class_token': 'class_token',
+  'pos_embedding': 'encoder.pos_embedding',
+}
 # Entries of a file that are not the backbone's: torchvision's classifier,
 # PyTorch's counts of batches, and what `export` adds.
 _IGNORED = re.compile(
-  r'fc\..*|(?:.*\.)?num_batches_tracked|projection_head\..*|prototypes'
+  r'fc\..*|heads\..*|(?:.*\.)?num_batches_tracked|projection_head\..*|prototypes'
 )
-_PUBLISHED = (18, 34, 50)
+_PUBLISHED = ('resnet18', 'resnet34', 'resnet50')
 
 
 def to_torchvision(
@@ -51,8 +70,8 @@ def to_torchvision(
   """Converts a network's variables to a PyTorch state dict.
 
   Args:
-    variables: `{'params': ..., 'batch_stats': ...}` of a `resnet.ResNet` or a
-      `heads.ProjectionHead`.
+    variables: `{'params': ..., 'batch_stats': ...}` of a `resnet.ResNet`, a
+      `vit.ViT` or a `heads.ProjectionHead`.
     num_batches: Value of each layer's `num_batches_tracked`.
     prefix: Prefix of every name, such as 'projection_head.'.
 
@@ -82,8 +101,9 @@ def from_torchvision(
   """Converts a PyTorch state dict to a backbone's variables.
 
   Args:
-    weights: Arrays by name. The classifier (`fc.*`), `num_batches_tracked`, and
-      the projection head and prototypes of `export` are ignored.
+    weights: Arrays by name. The classifier (`fc.*`, `heads.*`),
+      `num_batches_tracked`, and the projection head and prototypes of `export`
+      are ignored. Position embeddings of another image size are interpolated.
     like: `{'params': ..., 'batch_stats': ...}` of the backbone, of which only
       structure and shapes matter.
 
@@ -113,26 +133,38 @@ def from_torchvision(
     if name not in weights:
       continue
     value = np.asarray(weights[name])
+    if path[-1] == 'pos_embedding':
+      value = _resized(value, leaf.shape)
     expected = tuple(leaf.shape)
     if len(expected) == 4:
       height, width, inputs, outputs = expected
       expected = outputs, inputs, height, width
+    elif path[-1] == 'kernel':
+      expected = expected[::-1]
     if value.shape != expected:
       faults['wrong shape'].append(f'{name} {value.shape}, must be {expected}')
       continue
-    if value.ndim == 4:
-      value = value.transpose(2, 3, 1, 0)
+    if path[-1] == 'kernel':
+      value = value.transpose((2, 3, 1, 0) if value.ndim == 4 else (1, 0))
     leaves[path] = np.ascontiguousarray(value, np.float32)
     if not np.isfinite(leaves[path]).all():
       faults['not finite'].append(name)
   if any(faults.values()):
     listed = [f'{k}: {_first(names)}' for k, names in faults.items() if names]
     raise ValueError(
-      'the weights do not fit the backbone; check config.model.depth, '
+      'the weights do not fit the backbone; check config.model.name, '
       'config.model.stem, config.model.width_multiplier and '
       f'config.data.channels; {"; ".join(listed)}'
     )
   return traverse_util.unflatten_dict(leaves)
+
+
+def _resized(positions, shape):
+  """Interpolates position embeddings if only the number of patches differs."""
+  same = positions.ndim == 3 and positions.shape[2] == shape[2]
+  if not same or positions.shape == tuple(shape):
+    return positions
+  return np.asarray(vit.resize_positions(positions, shape[1] - 1))
 
 
 def _first(names, count=5):
@@ -212,22 +244,39 @@ def _pth(data):
 
 
 def construction(
-  *, depth: int, stem: str, channels: int, width_multiplier: float
+  *,
+  name: str,
+  channels: int,
+  image_size: int,
+  stem: str = 'imagenet',
+  width_multiplier: float = 1.0,
+  options: Mapping[str, Any] | None = None,
 ) -> list[str] | None:
   """Returns lines of Python that create torchvision's network.
 
   Args:
-    depth: Number of layers.
-    stem: As for `resnet.ResNet`.
+    name: Name as in `config.model.name`.
     channels: Number of channels of an image.
+    image_size: Height and width of the views.
+    stem: As for `resnet.ResNet`.
     width_multiplier: As for `resnet.ResNet`.
+    options: Options of a ViT, as in `config.model.options`.
 
   Returns:
     The lines, or None if torchvision has no such network.
   """
-  if depth not in _PUBLISHED or width_multiplier != 1:
+  options = dict(options or {})
+  if name == 'vit_b' and channels == 3 and options.get('pool') != 'mean':
+    size = options.get('patch_size', 16)
+    if size not in (16, 32):
+      return None
+    return [
+      f'model = torchvision.models.vit_b_{size}(image_size={image_size})',
+      'model.heads = torch.nn.Identity()',
+    ]
+  if name not in _PUBLISHED or width_multiplier != 1:
     return None
-  lines = [f'model = torchvision.models.resnet{depth}()']
+  lines = [f'model = torchvision.models.{name}()']
   if stem == 'cifar' or channels != 3:
     kernel = '3, 1, 1' if stem == 'cifar' else '7, 2, 3'
     lines.append(
@@ -241,11 +290,20 @@ def construction(
 def _name(path):
   """PyTorch's name of the leaf at a path like ('params', 'bn1', 'scale')."""
   _, *layer, leaf = path
+  if leaf in _VIT_PARAMETERS and not layer:
+    return _VIT_PARAMETERS[leaf]
+  match = _VIT_LAYER.fullmatch('/'.join(layer))
+  if match and leaf in _LEAVES:
+    name = _VIT_NAMES.get(match['name'], f'{match["name"]}.')
+    if match['index']:
+      name = f'encoder.layers.encoder_layer_{match["index"]}.{name}'
+    return name + _LEAVES[leaf]
   match = _LAYER.fullmatch('/'.join(layer))
   if match is None or leaf not in _LEAVES:
     raise ValueError(
-      f'{"/".join(path)} has no name in torchvision; only the ResNets of '
-      'clop_jax.models and their projection heads have names'
+      f'{"/".join(path)} has no name in torchvision; only the ResNets, ViTs '
+      'and projection heads of clop_jax.models have names. For another '
+      'backbone export *.stablehlo, or use clop_jax.load'
     )
   name = _DOWNSAMPLE.get(match['name'], match['name'])
   if match['stage']:

@@ -3,10 +3,12 @@
 from typing import Any
 
 import flax.struct
-from flax import linen as nn
 import jax
+from jax import lax
 import jax.numpy as jnp
 import optax
+
+from clop_jax.models import backbone as backbone_lib
 
 
 @flax.struct.dataclass
@@ -39,8 +41,8 @@ class TrainState:
 def create(
   key: jax.Array,
   *,
-  backbone: nn.Module,
-  projection_head: nn.Module,
+  backbone: Any,
+  projection_head: Any,
   tx: optax.GradientTransformation,
   image_shape: tuple[int, int, int],
   prototypes: jax.Array,
@@ -51,7 +53,7 @@ def create(
 
   Args:
     key: PRNG key of the initialization.
-    backbone: Module from images to features.
+    backbone: Backbone from images to features, see `models.backbone`.
     projection_head: Module from features to embeddings.
     tx: Optax chain.
     image_shape: `(height, width, channels)` of a view.
@@ -62,9 +64,10 @@ def create(
   """
   backbone_key, head_key = jax.random.split(key)
   images = jnp.zeros((1, *image_shape), jnp.float32)
+  backbone = backbone_lib.adapt(backbone)
   if backbone_variables is None:
-    backbone_variables = backbone.init(backbone_key, images, train=False)
-  features = backbone.apply(backbone_variables, images, train=False)
+    backbone_variables = backbone.init(backbone_key, images)
+  features, _ = backbone.apply(backbone_variables, images, False)
   head_variables = projection_head.init(head_key, features, train=False)
   params = {
     'backbone': backbone_variables['params'],
@@ -84,29 +87,62 @@ def create(
 
 
 def apply_networks(
-  backbone: nn.Module,
-  projection_head: nn.Module,
+  backbone: Any,
+  projection_head: Any,
   params,
   batch_stats,
   images: jax.Array,
   *,
   train: bool,
+  keys: jax.Array | None = None,
 ):
   """Returns `(features, embeddings, batch_stats)` of normalized images.
 
   If `train`, batch normalization uses the statistics of these images, and the
-  running ones are updated. `params` and `batch_stats` are as in `TrainState`.
+  running ones are updated. `params` and `batch_stats` are as in `TrainState`,
+  `keys` are one for each image, for dropout and the like.
   """
   new_batch_stats = {}
 
-  def apply(module, name, x):
+  def apply(module, name, x, **options):
     variables = {'params': params[name], 'batch_stats': batch_stats[name]}
-    y, updated = module.apply(
-      variables, x, train=train, mutable=['batch_stats'] if train else []
+    y, updated = backbone_lib.adapt(module).apply(
+      variables, x, train, **options
     )
     new_batch_stats[name] = updated.get('batch_stats', batch_stats[name])
     return y
 
-  features = apply(backbone, 'backbone', images)
+  features = apply(backbone, 'backbone', images, keys=keys)
   embeddings = apply(projection_head, 'projection_head', features)
   return features, embeddings, new_batch_stats
+
+
+def features_of(backbone: Any, key: jax.Array, images: jax.Array) -> jax.Array:
+  """Returns the features of a backbone with random variables."""
+  backbone = backbone_lib.adapt(backbone)
+  return backbone.apply(backbone.init(key, images), images, False)[0]
+
+
+def keys_of_views(keys: jax.Array, num_views: int) -> jax.Array:
+  """Returns one key for each image of each view, view by view."""
+
+  def of_view(number):
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+  # Numbers 0 and 1 give the two keys of the augmentation.
+  return jnp.concatenate([of_view(2 + view) for view in range(num_views)])
+
+
+def averaged(batch_stats: Any, axis_name: str, *, everything: bool) -> Any:
+  """Averages running statistics that differ between the devices.
+
+  Under `jax.shard_map` JAX knows which they are. `everything` averages all.
+  """
+  return jax.tree.map(
+    lambda x: (
+      lax.pmean(x, axis_name)
+      if everything or axis_name in jax.typeof(x).vma
+      else x
+    ),
+    batch_stats,
+  )

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any
 
-from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class Parts:
   """Networks, losses and optimizer of a train step.
 
   Attributes:
-    backbone: Flax module from images to features.
+    backbone: Backbone from images to features, see `models.backbone`.
     projection_head: Flax module from features to embeddings.
     tx: Optax chain.
     schedule: Learning rate of a step, as in `tx`; it is only logged.
@@ -43,8 +43,8 @@ class Parts:
     num_micro_batches: Number of micro-batches of a shard, see `grad_cache`.
   """
 
-  backbone: nn.Module
-  projection_head: nn.Module
+  backbone: Any
+  projection_head: Any
   tx: optax.GradientTransformation
   schedule: optax.Schedule
   recipe: augment.Recipe
@@ -112,8 +112,10 @@ def train_step(
   total, (contrastive_loss, clop_loss, clop_labels) = value
   if pmean_gradients:
     gradients = lax.pmean(gradients, axis_name)
-  if parts.bn_scope == 'device' and axis_name is not None:
-    batch_stats = lax.pmean(batch_stats, axis_name)
+  if axis_name is not None:
+    batch_stats = train_state.averaged(
+      batch_stats, axis_name, everything=parts.bn_scope == 'device'
+    )
   with jax.named_scope('gradients'):
     gradients = optimizer.in_row_order(gradients)
   with jax.named_scope('optimizer'):
@@ -195,6 +197,7 @@ def _embed(parts, state, key, params, examples):
       state.batch_stats,
       images,
       train=True,
+      keys=train_state.keys_of_views(keys, num_views),
     )
   return embeddings.reshape(num_views, batch_size, -1), batch_stats
 

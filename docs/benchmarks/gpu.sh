@@ -93,7 +93,7 @@ if [ -n "$SMALL" ]; then
   STEPS18='' STEPS50='' LOSSES='' EPOCHS=1 TOTAL_SECONDS=3600
   for part in "${!LIMITS[@]}"; do LIMITS[$part]=600; done
   TRAIN+=(
-    --config.model.depth=8 --config.model.width_multiplier=0.25
+    --config.model.name=resnet8 --config.model.width_multiplier=0.25
     --config.augment.size=8 --config.train.batch_size=16
     --config.train.log_every_steps=1 --config.train.steps_per_dispatch=1
     '--config.eval.knn_neighbours=(1,)' '--config.eval.probe_l2=(0.1,)'

@@ -79,7 +79,7 @@ def colour_run(tmp_path_factory):
     augment__size=12,
     augment__mean=(0.5, 0.4, 0.3),
     augment__std=(0.2, 0.3, 0.25),
-    model__depth=18,
+    model__name='resnet18',
     model__stem='imagenet',
     model__width_multiplier=0.125,
   )
@@ -168,7 +168,7 @@ def test_weights_have_metadata(run, weights_file):
   assert metadata['config_sha256'] == hashlib.sha256(text.encode()).hexdigest()
   expected = {
     'step': '5',
-    'depth': '8',
+    'name': 'resnet8',
     'stem': 'cifar',
     'width_multiplier': '0.25',
     'mean': '[0.305]',
@@ -228,7 +228,7 @@ def test_command_prints_how_to_read_the_file(
   printed = capsys.readouterr().out
   for line in (
     f'w.safetensors: step 5 of {run}, 0.0 MB',
-    'torchvision has no ResNet of depth 8 and width multiplier 0.25',
+    'torchvision has no resnet8 of width multiplier 0.25',
     "model.load_state_dict(safetensors.torch.load_file('w.safetensors'))",
     'mean [0.305], std [0.376], 8 px',
   ):
@@ -361,9 +361,9 @@ def test_run_starts_from_exported_weights_and_resumes_without_them(
   ('changes', 'message'),
   [
     (
-      {'model__depth': 18},
+      {'model__name': 'resnet18'},
       r"initial_weights='.*backbone\.safetensors': the weights do not fit the "
-      r'backbone; check config.model.depth, .*missing: layer1\.1',
+      r'backbone; check config.model.name, .*missing: layer1\.1',
     ),
     (
       {'model__width_multiplier': 0.5},

@@ -40,7 +40,7 @@ def test_config_traces_a_whole_step(path):
   config = config.copy_and_resolve_references().unlock()
   # Some take the number from the source.
   config.data.num_classes = config.data.num_classes or 7
-  config.model.depth = 8  # deeper networks take longer to trace
+  config.model.name = 'resnet8'  # deeper networks take longer to trace
   run = build.build(config, total_steps=2000, steps_per_epoch=10)
   mesh = parallel.make_mesh(jax.devices()[:1])
   state = build.abstract_state(run, mesh)
@@ -127,7 +127,7 @@ def test_settings_of_the_paper(name, dim, temperature, size, mean, std, warmup):
   assert optimizer.trust_coefficient == 0.001
   assert optimizer.warmup_epochs == warmup
   assert config.train.num_epochs == 200
-  assert config.model.depth == 50
+  assert config.model.name == 'resnet50'
   assert config.model.stem == ('cifar' if size <= 64 else 'imagenet')
   assert config.loss.clop_weight == 1
   assert config.data.label_fraction == 0.1

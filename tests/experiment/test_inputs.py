@@ -229,7 +229,7 @@ def test_corrupt_image_stops_a_command_unless_it_may_be_skipped(
     f'--config.data.data_dir={folder}',
     '--config.data.image_size=8',
     '--config.augment.size=8',
-    '--config.model.depth=8',
+    '--config.model.name=resnet8',
     '--config.model.width_multiplier=0.25',
     '--config.train.batch_size=8',
     '--config.train.num_epochs=1',

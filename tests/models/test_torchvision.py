@@ -181,7 +181,7 @@ def test_all_faults_of_weights_are_listed():
 def test_weights_of_another_network_fail_with_the_fields_to_check():
   weights = theirs.state_dict(18, width=4, channels=1)
   message = error_of(weights, variables(MAKE[8](stem='cifar')))
-  assert 'config.model.depth' in message
+  assert 'config.model.name' in message
   assert 'conv1.weight (4, 1, 7, 7), must be (4, 3, 3, 3)' in message
   assert re.search(r'unexpected: layer1\.1\.\S+, .* and \d+ more', message)
   assert len(message) < 600
@@ -289,11 +289,11 @@ def test_pth_must_be_a_state_dict(tmp_path):
   ('arguments', 'expected'),
   [
     (
-      {'depth': 50, 'stem': 'imagenet', 'channels': 3},
+      {'name': 'resnet50', 'stem': 'imagenet', 'channels': 3},
       ['model = torchvision.models.resnet50()'],
     ),
     (
-      {'depth': 18, 'stem': 'cifar', 'channels': 3},
+      {'name': 'resnet18', 'stem': 'cifar', 'channels': 3},
       [
         'model = torchvision.models.resnet18()',
         'model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)',
@@ -301,19 +301,21 @@ def test_pth_must_be_a_state_dict(tmp_path):
       ],
     ),
     (
-      {'depth': 34, 'stem': 'imagenet', 'channels': 1},
+      {'name': 'resnet34', 'stem': 'imagenet', 'channels': 1},
       [
         'model = torchvision.models.resnet34()',
         'model.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)',
       ],
     ),
-    ({'depth': 8, 'stem': 'cifar', 'channels': 3}, None),
+    ({'name': 'resnet8', 'stem': 'cifar', 'channels': 3}, None),
   ],
 )
 def test_construction_of_the_torchvision_network(arguments, expected):
-  lines = torchvision.construction(**arguments, width_multiplier=1.0)
+  lines = torchvision.construction(**arguments, image_size=32)
   if expected is not None:
     expected = [*expected, 'model.fc = torch.nn.Identity()']
   assert lines == expected
-  other = torchvision.construction(**arguments, width_multiplier=0.5)
+  other = torchvision.construction(
+    **arguments, image_size=32, width_multiplier=0.5
+  )
   assert other is None

@@ -80,7 +80,7 @@ class Recorded:
   def __call__(self, config, workdir, **arguments):
     self.calls += 1
     config = config.copy_and_resolve_references().unlock()
-    config.model.depth, config.train.batch_size = 8, 24
+    config.model.name, config.train.batch_size = 'resnet8', 24
     config.train.num_epochs = 1
     config.augment.size = config.data.image_size = 8
     self.function(config.lock(), workdir, **arguments)

@@ -41,11 +41,11 @@ def test_values_get_the_type_of_their_field(given, field, values):
   [
     (
       ['loss.clop_wieght=0,1'],
-      r'loss\.clop_wieght.* config\.loss .*barlow_weight',
+      r'loss\.clop_wieght.* config\.loss .*clop_weight',
     ),
     (['lr=1'], "'lr'.* augment, data, eval"),
     (['seed.x=1'], r"config\.seed .*'x'.* no fields"),
-    (['loss=1'], r'config\.loss is a group.* barlow_weight'),
+    (['loss=1'], r'config\.loss is a group.* clop_weight'),
     (['loss.clop_weight'], r"field=value,value.* 'loss\.clop_weight'"),
     (['=1'], "field=value,value.* '=1'"),
     (['loss.clop_weight=abc'], 'clop_weight=abc.* number'),

@@ -45,7 +45,7 @@ VARIANTS = {
   'learned': {
     'prototypes__kind': 'learned',
     'loss__contrastive': 'supcon',
-    'loss__supcon_variant': 'in',
+    'loss__options': {'variant': 'in'},
     'loss__clop_distance': 'manhattan',
     'model__stem': 'imagenet',
     'augment__size': 32,
@@ -95,7 +95,7 @@ VARIANTS = {
   },
   'no contrastive loss': {
     'loss__contrastive': 'none',
-    'model__depth': 50,
+    'model__name': 'resnet50',
     'augment__blur_probability': 0.5,
     'augment__solarize_probability': 0.1,
   },
@@ -131,7 +131,7 @@ def test_variant_lowers(name):
 def test_config_lowers(name):
   _, config = test_configs.load(small.ROOT / 'configs' / f'{name}.py')
   config = config.copy_and_resolve_references().unlock()
-  config.model.depth = 8  # more blocks are no other program
+  config.model.name = 'resnet8'  # more blocks are no other program
   traced = program(config, *DATA[name]).trace(config.train.steps_per_dispatch)
   lowering.check_traced(traced)
 

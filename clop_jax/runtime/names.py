@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import importlib
+import inspect
 from typing import Any
 
 
@@ -45,3 +46,25 @@ def resolve(field: str, name: str, ours: Mapping[str, Any]) -> Any:
   if not callable(value):
     raise ValueError(f'{where} must be callable, got {type(value).__name__}')
   return value
+
+
+def check_call(field: str, function: Any, *arguments, **options) -> None:
+  """Raises ValueError if a function does not take these arguments.
+
+  Args:
+    field: Name of the config field with the options, for errors.
+    function: Function or class.
+    *arguments: Positional arguments.
+    **options: Keyword arguments.
+  """
+  try:
+    inspect.signature(function).bind(*arguments, **options)
+  except TypeError as error:
+    name = getattr(function, '__name__', function)
+    raise ValueError(f'config.{field}: {name}: {error}') from None
+
+
+def call(field: str, function: Any, **options) -> Any:
+  """Calls a function with the options of a config; see `check_call`."""
+  check_call(field, function, **options)
+  return function(**options)
