@@ -13,17 +13,60 @@ import warnings
 
 from absl import flags
 from absl import logging
+from flax import linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from clop_jax import cli
+from clop_jax.data import arrays
 from clop_jax.data import sources
+from clop_jax.runtime import parallel
 from clop_jax.training import train_state
 from clop_jax.training import train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Dense(nn.Module):
+  """A backbone for tests: a ResNet takes much longer to compile.
+
+  Set `config.model.name='tests.small:Dense'`.
+  """
+
+  dim: int = 32
+  axis_name: str | None = parallel.DATA_AXIS
+
+  @nn.compact
+  def __call__(self, images, train):
+    x = nn.Dense(self.dim)(images.reshape(images.shape[0], -1))
+    axis_name = self.axis_name if train else None
+    x = nn.BatchNorm(use_running_average=not train, axis_name=axis_name)(x)
+    return nn.relu(x)
+
+
+def align(embeddings, labels, *, axis_name, weight=1.0):
+  """A loss for tests: `config.loss.contrastive='tests.small:align'`."""
+  del labels
+  total = jnp.sum(jnp.square(embeddings[0] - embeddings[1]))
+  count = jnp.float32(embeddings.shape[1])
+  if axis_name is not None:
+    total, count = jax.lax.psum((total, count), axis_name)
+  return weight * total / count
+
+
+def squares(split, data_dir, *, count=64):
+  """A source for tests: `config.data.name='tests.small:squares'`."""
+  del data_dir
+  rng = np.random.default_rng(len(split))
+  labels = np.arange(count) % 4
+  images = rng.integers(0, 60, (count, 8, 8, 1), np.uint8)
+  for image, label in zip(images, labels, strict=True):
+    row, column = 4 * (label // 2), 4 * (label % 2)
+    image[row : row + 4, column : column + 4] += 150
+  return arrays.Arrays(images, labels)
 
 
 def digits_config(digits_dir, **changes):

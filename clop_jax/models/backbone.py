@@ -154,12 +154,12 @@ class Checked:
         f'{_described(result)}'
       )
     features, updated = result
-    shape = getattr(features, 'shape', None)
-    if shape is None or len(shape) != 2 or shape[0] != len(images):
+    shape, batch = getattr(features, 'shape', ()), images.shape[0]
+    if len(shape) != 2 or shape[0] != batch:
       raise ValueError(
         f'{self.name}.apply must return features of shape [batch, '
-        f'feature_dim]=[{len(images)}, *], got {_described(features)}; pool or '
-        'flatten the other axes'
+        f'feature_dim]=[{batch}, *], got {_described(features)}; pool or flatten '
+        'the other axes'
       )
     return features.astype(jnp.float32), updated
 

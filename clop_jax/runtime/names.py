@@ -60,6 +60,7 @@ def check_call(field: str, function: Any, *arguments, **options) -> None:
   try:
     inspect.signature(function).bind(*arguments, **options)
   except TypeError as error:
+    function = getattr(function, 'func', function)  # of a partial
     name = getattr(function, '__name__', function)
     raise ValueError(f'config.{field}: {name}: {error}') from None
 

@@ -140,9 +140,14 @@ def averaged(batch_stats: Any, axis_name: str, *, everything: bool) -> Any:
   """
   return jax.tree.map(
     lambda x: (
-      lax.pmean(x, axis_name)
-      if everything or axis_name in jax.typeof(x).vma
-      else x
+      lax.pmean(x, axis_name) if everything or _varies(x, axis_name) else x
     ),
     batch_stats,
   )
+
+
+def _varies(x, axis_name):
+  aval: Any = jax.typeof(x)
+  if hasattr(aval, 'manual_axis_type'):
+    return axis_name in aval.manual_axis_type.varying
+  return axis_name in aval.vma  # before JAX 0.10

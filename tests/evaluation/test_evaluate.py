@@ -7,7 +7,6 @@ import pathlib
 import shutil
 
 from absl import flags
-from flax import linen as nn
 import jax
 import numpy as np
 import pytest
@@ -23,29 +22,10 @@ from clop_jax.evaluation import finetune
 from clop_jax.evaluation import measurement
 from clop_jax.evaluation import probe
 from clop_jax.evaluation import protocol
-from clop_jax.experiment import build
 from clop_jax.experiment import workdir as workdir_lib
 from tests import small
 
 ONE = slice(0, 1)
-
-
-class Dense(nn.Module):
-  """Stands for a ResNet, which takes much longer to compile."""
-
-  stem: str
-  width_multiplier: float
-  zero_init_last_bn: bool
-  bn_scope: str
-  axis_name: str
-  dtype: jax.typing.DTypeLike
-
-  @nn.compact
-  def __call__(self, images, train):
-    x = nn.Dense(32)(images.reshape(len(images), -1))
-    axis_name = self.axis_name if train else None
-    x = nn.BatchNorm(use_running_average=not train, axis_name=axis_name)(x)
-    return nn.relu(x)
 
 
 def changed(workdir, **groups):
@@ -65,6 +45,7 @@ def run(digits_dir, tmp_path_factory):
   config = small.digits_config(
     digits_dir,
     data__train_split='train[:300]',
+    model__name='tests.small:Dense',
     data__test_split='test[:100]',
     train__batch_size=60,
     eval__finetune_learning_rates=[0.01, 0.1],
@@ -72,10 +53,8 @@ def run(digits_dir, tmp_path_factory):
     eval__finetune_epochs=2,
     eval__finetune_min_steps=30,
   )
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(build._BACKBONES, 8, Dense)
-    train.train(config, str(workdir), devices=jax.devices()[ONE])
-    yield workdir
+  train.train(config, str(workdir), devices=jax.devices()[ONE])
+  return workdir
 
 
 @pytest.fixture
