@@ -158,8 +158,8 @@ class Checked:
     if len(shape) != 2 or shape[0] != batch:
       raise ValueError(
         f'{self.name}.apply must return features of shape [batch, '
-        f'feature_dim]=[{batch}, *], got {_described(features)}; pool or flatten '
-        'the other axes'
+        f'feature_dim]=[{batch}, *], got {_described(features)}; pool '
+        'or flatten the other axes'
       )
     return features.astype(jnp.float32), updated
 
