@@ -304,6 +304,27 @@ FIELDS |= fields.group(
 )
 
 FIELDS |= fields.group(
+  'method',
+  predictor=switch(
+    False,
+    'Train a predictor from the embedding of one view to that of the other '
+    '(SimSiam, BYOL).',
+  ),
+  predictor_hidden_dim=whole(
+    512, "Width of the predictor's hidden layer.", 1, 65_536
+  ),
+  target=choice(
+    ('none', 'stop_gradient', 'moving_average'),
+    'Embeddings that the contrastive loss compares with: the same ones (none), '
+    'those without a gradient (SimSiam), or those of a moving average of the '
+    'networks (BYOL, MoCo v3).',
+  ),
+  momentum=share(
+    0.996, 'First momentum of the moving average; it rises to 1 like a cosine.'
+  ),
+)
+
+FIELDS |= fields.group(
   'prototypes',
   kind=choice(
     ('orthonormal', 'simplex_etf', 'random', 'learned', 'aligned'),

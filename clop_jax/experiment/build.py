@@ -24,6 +24,7 @@ from clop_jax.models import torchvision
 from clop_jax.runtime import parallel
 from clop_jax.training import optimizer
 from clop_jax.training import prototype_rules
+from clop_jax.training import siamese
 from clop_jax.training import train_state
 from clop_jax.training import train_step
 
@@ -126,6 +127,13 @@ def build(
     log_every=config.train.log_every_steps,
     bn_scope=config.model.bn_scope,
     num_micro_batches=config.train.num_micro_batches,
+    predictor=networks.predictor,
+    target=config.method.target,
+    target_momentum=functools.partial(
+      siamese.momentum_at,
+      base=config.method.momentum,
+      total_steps=total_steps,
+    ),
     **optimizer_at(config_numbers['learning_rate']),
   )
 
@@ -174,6 +182,8 @@ def _create_state(config, parts, key=None, backbone_variables=None):
     prototypes=initial,
     prototype_statistics=parts.prototype_rule.statistics(initial),
     backbone_variables=backbone_variables,
+    predictor=parts.predictor,
+    has_target=parts.target == 'moving_average',
   )
 
 

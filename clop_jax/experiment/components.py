@@ -54,11 +54,13 @@ class Networks:
   Attributes:
     backbone: Backbone from images to features.
     projection_head: Flax module from features to embeddings.
+    predictor: Flax module from embeddings to predictions, or None.
     dtype: Dtype of the computation.
   """
 
   backbone: backbone_lib.Checked
   projection_head: nn.Module
+  predictor: nn.Module | None
   dtype: Any
 
 
@@ -93,11 +95,19 @@ def networks(
     use_bn=model.head_bn,
     **shared,
   )
+  predictor = None
+  if config.method.predictor:
+    predictor = heads.ProjectionHead(
+      dim=model.embedding_dim,
+      hidden_dim=config.method.predictor_hidden_dim,
+      **shared,
+    )
   if backbone is None:
     backbone = _named_backbone(model, shared)
   return Networks(
     backbone_lib.adapt(backbone, f'backbone {model.name}'),
     projection_head,
+    predictor,
     dtype,
   )
 

@@ -1,15 +1,15 @@
 r"""Losses between predictions and targets, as in SimSiam, BYOL and MoCo v3.
 
 A predictor (a small network) maps the embedding of one view to the target of
-the other. No gradient flows through the target:
+the other:
 
 .. math::
   L = \frac{1}{2} \big[ l(p(z_1), t_2) + l(p(z_2), t_1) \big]
 
 for any contrastive loss :math:`l` of two views. In SimSiam the target
-:math:`t_v` is the embedding :math:`z_v` itself. In BYOL it is the embedding by
-the target networks, whose parameters are an exponential moving average of the
-trained ones.
+:math:`t_v` is the embedding :math:`z_v` itself, without a gradient. In BYOL it
+is the embedding by the target networks, whose parameters are an exponential
+moving average of the trained ones.
 
 Reference:
   Chen and He, "Exploring Simple Siamese Representation Learning", arXiv
@@ -21,7 +21,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -39,7 +38,7 @@ def asymmetric_loss(
   Args:
     contrastive: Loss `(embeddings [2, batch, dim], labels, axis_name=...)`.
     predictions: `[2, batch, dim]`, floating.
-    targets: `[2, batch, dim]`, floating. They get no gradient.
+    targets: `[2, batch, dim]`, floating.
     labels: `[batch]` integers.
     axis_name: Mapped axis over which the batch is split, or None.
 
@@ -56,7 +55,6 @@ def asymmetric_loss(
     >>> print(f'{value:.4f}')  # 1 - cos(45 degrees)
     0.2929
   """
-  targets = lax.stop_gradient(targets)
   losses = [
     contrastive(
       jnp.stack([predictions[view], targets[1 - view]]),

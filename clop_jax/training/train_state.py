@@ -23,6 +23,8 @@ class TrainState:
     prototypes: Prototypes `[num_classes, dim]`.
     prototype_statistics: Statistics of the rule of the prototypes, see
       `prototype_rules`; None for most rules.
+    target: Moving average of the parameters of backbone and projection head,
+      see `siamese`; None without one.
   """
 
   step: jax.Array
@@ -31,6 +33,7 @@ class TrainState:
   opt_state: Any  # optax.OptState has names that only Optax resolves
   prototypes: jax.Array
   prototype_statistics: Any = None
+  target: Any = None
 
   @property
   def variables(self) -> dict[str, Any]:
@@ -48,6 +51,8 @@ def create(
   prototypes: jax.Array,
   prototype_statistics=None,
   backbone_variables=None,
+  predictor: Any = None,
+  has_target: bool = False,
 ) -> TrainState:
   """Returns the state before the first step; a pure function.
 
@@ -61,6 +66,8 @@ def create(
     prototype_statistics: Initial statistics, see `TrainState`.
     backbone_variables: Initial `params` and `batch_stats` of the backbone; None
       for random ones.
+    predictor: Flax module from embeddings to predictions, or None.
+    has_target: True to keep a moving average of the networks.
   """
   backbone_key, head_key = jax.random.split(key)
   images = jnp.zeros((1, *image_shape), jnp.float32)
@@ -68,21 +75,31 @@ def create(
   if backbone_variables is None:
     backbone_variables = backbone.init(backbone_key, images)
   features, _ = backbone.apply(backbone_variables, images, False)
-  head_variables = projection_head.init(head_key, features, train=False)
-  params = {
-    'backbone': backbone_variables['params'],
-    'projection_head': head_variables.get('params', {}),
+  variables = {
+    'backbone': backbone_variables,
+    'projection_head': projection_head.init(head_key, features, train=False),
   }
+  target = None
+  if has_target:
+    target = {
+      k: jax.tree.map(jnp.copy, v.get('params', {}))
+      for k, v in variables.items()
+    }
+  if predictor is not None:
+    variables['predictor'] = predictor.init(
+      jax.random.fold_in(head_key, 1),
+      jnp.zeros((1, prototypes.shape[-1])),
+      train=False,
+    )
+  params = {k: v.get('params', {}) for k, v in variables.items()}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    batch_stats={
-      'backbone': backbone_variables.get('batch_stats', {}),
-      'projection_head': head_variables.get('batch_stats', {}),
-    },
+    batch_stats={k: v.get('batch_stats', {}) for k, v in variables.items()},
     opt_state=tx.init(params),
     prototypes=prototypes,
     prototype_statistics=prototype_statistics,
+    target=target,
   )
 
 
@@ -102,19 +119,33 @@ def apply_networks(
   running ones are updated. `params` and `batch_stats` are as in `TrainState`,
   `keys` are one for each image, for dropout and the like.
   """
-  new_batch_stats = {}
+  new = dict(batch_stats)
 
   def apply(module, name, x, **options):
-    variables = {'params': params[name], 'batch_stats': batch_stats[name]}
-    y, updated = backbone_lib.adapt(module).apply(
-      variables, x, train, **options
+    y, new[name] = apply_network(
+      module, name, params, batch_stats, x, train=train, **options
     )
-    new_batch_stats[name] = updated.get('batch_stats', batch_stats[name])
     return y
 
   features = apply(backbone, 'backbone', images, keys=keys)
   embeddings = apply(projection_head, 'projection_head', features)
-  return features, embeddings, new_batch_stats
+  return features, embeddings, new
+
+
+def apply_network(
+  network: Any,
+  name: str,
+  params,
+  batch_stats,
+  x: jax.Array,
+  *,
+  train,
+  **options,
+):
+  """Returns the output of one network, and its batch_stats after it."""
+  variables = {'params': params[name], 'batch_stats': batch_stats[name]}
+  y, updated = backbone_lib.adapt(network).apply(variables, x, train, **options)
+  return y, updated.get('batch_stats', batch_stats[name])
 
 
 def features_of(backbone: Any, key: jax.Array, images: jax.Array) -> jax.Array:
@@ -146,7 +177,7 @@ def averaged(batch_stats: Any, axis_name: str, *, everything: bool) -> Any:
   )
 
 
-def _varies(x, axis_name):
+def _varies(x: jax.Array, axis_name: str) -> bool:
   aval: Any = jax.typeof(x)
   if hasattr(aval, 'manual_axis_type'):
     return axis_name in aval.manual_axis_type.varying

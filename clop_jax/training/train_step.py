@@ -16,6 +16,7 @@ from clop_jax.data import augment
 from clop_jax.training import grad_cache
 from clop_jax.training import optimizer
 from clop_jax.training import prototype_rules
+from clop_jax.training import siamese
 from clop_jax.training import train_state
 
 
@@ -41,6 +42,9 @@ class Parts:
     bn_scope: 'global' or 'device', as in the networks. With 'device' the
       running statistics are averaged over the devices.
     num_micro_batches: Number of micro-batches of a shard, see `grad_cache`.
+    predictor: Flax module from embeddings to predictions, or None.
+    target: 'none', 'stop_gradient' or 'moving_average', see `siamese`.
+    target_momentum: Function from a step to the momentum of a moving average.
   """
 
   backbone: Any
@@ -58,6 +62,9 @@ class Parts:
   log_every: int = 1
   bn_scope: str = 'global'
   num_micro_batches: int = 1
+  predictor: Any = None
+  target: str = 'none'
+  target_momentum: Callable[..., jax.Array] | None = None
 
 
 def train_step(
@@ -110,6 +117,7 @@ def train_step(
     axis_name=None if pmean_gradients else axis_name,
   )
   total, (contrastive_loss, clop_loss, clop_labels) = value
+  embeddings = embeddings[:2]  # without predictions and targets
   if pmean_gradients:
     gradients = lax.pmean(gradients, axis_name)
   if axis_name is not None:
@@ -123,6 +131,13 @@ def train_step(
       gradients, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
+  target = state.target
+  if parts.target == 'moving_average':
+    assert parts.target_momentum is not None
+    averaged = {name: params[name] for name in target}
+    target = siamese.moving_average(
+      target, averaged, parts.target_momentum(state.step)
+    )
   step = state.step + 1
 
   def prototype_gradient():
@@ -170,6 +185,7 @@ def train_step(
     opt_state=opt_state,
     prototypes=prototypes,
     prototype_statistics=prototype_statistics,
+    target=target,
   )
   return state, metrics
 
@@ -178,7 +194,11 @@ _NORMS = ('gradient_norm', 'update_norm', 'parameter_norm')
 
 
 def _embed(parts, state, key, params, examples):
-  """Returns embeddings `[2, batch, dim]` of random views, and batch_stats."""
+  """Returns embeddings of random views, and batch_stats.
+
+  The embeddings are `[2, batch, dim]`. Predictions and targets of a moving
+  average follow as two more views each.
+  """
   with jax.named_scope('augmentation'):
     keys = augment.example_keys(key, state.step, examples['index'])
     images = examples['image']
@@ -189,7 +209,9 @@ def _embed(parts, state, key, params, examples):
   num_views, batch_size = views.shape[:2]
   # One pass for both views: half the launches, and common batch statistics.
   images = views.reshape(num_views * batch_size, *views.shape[2:])
-  with jax.named_scope('networks'):
+  keys = train_state.keys_of_views(keys, num_views)
+
+  def apply_networks(params):
     _, embeddings, batch_stats = train_state.apply_networks(
       parts.backbone,
       parts.projection_head,
@@ -197,16 +219,36 @@ def _embed(parts, state, key, params, examples):
       state.batch_stats,
       images,
       train=True,
-      keys=train_state.keys_of_views(keys, num_views),
+      keys=keys,
     )
-  return embeddings.reshape(num_views, batch_size, -1), batch_stats
+    return embeddings, batch_stats
+
+  with jax.named_scope('networks'):
+    embeddings, batch_stats = apply_networks(params)
+    outputs = [embeddings]
+    if parts.predictor is not None:
+      predictions, batch_stats['predictor'] = train_state.apply_network(
+        parts.predictor,
+        'predictor',
+        params,
+        state.batch_stats,
+        embeddings,
+        train=True,
+      )
+      outputs.append(predictions)
+    if parts.target == 'moving_average':
+      # In training mode, too: it normalizes over the batch.
+      outputs.append(apply_networks(state.target)[0])
+  outputs = [x.reshape(num_views, batch_size, -1) for x in outputs]
+  return jnp.concatenate(outputs), batch_stats
 
 
 @jax.named_scope('losses')
 def _losses(parts, state, embeddings, examples, axis_name):
   """Returns the total loss, its two terms and the labels of the CLOP term."""
   labels = examples['label']
-  contrastive_loss = parts.contrastive(embeddings, labels, axis_name=axis_name)
+  contrastive_loss = _contrastive_loss(parts, embeddings, labels, axis_name)
+  embeddings = embeddings[:2]
   if parts.pseudo_labels is not None:
     labels = parts.pseudo_labels(
       embeddings, labels, state.prototypes, state.step
@@ -217,6 +259,19 @@ def _losses(parts, state, embeddings, examples, axis_name):
   weight = parts.clop_weight * parts.prototype_rule.clop_factor(state.step)
   total = contrastive_loss + weight * clop_loss
   return total, (contrastive_loss, clop_loss, labels)
+
+
+def _contrastive_loss(parts, outputs, labels, axis_name):
+  if parts.predictor is None and parts.target == 'none':
+    return parts.contrastive(outputs, labels, axis_name=axis_name)
+  embeddings = outputs[:2]
+  predictions = embeddings if parts.predictor is None else outputs[2:4]
+  targets = outputs[-2:] if parts.target == 'moving_average' else embeddings
+  if parts.target != 'none':
+    targets = lax.stop_gradient(targets)
+  return siamese.asymmetric_loss(
+    parts.contrastive, predictions, targets, labels, axis_name=axis_name
+  )
 
 
 def _sometimes(condition, measure):

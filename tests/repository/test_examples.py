@@ -1,10 +1,14 @@
 """The examples run and give the results that they claim."""
 
 import ast
+import contextlib
 import functools
+import importlib
+import io
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -17,8 +21,10 @@ NUMBER = re.compile(r'-?\d+(?:\.\d+)?(?:e-?\d+)?')
 
 @functools.cache
 def printed(name):
-  """Returns the lines that an example prints in a new process."""
+  """Returns the lines that an example prints."""
   text = (FOLDER / f'{name}.py').read_text()
+  if 'def main(workdir)' in text:
+    return printed_by_main(name)
   environment = small.environment(8 if 'device_count=8' in text else 1)
   result = subprocess.run(
     [sys.executable, '-W', 'error::DeprecationWarning', FOLDER / f'{name}.py'],
@@ -30,9 +36,21 @@ def printed(name):
   return result.stdout.splitlines()
 
 
+def printed_by_main(name):
+  """Returns the last line that an example of the trainer prints, here."""
+  with (
+    pytest.MonkeyPatch.context() as patch,
+    tempfile.TemporaryDirectory() as workdir,
+    contextlib.redirect_stdout(io.StringIO()) as output,
+  ):
+    patch.syspath_prepend(FOLDER)
+    importlib.import_module(name).main(f'{workdir}/run')
+  return output.getvalue().splitlines()[-1:]
+
+
 def figures(line):
   """Returns the numbers after the name of a line."""
-  return [float(x) for x in NUMBER.findall(line.partition(': ')[2])]
+  return [float(x) for x in NUMBER.findall(line.partition(': ')[2] or line)]
 
 
 def tree(name):
@@ -94,7 +112,8 @@ def test_examples_use_public_functions_and_are_listed(name):
     if isinstance(node, ast.ImportFrom) and node.module == 'clop_jax'
     for alias in node.names
   }
-  assert ours and ours <= {'loss', 'prototypes', 'collapse'}
+  public = {'loss', 'prototypes', 'collapse', 'defaults', 'train', 'evaluate'}
+  assert ours and ours <= public
   listed = (small.ROOT / 'docs' / 'own_code.md').read_text()
   assert f'(examples/{name}.py)' in listed
   assert f'python docs/examples/{name}.py' in ast.get_docstring(tree(name))

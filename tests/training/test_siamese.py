@@ -1,0 +1,150 @@
+"""Steps with a predictor and a target, as in SimSiam and BYOL."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clop_jax import loss
+from clop_jax import prototypes
+from clop_jax.data import augment
+from clop_jax.models import heads
+from clop_jax.runtime import parallel
+from clop_jax.training import siamese
+from clop_jax.training import train_state
+from tests import lowering
+from tests import small
+
+RECIPE = augment.Recipe(
+  size=8,
+  mean=(0.3,),
+  std=(0.4,),
+  crop_area=(0.4, 1.0),
+  flip_probability=0.0,
+  jitter_probability=0.0,
+)
+KEY = jax.random.key(7)
+PREDICTOR = heads.ProjectionHead(
+  dim=6, hidden_dim=5, use_bn=False, axis_name=parallel.DATA_AXIS
+)
+RATE = 0.5
+
+
+def invariance(z, y, *, axis_name):
+  del y
+  return loss.invariance_loss(z, axis_name=axis_name)
+
+
+def batch():
+  rng = np.random.default_rng(0)
+  return {
+    'image': rng.integers(0, 256, (16, 8, 8, 1), np.uint8),
+    'label': np.full(16, -1, np.int32),
+    'index': np.arange(16, dtype=np.int32),
+  }
+
+
+def training(target, axis_name=parallel.DATA_AXIS, **changes):
+  """Returns the initial state and the step; SGD without momentum."""
+  create, step = small.training(
+    small.Dense(10, axis_name),
+    heads.ProjectionHead(dim=6, hidden_dim=8, axis_name=axis_name),
+    learning_rate=RATE,
+    momentum=0.0,
+    recipe=RECIPE,
+    contrastive=invariance,
+    predictor=PREDICTOR,
+    target=target,
+    target_momentum=lambda step: jnp.float32(0.75),
+    axis_name=axis_name,
+    **changes,
+  )
+  state = create(
+    prototypes=prototypes.orthonormal_prototypes(jax.random.key(1), 3, 6),
+    predictor=PREDICTOR,
+    has_target=target == 'moving_average',
+  )
+  return state, step
+
+
+def expected_loss(params, state, target):
+  """The loss by the equations, on one device."""
+  b = batch()
+  keys = augment.example_keys(KEY, state.step, b['index'])
+  views = augment.two_views(keys, b['image'], RECIPE).reshape(-1, 8, 8, 1)
+
+  def embed(params):
+    return train_state.apply_networks(
+      small.Dense(10, None),
+      heads.ProjectionHead(dim=6, hidden_dim=8),
+      params,
+      state.batch_stats,
+      views,
+      train=True,
+    )[1].reshape(2, 16, 6)
+
+  z = embed(params)
+  t = embed(state.target) if target == 'moving_average' else z
+  if target != 'none':
+    t = jax.lax.stop_gradient(t)
+  p = PREDICTOR.apply({'params': params['predictor']}, z, train=True)
+
+  def distance(a, b):
+    a, b = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
+    return jnp.mean(1 - jnp.sum(a * b, axis=-1))
+
+  return (distance(p[0], t[1]) + distance(p[1], t[0])) / 2
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+@pytest.mark.parametrize('target', ['none', 'stop_gradient', 'moving_average'])
+def test_the_step_follows_the_equations(target, devices):
+  small.need_devices(devices)
+  state, step = training(target)
+  if target == 'moving_average':  # not the trained parameters
+    state = state.replace(target=jax.tree.map(lambda x: 1.5 * x, state.target))
+  value, gradients = jax.value_and_grad(expected_loss)(
+    state.params, state, target
+  )
+  mesh = parallel.make_mesh(jax.devices()[:devices])
+  mapped = parallel.map_step(step, mesh, batch_axes=(None, 0, None))
+  after, metrics = mapped(
+    parallel.replicate(mesh, jax.tree.map(jnp.copy, state)), batch(), KEY
+  )
+  np.testing.assert_allclose(metrics['contrastive_loss'], value, rtol=1e-5)
+  params = jax.tree.map(lambda p, g: p - RATE * g, state.params, gradients)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+    after.params,
+    params,
+  )
+  if target == 'moving_average':
+    expected = {
+      name: jax.tree.map(
+        lambda t, p: 0.75 * t + 0.25 * p, state.target[name], after.params[name]
+      )
+      for name in ('backbone', 'projection_head')
+    }
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+      after.target,
+      expected,
+    )
+  else:
+    assert after.target is None
+
+
+def test_momentum_rises_from_its_base_to_one():
+  at = functools.partial(siamese.momentum_at, base=0.9, total_steps=100)
+  assert at(0) == pytest.approx(0.9)
+  assert at(50) == pytest.approx(0.95)
+  assert at(100) == pytest.approx(1.0)
+
+
+def test_the_step_lowers_on_every_platform():
+  small.need_devices(8)
+  state, step = training('moving_average', num_micro_batches=2)
+  mapped = parallel.map_step(step, lowering.mesh(), batch_axes=(None, 0, None))
+  lowering.check(mapped, state, batch(), KEY)
