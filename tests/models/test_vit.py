@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clop_jax.models import torchvision
 from clop_jax.models import vit
 from tests import lowering
 
@@ -159,3 +160,86 @@ def test_the_gradient_lowers_on_every_platform():
     return jnp.sum(module.apply(variables, images, train=True, keys=keys))
 
   lowering.check(jax.jit(jax.grad(total)), variables, IMAGES, KEYS)
+
+
+# --- torchvision's names ------------------------------------------------------
+
+
+def torchvision_names(depth):
+  """The names of torchvision's VisionTransformer without its classifier."""
+  layer = [
+    f'{name}.{kind}'
+    for name in ('ln_1', 'self_attention.out_proj', 'ln_2', 'mlp.0', 'mlp.3')
+    for kind in ('weight', 'bias')
+  ]
+  layer += ['self_attention.in_proj_weight', 'self_attention.in_proj_bias']
+  names = ['class_token', 'encoder.pos_embedding']
+  names += [f'conv_proj.{kind}' for kind in ('weight', 'bias')]
+  names += [f'encoder.ln.{kind}' for kind in ('weight', 'bias')]
+  return {
+    *names,
+    *(
+      f'encoder.layers.encoder_layer_{i}.{name}'
+      for i in range(depth)
+      for name in layer
+    ),
+  }
+
+
+def test_conversion_to_torchvision_and_back_is_exact():
+  _, variables = network()
+  weights = torchvision.to_torchvision(variables)
+  assert weights.keys() == torchvision_names(2)
+  assert weights['conv_proj.weight'].shape == (12, 2, 4, 4)
+  classifier = {'heads.head.weight': np.zeros((1000, 12))}
+  back = torchvision.from_torchvision(weights | classifier, variables)
+  jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+def test_weights_of_another_image_size_are_interpolated():
+  module = vit.ViT(**SMALL)
+  images = np.zeros((1, 16, 16, 2), np.float32)
+  small = module.init(jax.random.key(0), images[:, :8, :8], train=False)
+  large = module.init(jax.random.key(1), images, train=False)
+  loaded = torchvision.from_torchvision(
+    torchvision.to_torchvision(small), large
+  )
+  np.testing.assert_allclose(
+    loaded['params']['pos_embedding'],
+    vit.resize_positions(small['params']['pos_embedding'], 16),
+    atol=1e-6,
+  )
+  other = vit.ViT(**SMALL | {'dim': 6}).init(
+    jax.random.key(0), images, train=False
+  )
+  with pytest.raises(ValueError, match=r'conv_proj\.weight \(12, 2, 4, 4\)'):
+    torchvision.from_torchvision(torchvision.to_torchvision(small), other)
+
+
+def test_features_equal_torchvision():
+  torch = pytest.importorskip('torch')
+  models = pytest.importorskip('torchvision').models
+  torch.manual_seed(0)
+  theirs = models.VisionTransformer(
+    image_size=32,
+    patch_size=8,
+    num_layers=2,
+    num_heads=3,
+    hidden_dim=24,
+    mlp_dim=96,
+  ).eval()
+  with torch.no_grad():
+    for parameter in theirs.parameters():
+      parameter.add_(0.1 * torch.randn_like(parameter))
+  images = np.random.default_rng(0).normal(size=(2, 32, 32, 3))
+  images = images.astype(np.float32)
+  ours = vit.ViT(dim=24, depth=2, num_heads=3, patch_size=8)
+  like = ours.init(jax.random.key(0), images, train=False)
+  weights = {k: v.numpy() for k, v in theirs.state_dict().items()}
+  variables = torchvision.from_torchvision(weights, like)
+  features = ours.apply(variables, images, train=False)
+  theirs.heads = torch.nn.Identity()
+  with torch.no_grad():
+    expected = theirs(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+  difference = np.linalg.norm(features - expected) / np.linalg.norm(expected)
+  assert difference < 1e-5
