@@ -59,7 +59,8 @@ class Folder(_Files):
     """
     if data_dir is None or not os.path.isdir(data_dir):
       raise ValueError(
-        f'config.data.data_dir={data_dir} must be a folder with train/<class>/*'
+        'config.data.data_dir must be a folder with train/<class>/*, got '
+        f'{data_dir}'
       )
     splits, _, _ = _scan(data_dir)
     if split not in splits:

@@ -193,7 +193,7 @@ def test_hue_equals_colorsys(turn):
     h, s, v = colorsys.rgb_to_hsv(*pixel)
     expected.append(colorsys.hsv_to_rgb((h + turn) % 1.0, s, v))
   planes = jnp.asarray(image.T[:, None], jnp.float32)
-  ours = augment._turn_hue(planes, turn)
+  ours = jax.jit(augment._turn_hue)(planes, turn)
   np.testing.assert_allclose(ours[:, 0].T, expected, atol=1e-5)
 
 
@@ -366,7 +366,7 @@ def test_crop_shows_no_pixel_outside_of_it(size, interpolation, monkeypatch):
   }
   np.testing.assert_allclose(view(image, recipe), 100 / 255, atol=1e-5)
   crops = images.random_crops(
-    image,
+    Image.fromarray(image),
     size,
     count=1,
     crop_area=(0.1, 1.0),

@@ -342,7 +342,7 @@ def test_combined_policies_do_not_favour_an_example(policies):
   # often as others of their class.
   label = 1 if 'imbalance_factor' in policies else 0
   labels = np.repeat([0, 1], 8)
-  runs = 2000
+  runs = 1000
   frequency = np.zeros(8)
   for seed in range(runs):
     kept = apply(labels, num_classes=2, seed=seed, **policies)
@@ -355,13 +355,13 @@ def test_combined_policies_do_not_favour_an_example(policies):
 def test_noise_does_not_favour_a_kept_example():
   labels = np.repeat([0, 1], 8)
   frequency = np.zeros(8)
-  for seed in range(2000):
+  for seed in range(1000):
     noisy = apply(
       labels, num_classes=2, seed=seed, label_fraction=0.5, label_noise=0.5
     )
     frequency += noisy[:8] == 1
-  atol = 5 * np.sqrt(0.25 * 0.75 / 2000)
-  np.testing.assert_allclose(frequency / 2000, 0.25, atol=atol)
+  atol = 5 * np.sqrt(0.25 * 0.75 / 1000)
+  np.testing.assert_allclose(frequency / 1000, 0.25, atol=atol)
 
 
 @BY_EXAMPLES

@@ -130,7 +130,12 @@ def cut_short(path):
       'test .*train .*zebra',
     ),
     ('folder', 'extra', lambda t: (t / 'extra').mkdir(), 'extra has no image'),
-    ('folder', 'train', lambda t: t.rename(f'{t}.gone'), 'data_dir=.*train/'),
+    (
+      'folder',
+      'train',
+      lambda t: t.rename(f'{t}.gone'),
+      'data_dir.*train/.*set',
+    ),
     ('npz', 'val', None, r"split.*\['train', 'test', 'free'\].*'val'"),
     ('npz', 'train', lambda p: p.unlink(), r'data_dir=.*set\.npz: no such'),
     ('npz', 'train', lambda p: p.write_bytes(b''), r'set\.npz cannot be read'),

@@ -61,17 +61,6 @@ def test_digits_equal_scikit_learns(digits_dir):
   assert set(remaining.values()) == {0}
 
 
-def test_commands_do_not_import_tensorflow():
-  code = (
-    'import sys, clop_jax.train, clop_jax.evaluate\n'
-    'print("tensorflow" in sys.modules)'
-  )
-  result = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True
-  )
-  assert result.stdout.split() == ['False']
-
-
 def encoded(pixels, kind):
   file = io.BytesIO()
   Image.fromarray(pixels).save(file, format=kind)
