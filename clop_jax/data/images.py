@@ -39,6 +39,9 @@ class CorruptImageError(ValueError):
   """An image that cannot be decoded; the message names it."""
 
 
+_noted: set[str] = set()  # the note is printed once
+
+
 class LargeImageError(ValueError):
   """An intact image that is too large to decode; the message names it."""
 
@@ -52,7 +55,8 @@ def decode(data: bytes | str, name: str) -> Image.Image:
 
   Returns:
     Pillow image of mode 'L' (grey) or 'RGB', rotated according to its EXIF
-    orientation. Transparency and the lower 8 of 16 bits are dropped.
+    orientation. Transparency and the lower 8 of 16 bits are dropped. A note is
+    printed once if an image does not use the upper bits, as of 12-bit cameras.
 
   Raises:
     CorruptImageError: If the image cannot be decoded.
@@ -89,7 +93,14 @@ def _grey_or_rgb(image):
   if image.mode.startswith('I;16') or (
     image.mode == 'I' and image.format in ('PNG', 'PPM')
   ):
-    scaled = np.asarray(image, np.uint32) * 256 // (_max_value(image) + 1)
+    values, highest = np.asarray(image, np.uint32), _max_value(image)
+    if highest == 65535 and 255 < values.max(initial=0) < 4096:
+      print_once(
+        'note: there are 16-bit images without a value above 4095, so at most '
+        '16 of 256 grey levels remain; if they are from a 12-bit camera, scale '
+        'them to the range 0 to 65535'
+      )
+    scaled = values * 256 // (highest + 1)
     return Image.fromarray(np.minimum(scaled, 255).astype(np.uint8))
   if image.mode in ('I', 'F'):
     raise ValueError(f'pixels of mode {image.mode!r} have no known range')

@@ -54,13 +54,20 @@ def test_deep_images_become_eight_bits():
   pgm = b'P5 4 1 65535\n' + deep.astype('>u2').tobytes()
   for data in (encoded(Image.fromarray(deep)), pgm):
     np.testing.assert_array_equal(images.decode(data, 'x'), [[0, 0, 1, 255]])
-  # A TIFF of a 12-bit camera.
+
+
+@pytest.mark.parametrize(
+  ('tags', 'expected'), [({281: 4095}, [0, 1, 255]), ({}, [0, 0, 15])]
+)
+def test_twelve_bits_are_scaled_by_their_tag_or_noted(tags, expected, capsys):
+  images._print_once.cache_clear()
   file = io.BytesIO()
   deep = Image.fromarray(np.array([[0, 16, 4095]], np.uint16))
-  deep.save(file, 'TIFF', tiffinfo={281: 4095})
-  np.testing.assert_array_equal(
-    images.decode(file.getvalue(), 'x'), [[0, 1, 255]]
-  )
+  deep.save(file, 'TIFF', tiffinfo=tags)
+  for _ in range(2):
+    decoded = images.decode(file.getvalue(), 'x')
+    np.testing.assert_array_equal(decoded, [expected])
+  assert capsys.readouterr().err.count('4095') == (not tags)
 
 
 def test_large_image_is_not_corrupt(monkeypatch):

@@ -14,7 +14,6 @@ from clop_jax.tracking import contact_sheet
 from tests import lowering
 from tests import small
 from tests.commands import test_export
-from tests.experiment import test_configs
 from tests.training import test_lowering_step as steps
 
 FEATURE_DIM, CLASSES = 64, 10
@@ -44,9 +43,9 @@ def defaults_of_an_accelerator(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
 
 
-@pytest.mark.parametrize('path', test_configs.PATHS, ids=lambda path: path.stem)
-def test_feature_extraction_lowers(path):
-  config = steps.config_of(path)
+@pytest.mark.parametrize('name', steps.DATA)
+def test_feature_extraction_lowers(name):
+  config = steps.config_of(name)
   run = steps.built(config)
   function = restored.frozen(run, config, lowering.mesh())
   variables = build.abstract_state(run, lowering.mesh()).variables
@@ -129,9 +128,9 @@ def test_fine_tuning_lowers(changes):
   lowering.check(trainer._apply, state, images_of(config))
 
 
-@pytest.mark.parametrize('path', test_configs.PATHS, ids=lambda path: path.stem)
-def test_pictures_of_views_lower(path):
-  config = steps.config_of(path)
+@pytest.mark.parametrize('name', ['digits', *steps.DATA])
+def test_pictures_of_views_lower(name):
+  config = steps.config_of(name)
   size, channels = config.augment.size, config.data.channels
   sheets = contact_sheet.Sheets(
     build.recipe(config),

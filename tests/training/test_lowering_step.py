@@ -110,6 +110,20 @@ DATA = {
 }
 
 
+def config_of(name):
+  """Returns a file of `configs/` with a shallow network."""
+  _, config = test_configs.load(small.ROOT / 'configs' / f'{name}.py')
+  config = config.copy_and_resolve_references().unlock()
+  config.model.name = 'resnet8'  # more blocks are no other program
+  return config
+
+
+def built(config):
+  return build.build(
+    config, total_steps=1000, steps_per_epoch=5, platform='tpu'
+  )
+
+
 def program(config, num_examples=1437, side=8):
   return setup.plan(
     config,
@@ -129,9 +143,7 @@ def test_variant_lowers(name):
 
 @pytest.mark.parametrize('name', DATA)
 def test_config_lowers(name):
-  _, config = test_configs.load(small.ROOT / 'configs' / f'{name}.py')
-  config = config.copy_and_resolve_references().unlock()
-  config.model.name = 'resnet8'  # more blocks are no other program
+  config = config_of(name)
   traced = program(config, *DATA[name]).trace(config.train.steps_per_dispatch)
   lowering.check_traced(traced)
 
@@ -140,8 +152,7 @@ def test_config_lowers(name):
   'name', ['nt_xent', 'simplex_etf', 'random', 'aligned by assignment']
 )
 def test_first_state_lowers(name):
-  config = small.digits_config('unused', **VARIANTS[name])
-  run = build.build(config, total_steps=1000, steps_per_epoch=5, platform='tpu')
+  run = built(small.digits_config('unused', **VARIANTS[name]))
   replicated = parallel.replicated(lowering.mesh())
   create = jax.jit(run.create_state, out_shardings=replicated)
   lowering.check(create, jax.eval_shape(lambda: jax.random.key(0)))
