@@ -29,6 +29,7 @@ from clop_jax import cli
 from clop_jax import defaults
 from clop_jax.evaluation import figures
 from clop_jax.evaluation import measurement
+from clop_jax.evaluation import result as result_lib
 from clop_jax.evaluation import protocol
 from clop_jax.evaluation import tables
 from clop_jax.experiment import checkpoint
@@ -39,7 +40,7 @@ from clop_jax.runtime import parallel
 
 # The interface for Python.
 Request = measurement.Request
-Result = measurement.Result
+Result = result_lib.Result
 OtherData = measurement.OtherData
 evaluate = measurement.evaluate
 
@@ -69,7 +70,7 @@ class _Job:
     flag = f'--out={self.folder}'
     if self.folder == self.request.workdir:
       flag = f'--workdir={self.folder} (or choose --out=FOLDER)'
-    names = [os.path.join(measurement.FOLDER, 'x.json')]
+    names = [os.path.join(result_lib.FOLDER, 'x.json')]
     if self.request.is_plain:
       names = ['eval.json', 'embeddings.npz', _FIGURE]
     for name in names:
@@ -179,7 +180,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_multi_string(
     'mode',
-    list(measurement.COMPLETE),
+    list(result_lib.COMPLETE),
     'Modes, separated by commas: linear, knn, finetune.',
   )
   flags.DEFINE_list(

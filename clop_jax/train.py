@@ -64,7 +64,7 @@ def train(
     source: Training examples to use instead of those that `config.data` names,
       see `clop_jax.data.sources`.
     backbone: Backbone to use instead of `config.model.name`: a `flax.linen`
-      module or an object as in `clop_jax.models.backbone`. Pass it again to
+      module or an object as in `clop_jax.models.adapters`. Pass it again to
       resume, evaluate or load.
     contrastive: Loss `(embeddings, labels, *, axis_name) -> scalar` to use
       instead of `config.loss.contrastive`, with the conventions of

@@ -26,7 +26,7 @@ from clop_jax.data import reader as reader_lib
 from clop_jax.evaluation import probe
 from clop_jax.evaluation import protocol
 from clop_jax.experiment import inputs
-from clop_jax.models import backbone as backbone_lib
+from clop_jax.models import adapters
 from clop_jax.models import heads
 from clop_jax.runtime import parallel
 from clop_jax.training import train_state
@@ -118,7 +118,7 @@ def train_step(
       'params': params['backbone'],
       'batch_stats': state['batch_stats'],
     }
-    features, updated = backbone_lib.adapt(backbone).apply(
+    features, updated = adapters.adapt(backbone).apply(
       variables, images, True, train_state.keys_of_views(keys, 1)
     )
     logits = _logits(params['head'], features)
@@ -170,7 +170,7 @@ class Trainer:
   ):
     """Compiles nothing yet; the seed is that of the augmentation."""
     shape = (1, recipe.size, recipe.size, channels)
-    backbone = backbone_lib.adapt(backbone)
+    backbone = adapters.adapt(backbone)
     features, _ = jax.eval_shape(
       functools.partial(backbone.apply, train=False),
       variables,

@@ -4,13 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import datetime
 import importlib.metadata
-import io
-import json
-import os
-import re
 from typing import Any
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,18 +15,15 @@ from clop_jax.data import sources
 from clop_jax.evaluation import finetune
 from clop_jax.evaluation import probe
 from clop_jax.evaluation import protocol
+from clop_jax.evaluation import result as result_lib
 from clop_jax.experiment import build
 from clop_jax.experiment import inputs
 from clop_jax.experiment import restored
 from clop_jax.experiment import workdir as workdir_lib
-from clop_jax.runtime import files
 from clop_jax.runtime import parallel
 
 MODES = ('linear', 'knn', 'finetune')
-COMPLETE = ('linear', 'knn')  # modes that eval.json needs, with all labels
-FOLDER = 'evaluations'  # in a workdir, for everything that is not in eval.json
 _LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
-_MAX_ROWS = 2000  # number of embeddings saved for figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +65,7 @@ class Request:
 
   workdir: str
   which: str = 'latest'
-  modes: Sequence[str] = COMPLETE
+  modes: Sequence[str] = result_lib.COMPLETE
   fractions: Sequence[float] = (1.0,)
   data: OtherData | None = None
   given: Mapping[str, sources.Source] | None = None
@@ -99,74 +91,18 @@ class Request:
   def is_plain(self) -> bool:
     """True if the result is `eval.json` and its arrays, nothing else."""
     return (
-      {*self.modes} == {*COMPLETE}
+      {*self.modes} == {*result_lib.COMPLETE}
       and {*self.fractions} == {1.0}
       and self.data is None
       and not self.overrides
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """Measurements of a checkpoint.
-
-  Attributes:
-    step: Step of the checkpoint.
-    measurements: One dictionary for each mode and fraction: the accuracies, the
-      data and the settings.
-    complete: Content of `eval.json`. None unless the request had the modes
-      'linear' and 'knn' with all labels, on the run's own data and settings.
-    arrays: Arrays of the test split for figures, None if `complete` is.
-      Normalized `embeddings` `[n, dim]`, `labels` `[n]`, singular values
-      `spectrum` `[min(n, dim)]`, `class_mean_cosines` `[num_classes,
-      num_classes]`, and `prototypes` `[num_classes, dim]`.
-  """
-
-  step: int
-  measurements: list[dict]
-  complete: Any = None
-  arrays: Any = None
-
-  def write(self, folder: str, *, newest: bool = True) -> None:
-    """Writes the result into the workdir or another folder.
-
-    `complete` becomes `eval.json`, `arrays` becomes `embeddings.npz` (at most
-    2,000 embeddings, evenly spaced). Every other measurement becomes a file in
-    `evaluations/`.
-
-    Args:
-      folder: Folder, created if missing.
-      newest: False for an older checkpoint. `complete` then becomes a file in
-        `evaluations/`, and `arrays` is not written.
-
-    Raises:
-      OSError: If a file cannot be written.
-    """
-    contents = {
-      f'{FOLDER}/{_file_name(x)}': x
-      for x in self.measurements
-      if self.complete is None
-      or x['mode'] not in COMPLETE
-      or x['label_fraction'] != 1
-    }
-    if self.complete is not None and newest:
-      epath.Path(folder).mkdir(parents=True, exist_ok=True)
-      path = os.path.join(folder, 'embeddings.npz')
-      files.write_whole(path, _packed(self.arrays))
-      # Last, so that the other files exist wherever this one does.
-      contents['eval.json'] = self.complete
-    elif self.complete is not None:
-      contents[f'{FOLDER}/step{self.step}.json'] = self.complete
-    for name, content in contents.items():
-      path = os.path.join(folder, name)
-      epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
-      text = json.dumps(content, indent=2) + '\n'
-      files.write_whole(path, text.encode())
-
-
 def evaluate(
-  request: Request, *, on_part: Callable[[Result], None] | None = None
-) -> Result:
+  request: Request,
+  *,
+  on_part: Callable[[result_lib.Result], None] | None = None,
+) -> result_lib.Result:
   """Restores a checkpoint and measures its features and embeddings.
 
   Features are the backbone's output for images without augmentation, with batch
@@ -196,9 +132,9 @@ def evaluate(
   """
   subject = _Subject(request)
   parts = []
-  frozen = [mode for mode in request.modes if mode in COMPLETE]
+  frozen = [mode for mode in request.modes if mode in result_lib.COMPLETE]
   # Last, because it is the slowest.
-  tuned = [mode for mode in request.modes if mode not in COMPLETE]
+  tuned = [mode for mode in request.modes if mode not in result_lib.COMPLETE]
   for modes in filter(None, (frozen, tuned)):
     for fraction in request.fractions:
       parts.append(subject.measure(fraction, modes))
@@ -274,7 +210,7 @@ class _Subject:
     self._features, self._embeddings = {}, {}
     self._labels, self._decoded = {}, {}
     for split, reader in self._readers.items():
-      if {*modes} & {*COMPLETE}:
+      if {*modes} & {*result_lib.COMPLETE}:
         self._features[split], self._embeddings[split], positions = (
           probe.extract(
             self._run.apply,
@@ -298,14 +234,16 @@ class _Subject:
         'show what training with few labels gives'
       )
 
-  def measure(self, fraction: float, modes: Sequence[str]) -> Result:
+  def measure(self, fraction: float, modes: Sequence[str]) -> result_lib.Result:
     """Returns the measurements with a fraction of the labels."""
     found = {mode: self._measure(fraction, mode) for mode in modes}
     complete = arrays = None
     is_own = not self._facts['other_data'] and not self._facts['eval_changed']
-    if is_own and fraction == 1 and {*COMPLETE} <= found.keys():
+    if is_own and fraction == 1 and {*result_lib.COMPLETE} <= found.keys():
       complete, arrays = self._complete(found['linear'], found['knn'])
-    return Result(self._run.step, [*found.values()], complete, arrays)
+    return result_lib.Result(
+      self._run.step, [*found.values()], complete, arrays
+    )
 
   def _measure(self, fraction, mode):
     rows, data = self._rows[fraction], self._config.data
@@ -423,38 +361,3 @@ def _on_other_data(config, data):
         f'--data={data.name} --{split}_split={name}: {reason}'
       ) from error
   return config, given
-
-
-def _file_name(measurement):
-  """Returns a name that tells the data, mode, fraction and settings."""
-  place = [measurement['data']]
-  if measurement['other_data']:
-    if measurement['data'] in sources.WITHOUT_PREPARING:
-      path = measurement['data_dir'] or ''
-      place.append(path and os.path.basename(os.path.abspath(path)))
-    place += [measurement['train_split'], measurement['test_split']]
-  parts = [
-    '-'.join(filter(None, place)),
-    measurement['mode'],
-    f'{measurement["label_fraction"]:g}',
-    *(f'{k}={v}'.strip('[]') for k, v in measurement['eval_changed'].items()),
-  ]
-  # Splits such as train[:10%], and lists, have characters unfit for a name.
-  parts = [re.sub(r'[^\w.+-]+', '-', part) for part in parts]
-  return f'step{measurement["step"]}_{"_".join(parts)}.json'
-
-
-def _packed(arrays):
-  """Returns the bytes of `embeddings.npz`."""
-  count = len(arrays['labels'])
-  shown = np.linspace(0, count - 1, min(count, _MAX_ROWS)).round().astype(int)
-  packed = io.BytesIO()
-  np.savez_compressed(
-    packed,
-    embeddings=arrays['embeddings'][shown].astype(np.float16),
-    labels=arrays['labels'][shown].astype(np.int32),
-    spectrum=arrays['spectrum'].astype(np.float32),
-    class_mean_cosines=arrays['class_mean_cosines'].astype(np.float32),
-    prototypes=arrays['prototypes'].astype(np.float32),
-  )
-  return packed.getvalue()

@@ -14,21 +14,11 @@ import ml_collections
 
 from clop_jax import fields
 from clop_jax import loss
-from clop_jax.models import backbone as backbone_lib
+from clop_jax.models import adapters
+from clop_jax.models import backbones
 from clop_jax.models import heads
-from clop_jax.models import resnet
-from clop_jax.models import vit
 from clop_jax.runtime import names
 from clop_jax.runtime import parallel
-
-_RESNETS = {
-  'resnet8': resnet.ResNet8,
-  'resnet18': resnet.ResNet18,
-  'resnet34': resnet.ResNet34,
-  'resnet50': resnet.ResNet50,
-}
-_VITS = {'vit_ti': vit.ViTTi, 'vit_s': vit.ViTS, 'vit_b': vit.ViTB}
-BACKBONES = {**_RESNETS, **_VITS}
 
 # Functions of `(embeddings, axis_name=...)`, except supcon, which takes labels.
 LOSSES = {
@@ -58,7 +48,7 @@ class Networks:
     dtype: Dtype of the computation.
   """
 
-  backbone: backbone_lib.Checked
+  backbone: adapters.Checked
   projection_head: nn.Module
   predictor: nn.Module | None
   dtype: Any
@@ -74,7 +64,7 @@ def networks(
 
   Args:
     config: Config of the run.
-    backbone: Backbone that was passed from Python, see `models.backbone`.
+    backbone: Backbone that was passed from Python, see `models.adapters`.
     platform: Platform for `model.dtype='auto'`; None is JAX's default.
 
   Raises:
@@ -105,7 +95,7 @@ def networks(
   if backbone is None:
     backbone = _named_backbone(model, shared)
   return Networks(
-    backbone_lib.adapt(backbone, f'backbone {model.name}'),
+    adapters.adapt(backbone, f'backbone {model.name}'),
     projection_head,
     predictor,
     dtype,
@@ -119,15 +109,15 @@ def _named_backbone(model, shared):
       'train.train; pass it again, as in clop_jax.load(workdir, '
       "backbone=...), or train with a name 'package.module:attribute'"
     )
-  make = names.resolve('model.name', model.name, BACKBONES)
+  make = names.resolve('model.name', model.name, backbones.BACKBONES)
   options = model.options.to_dict()
-  if model.name in _RESNETS:
+  if model.name in backbones.RESNETS:
     options |= shared | {
       'stem': model.stem,
       'width_multiplier': model.width_multiplier,
       'zero_init_last_bn': model.zero_init_last_bn,
     }
-  elif model.name in _VITS:
+  elif model.name in backbones.VITS:
     options['dtype'] = shared['dtype']
   return names.call('model.options', make, **options)
 

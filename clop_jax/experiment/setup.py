@@ -108,7 +108,7 @@ def prepare(
     config: Config of the run, see `defaults`.
     source: Training examples to use instead of those that `config.data` names.
     backbone: Backbone to use instead of `config.model.name`, see
-      `models.backbone`.
+      `models.adapters`.
     contrastive: Loss `(embeddings, labels, *, axis_name) -> scalar` to use
       instead of `config.loss.contrastive`, see `clop_jax.loss`.
     devices: Devices to train on; None is all.

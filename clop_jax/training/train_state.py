@@ -8,7 +8,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from clop_jax.models import backbone as backbone_lib
+from clop_jax.models import adapters
 
 
 @flax.struct.dataclass
@@ -58,7 +58,7 @@ def create(
 
   Args:
     key: PRNG key of the initialization.
-    backbone: Backbone from images to features, see `models.backbone`.
+    backbone: Backbone from images to features, see `models.adapters`.
     projection_head: Module from features to embeddings.
     tx: Optax chain.
     image_shape: `(height, width, channels)` of a view.
@@ -71,7 +71,7 @@ def create(
   """
   backbone_key, head_key = jax.random.split(key)
   images = jnp.zeros((1, *image_shape), jnp.float32)
-  backbone = backbone_lib.adapt(backbone)
+  backbone = adapters.adapt(backbone)
   if backbone_variables is None:
     backbone_variables = backbone.init(backbone_key, images)
   features, _ = backbone.apply(backbone_variables, images, False)
@@ -144,13 +144,13 @@ def apply_network(
 ):
   """Returns the output of one network, and its batch_stats after it."""
   variables = {'params': params[name], 'batch_stats': batch_stats[name]}
-  y, updated = backbone_lib.adapt(network).apply(variables, x, train, **options)
+  y, updated = adapters.adapt(network).apply(variables, x, train, **options)
   return y, updated.get('batch_stats', batch_stats[name])
 
 
 def features_of(backbone: Any, key: jax.Array, images: jax.Array) -> jax.Array:
   """Returns the features of a backbone with random variables."""
-  backbone = backbone_lib.adapt(backbone)
+  backbone = adapters.adapt(backbone)
   return backbone.apply(backbone.init(key, images), images, False)[0]
 
 

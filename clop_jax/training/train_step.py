@@ -25,7 +25,7 @@ class Parts:
   """Networks, losses and optimizer of a train step.
 
   Attributes:
-    backbone: Backbone from images to features, see `models.backbone`.
+    backbone: Backbone from images to features, see `models.adapters`.
     projection_head: Flax module from features to embeddings.
     tx: Optax chain.
     schedule: Learning rate of a step, as in `tx`; it is only logged.

@@ -15,7 +15,7 @@ from flax import nnx
 from clop_jax import defaults
 from clop_jax import evaluate
 from clop_jax import train
-from clop_jax.models import backbone
+from clop_jax.models import adapters
 
 
 class Encoder(nnx.Module):
@@ -35,7 +35,7 @@ class Encoder(nnx.Module):
 
 def make():
   """Returns the backbone that the config names."""
-  return backbone.NNX(Encoder)
+  return adapters.NNX(Encoder)
 
 
 def main(workdir):

@@ -22,6 +22,7 @@ from clop_jax.evaluation import finetune
 from clop_jax.evaluation import measurement
 from clop_jax.evaluation import probe
 from clop_jax.evaluation import protocol
+from clop_jax.evaluation import result as result_lib
 from clop_jax.experiment import workdir as workdir_lib
 from tests import small
 
@@ -129,7 +130,7 @@ def test_more_labels_help_and_all_labels_give_eval_json(result, measured):
   assert 0.2 < few['linear_top1'] < all_labels['linear_top1'] - 0.1
   # With one label for each class, none can be held out.
   assert few['linear_held_out_top1'] is None and few['linear_l2'] == 0.1
-  for mode in measurement.COMPLETE:
+  for mode in result_lib.COMPLETE:
     top1 = f'{mode}_top1'
     assert result.complete[top1] == measured[mode, 1.0][top1]
   json.dumps([result.complete, result.measurements], allow_nan=False)

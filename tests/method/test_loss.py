@@ -285,7 +285,9 @@ def test_degenerate_embeddings_have_finite_values_and_gradients(kind):
   }[kind]
   z[1, 2] *= kind != 'one zero'
   for name, results in values_and_gradients(z, LABELS).items():
-    assert all(np.isfinite(x).all() for x in results), name
+    # Without shrinkage the covariance of equal embeddings has no factor.
+    if name != 'w_mse without shrinkage' or kind == 'one zero':
+      assert all(np.isfinite(x).all() for x in results), name
 
 
 @pytest.mark.parametrize('distance', ['euclidean', 'manhattan'])
@@ -312,7 +314,8 @@ def test_very_long_and_short_embeddings_keep_their_direction(scale):
   results = values_and_gradients(embeddings(scale=scale), LABELS)
   expected = values_and_gradients(embeddings(), LABELS)
   for name in CASES:
-    if name not in ('vicreg', 'barlow_twins'):  # they do not normalize
+    # These do not normalize.
+    if not name.startswith(('vicreg', 'barlow_twins', 'w_mse')):
       value = float(expected[name][0])
       assert results[name][0] == pytest.approx(value, rel=1e-4), name
 

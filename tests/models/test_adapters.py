@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clop_jax.models import backbone
+from clop_jax.models import adapters
 from clop_jax.models import vit
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 6, 6, 1)).astype(np.float32)
@@ -32,14 +32,14 @@ class NNXNet(nnx.Module):
 
 
 KINDS = {
-  'linen': backbone.Linen(LinenNet(), rngs=('dropout',)),
-  'nnx': backbone.NNX(NNXNet),
+  'linen': adapters.Linen(LinenNet(), rngs=('dropout',)),
+  'nnx': adapters.NNX(NNXNet),
 }
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_adapters_train_and_evaluate_a_module(kind):
-  network = backbone.adapt(KINDS[kind])
+  network = adapters.adapt(KINDS[kind])
   variables = jax.jit(network.init)(jax.random.key(0), IMAGES[:1])
   features, updated = jax.jit(network.apply, static_argnums=2)(
     variables, IMAGES, True, KEYS
@@ -65,7 +65,7 @@ def test_adapters_train_and_evaluate_a_module(kind):
 
 
 def test_both_flax_interfaces_compute_the_same():
-  networks = [backbone.adapt(x) for x in KINDS.values()]
+  networks = [adapters.adapt(x) for x in KINDS.values()]
   linen, nnx_ = (x.init(jax.random.key(0), IMAGES[:1]) for x in networks)
   linen['params']['Dense_0'] = nnx_['params']['dense']
   results = [
@@ -76,7 +76,7 @@ def test_both_flax_interfaces_compute_the_same():
 
 
 def test_a_module_with_keys_gets_one_for_each_image():
-  network = backbone.adapt(
+  network = adapters.adapt(
     vit.ViT(dim=4, depth=1, num_heads=2, patch_size=3, dropout=0.5)
   )
   variables = network.init(jax.random.key(0), IMAGES[:1])
@@ -101,7 +101,7 @@ class Plain:
 
 
 def test_any_object_with_init_and_apply_is_a_backbone():
-  network = backbone.adapt(Plain())
+  network = adapters.adapt(Plain())
   variables = network.init(jax.random.key(0), IMAGES[:1])
   features, _ = network.apply(variables, IMAGES, True, KEYS)
   np.testing.assert_allclose(
@@ -128,6 +128,6 @@ def test_any_object_with_init_and_apply_is_a_backbone():
 )
 def test_a_backbone_that_breaks_the_contract_is_named(broken, match):
   with pytest.raises(ValueError, match=match):
-    network = backbone.adapt(broken, 'mine')
+    network = adapters.adapt(broken, 'mine')
     variables = network.init(jax.random.key(0), IMAGES[:1])
     network.apply(variables, IMAGES, True)

@@ -182,7 +182,7 @@ def adapt(backbone: Any, name: str = 'backbone') -> Checked:
     if not callable(getattr(backbone, method, None)):
       raise ValueError(
         f'{name} must be a flax.linen module or have init and apply (see '
-        f'clop_jax.models.backbone), got {type(backbone).__name__}'
+        f'clop_jax.models.adapters), got {type(backbone).__name__}'
       )
   return Checked(backbone, name)
 
