@@ -4,7 +4,7 @@ python docs/examples/equinox_backbone.py
 
 Printed on a CPU (jax 0.10.2, equinox 0.13.8), for the test digits:
 
-linear 0.94, kNN 0.93
+linear 0.95, kNN 0.92
 """
 
 import sys

@@ -6,7 +6,7 @@ The config names the module, so `evaluate`, `embed` and `load` find it wherever
 this file can be imported. Printed on a CPU (jax 0.10.2, flax 0.12.8), for the
 test digits:
 
-linear 0.94, kNN 0.93, feature_dim 48
+linear 0.96, kNN 0.96, feature_dim 48
 """
 
 import sys

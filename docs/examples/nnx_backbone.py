@@ -4,7 +4,7 @@ python docs/examples/nnx_backbone.py
 
 Printed on a CPU (jax 0.10.2, flax 0.12.8), for the test digits:
 
-linear 0.93, kNN 0.93
+linear 0.96, kNN 0.94
 """
 
 import sys

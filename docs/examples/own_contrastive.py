@@ -6,7 +6,7 @@ The loss pulls the two views together and pushes the embeddings of the whole
 batch apart by the log-determinant of their correlations. Printed on a CPU (jax
 0.10.2), for the test digits:
 
-linear 0.95, kNN 0.94
+linear 0.87, kNN 0.90
 """
 
 import sys
