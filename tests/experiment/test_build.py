@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from clop_jax.experiment import build
+from clop_jax.experiment import components
 from clop_jax.runtime import parallel
 from clop_jax.training import train_state
 from tests import small
@@ -74,7 +75,7 @@ def test_key_argument_replaces_the_seed():
 )
 def test_large_similarity_matrix_is_computed_in_blocks(given, in_blocks):
   config, _ = built(loss__block_size=given)
-  contrastive = build._contrastive_loss(config, 'cpu')
+  contrastive = components.contrastive_loss(config, platform='cpu')
   z = jax.ShapeDtypeStruct((2, 1024, 16), np.float32)
   program = str(
     jax.make_jaxpr(lambda z: contrastive(z, None, axis_name=None))(z)

@@ -34,7 +34,7 @@ def test_features_are_those_of_the_backbone_on_normalized_images(run, images):
   ]
   networks = run.experiment.backbone, run.experiment.projection_head
   apply = [jax.jit(functools.partial(n.apply, train=False)) for n in networks]
-  expected = apply[0](parts[0], x.astype(np.float32))
+  expected, _ = apply[0](parts[0], x.astype(np.float32))
   np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
   expected = apply[1](parts[1], expected)
   np.testing.assert_allclose(embeddings, expected, rtol=1e-3, atol=1e-4)
