@@ -4,6 +4,9 @@ import math
 import re
 
 from absl import flags
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 import ml_collections
 import pytest
 
@@ -90,6 +93,34 @@ def test_field_accepts_only_its_range(name):
     refused += 1
   assert refused >= 8
   assert field.meaning.endswith(('.', ')'))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+  name=st.sampled_from(sorted(defaults.FIELDS)),
+  value=st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.one_of(st.integers(-2, 5), st.floats(), st.text(max_size=2))),
+  ),
+)
+def test_any_value_is_accepted_or_named(name, value):
+  config = defaults.get_config()
+  set_field(config, name, tuple(value) if isinstance(value, list) else value)
+  try:
+    defaults.check(config)
+  except ValueError as error:
+    assert f'config.{name} must be' in str(error)
+    return
+  # Accepted numbers are finite and in range.
+  field = defaults.FIELDS[name]
+  values = value if isinstance(value, list) else [value]
+  for one in values:
+    if one is not None and field.kind in (int, float):
+      assert math.isfinite(one) and field.low <= one <= field.high
 
 
 def test_missing_and_unknown_fields_are_named():
