@@ -90,24 +90,9 @@ def build(
   config_numbers = numbers_of(config)
   clop_step = _first_step(config, 'loss.clop_after_epochs', steps_per_epoch)
 
-  def optimizer_at(learning_rate):
-    fields = config.optimizer
-    schedule = optimizer.warmup_cosine(
-      learning_rate,
-      total_steps=total_steps,
-      warmup_steps=round(fields.warmup_epochs * steps_per_epoch),
-    )
-    tx = optimizer.create(
-      fields.name,
-      schedule,
-      momentum=fields.momentum,
-      weight_decay=fields.weight_decay,
-      trust_coefficient=fields.trust_coefficient,
-      clip_norm=fields.clip_norm,
-      rate_in_momentum=fields.rate_in_momentum,
-    )
-    return {'tx': tx, 'schedule': schedule}
-
+  optimizer_at = functools.partial(
+    _optimizer_at, config, total_steps, steps_per_epoch
+  )
   parts = train_step.Parts(
     backbone=networks.backbone,
     projection_head=networks.projection_head,
@@ -155,6 +140,26 @@ def build(
     create_state=functools.partial(_create_state, config, parts),
     step=step,
   )
+
+
+def _optimizer_at(config, total_steps, steps_per_epoch, learning_rate):
+  """Returns the Optax chain and the schedule for a base learning rate."""
+  fields = config.optimizer
+  schedule = optimizer.warmup_cosine(
+    learning_rate,
+    total_steps=total_steps,
+    warmup_steps=round(fields.warmup_epochs * steps_per_epoch),
+  )
+  tx = optimizer.create(
+    fields.name,
+    schedule,
+    momentum=fields.momentum,
+    weight_decay=fields.weight_decay,
+    trust_coefficient=fields.trust_coefficient,
+    clip_norm=fields.clip_norm,
+    rate_in_momentum=fields.rate_in_momentum,
+  )
+  return {'tx': tx, 'schedule': schedule}
 
 
 def _create_state(config, parts, key=None, backbone_variables=None):
