@@ -61,9 +61,10 @@ def load(
     (100, (8, 8, 1))
   """
   make = _SOURCES.get(name)
-  if make is None and ':' in name:
+  is_own = make is None and ':' in name
+  if is_own:
     make = names.resolve('data.name', name, _SOURCES)
-  if data_dir is not None:
+  if data_dir is not None and not is_own:
     # The config of a workdir was not checked by a command.
     check = remote.check if make is None else remote.check_local
     check('config.data.data_dir', data_dir)

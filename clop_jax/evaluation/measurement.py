@@ -17,6 +17,7 @@ from clop_jax.evaluation import probe
 from clop_jax.evaluation import protocol
 from clop_jax.evaluation import result as result_lib
 from clop_jax.experiment import build
+from clop_jax.experiment import components
 from clop_jax.experiment import inputs
 from clop_jax.experiment import restored
 from clop_jax.experiment import workdir as workdir_lib
@@ -169,7 +170,7 @@ class _Subject:
     }
     # Read before the long work, because the file may be damaged.
     known = 0
-    if config.loss.clop_weight or config.loss.contrastive == 'supcon':
+    if components.uses_labels(config):
       known = workdir_lib.num_labels(workdir)
     self._facts = {
       'other_data': request.data is not None,

@@ -24,7 +24,6 @@ from clop_jax.models import torchvision
 from clop_jax.runtime import parallel
 from clop_jax.training import optimizer
 from clop_jax.training import prototype_rules
-from clop_jax.training import siamese
 from clop_jax.training import train_state
 from clop_jax.training import train_step
 
@@ -114,11 +113,7 @@ def build(
     num_micro_batches=config.train.num_micro_batches,
     predictor=networks.predictor,
     target=config.method.target,
-    target_momentum=functools.partial(
-      siamese.momentum_at,
-      base=config.method.momentum,
-      total_steps=total_steps,
-    ),
+    target_momentum=_target_momentum(config, total_steps),
     **optimizer_at(config_numbers['learning_rate']),
   )
 
@@ -160,6 +155,12 @@ def _optimizer_at(config, total_steps, steps_per_epoch, learning_rate):
     rate_in_momentum=fields.rate_in_momentum,
   )
   return {'tx': tx, 'schedule': schedule}
+
+
+def _target_momentum(config, total_steps):
+  """Returns BYOL's schedule, from `method.momentum` to 1 like a cosine."""
+  decay = optax.cosine_decay_schedule(1 - config.method.momentum, total_steps)
+  return lambda step: 1 - decay(step)
 
 
 def _create_state(config, parts, key=None, backbone_variables=None):

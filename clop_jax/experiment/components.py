@@ -87,6 +87,11 @@ def networks(
   )
   predictor = None
   if config.method.predictor:
+    if not model.head_layers:
+      raise ValueError(
+        'config.method.predictor=True needs a projection head, got '
+        'config.model.head_layers=0; raise head_layers'
+      )
     predictor = heads.ProjectionHead(
       dim=model.embedding_dim,
       hidden_dim=config.method.predictor_hidden_dim,
@@ -120,6 +125,13 @@ def _named_backbone(model, shared):
   elif model.name in backbones.VITS:
     options['dtype'] = shared['dtype']
   return names.call('model.options', make, **options)
+
+
+def uses_labels(config: ml_collections.ConfigDict) -> bool:
+  """Returns True if a run may train on labels, as a user's own loss may."""
+  name = config.loss.contrastive
+  is_free = name == 'none' or (name in LOSSES and name != 'supcon')
+  return bool(config.loss.clop_weight) or not is_free
 
 
 def contrastive_loss(

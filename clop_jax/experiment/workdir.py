@@ -27,7 +27,6 @@ from clop_jax.runtime import parallel
 
 CONFIG, LABELS = 'config.json', 'labels.npz'
 _CONFIG_FIX = 'put an intact copy back, or use another --workdir'
-_VICREG = ('invariance_weight', 'variance_weight', 'covariance_weight')
 _LABELS_FIX = 'delete it; the command that trained the run writes it again'
 
 
@@ -299,15 +298,31 @@ def _upgraded(saved):
     }
   if 'depth' in model:
     model['name'] = f'resnet{model.pop("depth")}'
+  weights = loss.pop('vicreg_weights', (25, 25, 1))
   options = {
-    'supcon': {'variant': loss.pop('supcon_variant', 'out')},
-    'vicreg': dict(
-      zip(_VICREG, loss.pop('vicreg_weights', (25, 25, 1)), strict=True)
-    ),
-    'barlow_twins': {'redundancy_weight': loss.pop('barlow_weight', 5e-3)},
+    'supcon': {'variant': (loss.pop('supcon_variant', 'out'), 'out')},
+    'vicreg': {
+      f'{term}_weight': (weight, default)
+      for term, weight, default in zip(
+        ('invariance', 'variance', 'covariance'),
+        weights,
+        (25, 25, 1),
+        strict=True,
+      )
+    },
+    'barlow_twins': {
+      'redundancy_weight': (loss.pop('barlow_weight', 5e-3), 5e-3)
+    },
   }
-  if 'options' not in loss and loss.get('contrastive') in options:
-    loss['options'] = options[loss['contrastive']]
+  if 'options' not in loss:
+    # Without the defaults: a new config does not have them either.
+    loss['options'] = {
+      name: value
+      for name, (value, default) in options.get(
+        loss.get('contrastive'), {}
+      ).items()
+      if value != default
+    }
   groups = zip(groups, (data, model, loss), strict=True)
   return saved | {name: group for name, group in groups if name in saved}
 

@@ -1,4 +1,4 @@
-"""What the trainer asks of a backbone, and adapters for Flax modules.
+"""The backbone protocol of the trainer, and adapters for Flax modules.
 
 A backbone is any object with two methods:
 

@@ -14,15 +14,13 @@ moving average of the trained ones.
 Reference:
   Chen and He, "Exploring Simple Siamese Representation Learning", arXiv
   2011.10566, equation 2. Grill et al., "Bootstrap Your Own Latent", arXiv
-  2006.07733, equations 1 and 2, and section 3.2 for the momentum.
+  2006.07733, equations 1 and 2.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 
 def asymmetric_loss(
@@ -64,30 +62,3 @@ def asymmetric_loss(
     for view in (0, 1)
   ]
   return (losses[0] + losses[1]) / 2
-
-
-def momentum_at(step: jax.Array, *, base: float, total_steps: int) -> jax.Array:
-  r"""Momentum of the target networks, rising from `base` to 1.
-
-  .. math:: m_k = 1 - (1 - m_0)\, (\cos(\pi k / K) + 1) / 2
-
-  Args:
-    step: Number of updates so far, `k`.
-    base: First momentum, in [0, 1].
-    total_steps: Number of updates of the whole run, `K`.
-
-  Returns:
-    A float32 scalar.
-
-  Example:
-    >>> from clop_jax.training import siamese
-    >>> print(siamese.momentum_at(100, base=0.9, total_steps=100))
-    1.0
-  """
-  share = jnp.asarray(step, jnp.float32) / total_steps
-  return 1.0 - (1.0 - base) * (jnp.cos(jnp.pi * share) + 1.0) / 2.0
-
-
-def moving_average(target: Any, params: Any, momentum: jax.Array) -> Any:
-  """Returns `momentum * target + (1 - momentum) * params`, leaf by leaf."""
-  return optax.incremental_update(params, target, 1.0 - momentum)

@@ -20,6 +20,10 @@ from clop_jax.training import siamese
 from clop_jax.training import train_state
 
 
+# See `siamese`.
+TARGETS = ('none', 'stop_gradient', 'moving_average')
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts:
   """Networks, losses and optimizer of a train step.
@@ -44,7 +48,7 @@ class Parts:
     num_micro_batches: Number of micro-batches of a shard, see `grad_cache`.
     predictor: Flax module from embeddings to predictions, or None.
     target: 'none', 'stop_gradient' or 'moving_average', see `siamese`.
-    target_momentum: Function from a step to the momentum of a moving average.
+    target_momentum: Momentum of the moving average at a step.
   """
 
   backbone: Any
@@ -64,7 +68,18 @@ class Parts:
   num_micro_batches: int = 1
   predictor: Any = None
   target: str = 'none'
-  target_momentum: Callable[..., jax.Array] | None = None
+  target_momentum: optax.Schedule | None = None
+
+  def __post_init__(self):
+    if self.target not in TARGETS:
+      raise ValueError(
+        f'target must be one of {list(TARGETS)}, got {self.target!r}'
+      )
+    if self.target == 'moving_average' and self.target_momentum is None:
+      raise ValueError(
+        "target_momentum must be a schedule for target='moving_average', got "
+        'None'
+      )
 
 
 def train_step(
@@ -133,11 +148,9 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
   target = state.target
   if parts.target == 'moving_average':
-    assert parts.target_momentum is not None
-    averaged = {name: params[name] for name in target}
-    target = siamese.moving_average(
-      target, averaged, parts.target_momentum(state.step)
-    )
+    momentum: Any = parts.target_momentum
+    newest = {name: params[name] for name in target}
+    target = optax.incremental_update(newest, target, 1 - momentum(state.step))
   step = state.step + 1
 
   def prototype_gradient():

@@ -76,6 +76,22 @@ def test_a_named_run_resumes_exactly(run, tmp_path):
   np.testing.assert_array_equal(features(again), features(run))
 
 
+def test_byol_resumes_exactly(tmp_path):
+  config = config_of(
+    loss__contrastive='invariance',
+    loss__options={},
+    method__predictor=True,
+    method__predictor_hidden_dim=8,
+    method__target='moving_average',
+    method__momentum=0.5,
+  )
+  trained(config, tmp_path / 'whole')
+  again = shutil.copytree(tmp_path / 'whole', tmp_path / 'again')
+  shutil.rmtree(again / 'checkpoints' / '6')
+  trained(config, again)
+  np.testing.assert_array_equal(features(again), features(tmp_path / 'whole'))
+
+
 def test_objects_from_python_train_like_their_names(run, tmp_path):
   given = {
     'backbone': small.Dense(12),
@@ -162,6 +178,7 @@ class Pyramid:
       {'loss__contrastive': 'supcon', 'loss__options': {'variants': 'in'}},
       r"loss\.options.*supcon_loss.*'variants'",
     ),
+    ({'method__predictor': True, 'model__head_layers': 0}, 'head_layers=0'),
     ({'data__name': 'tests.small:squirrels'}, r"data\.name.*'squirrels'"),
     ({'data__options': {'number': 3}}, r"data\.options.*'number'"),
   ],

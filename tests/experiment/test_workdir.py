@@ -168,6 +168,39 @@ def test_class_fractions_of_older_workdirs_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+  ('contrastive', 'older', 'options'),
+  [
+    ('nt_xent', {}, {}),
+    ('supcon', {}, {}),
+    ('supcon', {'supcon_variant': 'in'}, {'variant': 'in'}),
+    (
+      'vicreg',
+      {'vicreg_weights': [25.0, 12.5, 1.0]},
+      {'variance_weight': 12.5},
+    ),
+    ('barlow_twins', {'barlow_weight': 0.1}, {'redundancy_weight': 0.1}),
+  ],
+)
+def test_networks_and_losses_of_older_workdirs_are_read(
+  contrastive, older, options
+):
+  new = defaults.get_config()
+  new.model.name, new.loss.contrastive = 'resnet18', contrastive
+  new.loss.options = options
+  saved = workdir.to_json(new)
+  del saved['model']['name'], saved['model']['options'], saved['method']
+  del saved['loss']['options']
+  saved['model']['depth'] = 18
+  saved['loss'] |= {
+    'supcon_variant': 'out',
+    'vicreg_weights': [25.0, 25.0, 1.0],
+    'barlow_weight': 0.005,
+  } | older
+  # So a new command resumes an older run.
+  assert workdir.completed(saved, 'config.json') == workdir.to_json(new)
+
+
+@pytest.mark.parametrize(
   ('pattern', 'expected'),
   [
     ('a[1]', ['a[1]']),

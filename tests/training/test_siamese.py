@@ -1,7 +1,5 @@
 """Steps with a predictor and a target, as in SimSiam and BYOL."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,19 +10,11 @@ from clop_jax import prototypes
 from clop_jax.data import augment
 from clop_jax.models import heads
 from clop_jax.runtime import parallel
-from clop_jax.training import siamese
 from clop_jax.training import train_state
 from tests import lowering
 from tests import small
+from tests.training.test_train_step import RECIPE
 
-RECIPE = augment.Recipe(
-  size=8,
-  mean=(0.3,),
-  std=(0.4,),
-  crop_area=(0.4, 1.0),
-  flip_probability=0.0,
-  jitter_probability=0.0,
-)
 KEY = jax.random.key(7)
 PREDICTOR = heads.ProjectionHead(
   dim=6, hidden_dim=5, use_bn=False, axis_name=parallel.DATA_AXIS
@@ -57,9 +47,8 @@ def training(target, axis_name=parallel.DATA_AXIS, **changes):
     contrastive=invariance,
     predictor=PREDICTOR,
     target=target,
-    target_momentum=lambda step: jnp.float32(0.75),
     axis_name=axis_name,
-    **changes,
+    **{'target_momentum': lambda step: jnp.float32(0.75)} | changes,
   )
   state = create(
     prototypes=prototypes.orthonormal_prototypes(jax.random.key(1), 3, 6),
@@ -136,11 +125,16 @@ def test_the_step_follows_the_equations(target, devices):
     assert after.target is None
 
 
-def test_momentum_rises_from_its_base_to_one():
-  at = functools.partial(siamese.momentum_at, base=0.9, total_steps=100)
-  assert at(0) == pytest.approx(0.9)
-  assert at(50) == pytest.approx(0.95)
-  assert at(100) == pytest.approx(1.0)
+@pytest.mark.parametrize(
+  ('changes', 'match'),
+  [
+    ({'target': 'ema'}, r"target.*moving_average.*'ema'"),
+    ({'target': 'moving_average', 'target_momentum': None}, 'momentum.*None'),
+  ],
+)
+def test_wrong_targets_are_named(changes, match):
+  with pytest.raises(ValueError, match=match):
+    training(**changes)
 
 
 def test_the_step_lowers_on_every_platform():
