@@ -115,8 +115,12 @@ def start(
   )
 
 
+_CHANGED = ('SLURM_NTASKS', 'KUBERNETES_SERVICE_HOST')  # by `_detect`
+
+
 def _detect(timeout):
   """Returns `(address, processes, number, local devices)`, or None."""
+  before = {x: os.environ.get(x) for x in _CHANGED}
   # JAX takes the number of tasks of the job, which an interactive step inherits
   # from it.
   if tasks := os.environ.get('SLURM_STEP_NUM_TASKS'):
@@ -138,6 +142,12 @@ def _detect(timeout):
       '--coordinator_address, --num_processes and --process_id (localhost:1, '
       '1 and 0 for a single process)'
     ) from error
+  finally:
+    # Other libraries read these variables as well.
+    for name, value in before.items():
+      os.environ.pop(name, None)
+      if value is not None:
+        os.environ[name] = value
   if count is None or number is None:
     if preset is None:
       return None

@@ -112,6 +112,7 @@ def test_a_single_process_joins_no_other(names, calls, monkeypatch):
   parallel.start()
   parallel.start('host:1234', 1, 0)
   assert not calls and not parallel.is_joined()
+  assert {name: os.environ.get(name) for name in names} == names
 
 
 @pytest.mark.parametrize(
