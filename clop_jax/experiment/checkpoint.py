@@ -17,7 +17,6 @@ import os
 import re
 import sys
 import tempfile
-import traceback
 
 from absl import logging
 from etils import epath
@@ -40,10 +39,10 @@ _UNUSABLE = re.compile(r'[\[\]*?\\\ud800-\udfff]|:/')
 # A missing file or one of another kind is damage. Any other error of the system
 # (a permission, a disk, a network) says nothing about the content.
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
-_CODE = re.compile(r"(?:os_error_code='|\[Errno )(\d+)")
+_CODE = re.compile(r"os_error_code='(\d+)'")
 _STATUS = re.compile(
   r'\b(PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|'
-  r'DEADLINE_EXCEEDED|ABORTED|CANCELLED|ConnectionError|TimeoutError):'
+  r'DEADLINE_EXCEEDED|ABORTED|CANCELLED):'
 )
 
 
@@ -78,14 +77,25 @@ def system_error(error: BaseException) -> OSError | None:
 
   Orbax and TensorStore wrap such errors, some of them only as text.
   """
-  text = ''.join(traceback.format_exception(error, limit=0))
-  codes = {int(code) for code in _CODE.findall(text)} - _DAMAGE
-  if 'MemoryError' in text:
-    codes = {errno.ENOMEM}
-  if codes:
-    return OSError(min(codes), os.strerror(min(codes)))
-  status = _STATUS.search(text)
-  return OSError(errno.EIO, status[1]) if status else None
+  waiting: list[BaseException | None] = [error]
+  seen: list[BaseException] = []
+  while waiting:
+    one = waiting.pop()
+    if one is None or one in seen:
+      continue
+    seen.append(one)
+    waiting += [one.__context__, one.__cause__, *getattr(one, 'exceptions', ())]
+    if isinstance(one, MemoryError):
+      return OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    # One without a number comes from a remote file system.
+    if isinstance(one, OSError) and one.errno not in _DAMAGE:
+      return one
+    code, status = _CODE.search(str(one)), _STATUS.search(str(one))
+    if code and int(code[1]) not in _DAMAGE:
+      return OSError(int(code[1]), os.strerror(int(code[1])))
+    if status and not code:
+      return OSError(errno.EIO, status[1])
+  return None
 
 
 class Checkpoints:
@@ -414,8 +424,9 @@ class Checkpoints:
   def _unreadable(self, step, refusal):
     reason, place = 'another process cannot read it', self._directory
     if refusal is not None:
-      reason = refusal.strerror
-      place = refusal.filename or os.path.join(place, str(step))
+      reason = refusal.strerror or str(refusal) or type(refusal).__name__
+      place = str(refusal.filename or os.path.join(place, str(step)))
+      place = place.replace(self._place, self._directory)
     error = UnreadableCheckpointError(
       f'the checkpoint of step {step} cannot be read ({reason}: '
       f'{files.as_text(place)}); nothing was changed. Make it readable and run '

@@ -189,6 +189,7 @@ _TEXTS = [
     (OSError(errno.ENOTDIR, 'x'), None),
     (MemoryError(), errno.ENOMEM),
     (KeyError('state'), None),
+    (ValueError('MemoryError is a word in a damaged file'), None),
   ],
 )
 def test_system_errors_are_distinguished_from_damage(error, number):
@@ -197,6 +198,22 @@ def test_system_errors_are_distinguished_from_damage(error, number):
   for one in (error, wrapped):
     found = checkpoint.system_error(one)
     assert (found and found.errno) == number
+
+
+def test_an_error_of_a_remote_file_system_is_not_damage(
+  folder, mesh, monkeypatch
+):
+  def forbidden(*arguments, **keywords):
+    raise OSError('Forbidden')  # without a number, as those of gcsfs
+
+  with checkpoint.Checkpoints(str(folder)) as checkpoints:
+    monkeypatch.setattr(checkpoints._manager, 'restore', forbidden)
+    with pytest.raises(
+      checkpoint.UnreadableCheckpointError, match=r'step 3 .*Forbidden'
+    ):
+      target = target_of(make_state(0, mesh), mesh)
+      checkpoints.restore_latest(target, warn=print)
+  assert sorted(os.listdir(folder)) == ['1', '2', '3']
 
 
 # A step, a file that Orbax looks for, and one that TensorStore reads.
