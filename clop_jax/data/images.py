@@ -152,10 +152,14 @@ def to_channels(
     image = np.asarray(image)
     shape = image.shape
     if image.dtype != np.uint8 or len(shape) != 3 or shape[-1] not in (1, 3):
+      advice = 'convert it'
+      if len(shape) == 3 and shape[0] in (1, 3):
+        advice = 'move the channels last, np.moveaxis(image, 0, -1)'
+      elif len(shape) == 3 and shape[-1] == 4:
+        advice = 'drop the transparency, image[..., :3]'
       raise ValueError(
         f'{name}: images must be uint8 [height, width, channels] with 1 or 3 '
-        f'channels, or Pillow images, got {image.dtype} {shape}; move the '
-        'channels to the last axis, and drop transparency'
+        f'channels, or Pillow images, got {image.dtype} {shape}; {advice}'
       )
     image = image[..., 0] if shape[-1] == 1 else image
     pillow = Image.fromarray(image) if image.size else Image.new('L', (0, 0))

@@ -12,6 +12,7 @@ from multiprocessing import connection as mp_connection
 import os
 import re
 import socket
+import struct
 import sys
 import threading
 import time
@@ -55,16 +56,20 @@ def parse_address(text: str, name: str = '--coordinator_address') -> Address:
 def bind_address(address: Address) -> Address:
   """Returns the address that process 0 listens on.
 
-  An IP address or localhost stands for itself, any other name for all
-  interfaces: a machine may resolve its own name differently than the others
-  do, as Debian does with 127.0.1.1.
+  An IP address of this machine or localhost stands for itself, all else for
+  all interfaces: a machine may resolve its own name differently than the others
+  do, as Debian does with 127.0.1.1, and no interface of it has the address that
+  others reach it by through a network address translation.
   """
   if address.host == 'localhost':
     return Address('127.0.0.1', address.port)
   try:
-    ipaddress.ip_address(address.host)
+    version = ipaddress.ip_address(address.host).version
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+      probe.bind((address.host, 0))
     return address
-  except ValueError:
+  except (ValueError, OSError):
     return Address(_ANY_INTERFACE, address.port)
 
 
@@ -188,9 +193,14 @@ def _gather(listener, address, count, timeout):
       )
     listener.settimeout(left)
     try:
-      connection = mp_connection.Connection(listener.accept()[0].detach())
+      connected, _ = listener.accept()
     except TimeoutError:
       continue
+    # Another program may send half of a message and stay connected.
+    connected.settimeout(None)
+    limit = struct.pack('ll', _HELLO_SECONDS, 0)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    connection = mp_connection.Connection(connected.detach())
     hello = _receive(connection, _HELLO_SECONDS) or ''
     match = re.fullmatch(r'clop_jax (\d+) of (\d+)', hello)
     if match is None:  # another program

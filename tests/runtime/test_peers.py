@@ -52,9 +52,12 @@ def test_a_malformed_address_is_an_error(text):
     ('localhost', '127.0.0.1'),
     ('::1', '::1'),
     ('node1', '::'),
+    ('192.0.2.1', '::'),  # of no machine
   ],
 )
-def test_process_0_listens_on_a_given_ip_address(host, expected):
+def test_process_0_listens_on_an_ip_address_of_its_own(host, expected):
+  if host == '::1' and not socket.has_dualstack_ipv6():
+    pytest.skip('this machine has no IPv6')
   assert peers.bind_address(peers.Address(host, 7)) == (expected, 7)
 
 
@@ -131,6 +134,27 @@ def test_another_program_is_not_process_0(address):
     listener.shutdown(socket.SHUT_RDWR)
   with pytest.raises(TimeoutError, match='another program answers'):
     raise error
+
+
+def test_another_program_that_stops_in_a_message_is_passed_over(
+  address, monkeypatch
+):
+  monkeypatch.setattr(peers, '_HELLO_SECONDS', 1)
+
+  def interrupt():
+    while True:
+      try:
+        connected = socket.create_connection(address)
+      except OSError:  # process 0 does not listen yet
+        continue
+      connected.sendall(b'GE')
+      return connected
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    zero = pool.submit(meet, address, [0], count=[2])
+    with interrupt():
+      for met in [*meet(address, [1], count=[2]), *zero.result()]:
+        met.close()
 
 
 class Watched:
