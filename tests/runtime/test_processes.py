@@ -219,6 +219,8 @@ def final_arrays(workdir, step):
 
 def last_step(workdir):
   """Returns the last step whose checkpoint exists. All must be intact."""
+  if not (workdir / 'checkpoints').is_dir():
+    return None  # stopped before it opened the folder
   saved = checkpoint.verify(str(workdir))
   assert all(entry.fault is None for entry in saved)
   return saved[-1].step if saved else None
