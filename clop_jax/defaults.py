@@ -292,6 +292,11 @@ FIELDS |= fields.group(
   clop_repulsion=real(
     0.0, 'Weight of the repulsion from other prototypes; cosine only.'
   ),
+  cross_entropy_weight=real(
+    0.0,
+    'Weight of the cross-entropy of a linear classifier on the features, '
+    'trained along with the networks on the labelled examples.',
+  ),
   pseudo_label_threshold=share(
     None,
     'Softmax probability from which the nearest prototype labels an '

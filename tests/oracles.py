@@ -223,6 +223,16 @@ def sigmoid(z, temperature=0.1, bias=-10.0):
   return total / len(_view_pairs(z))
 
 
+def cross_entropy(z, labels):
+  total, count = 0.0, 0
+  for view in z:
+    for logits, label in zip(view, labels, strict=True):
+      if label >= 0:
+        total += math.log(sum(math.exp(a - logits[label]) for a in logits))
+        count += 1
+  return total / count if count else 0.0
+
+
 def w_mse(z, epsilon=1e-3):
   n, d = z.shape[1:]
 

@@ -47,6 +47,17 @@ class Dense(nn.Module):
     return nn.relu(x)
 
 
+class Pixels(nn.Module):
+  """A backbone without batch statistics."""
+
+  dim: int = 32
+
+  @nn.compact
+  def __call__(self, images, train):
+    del train
+    return nn.tanh(nn.Dense(self.dim)(images.reshape(images.shape[0], -1)))
+
+
 def align(embeddings, labels, *, axis_name, weight=1.0):
   """A loss for tests: `config.loss.contrastive='tests.small:align'`."""
   del labels

@@ -112,6 +112,8 @@ def build(
     bn_scope=config.model.bn_scope,
     num_micro_batches=config.train.num_micro_batches,
     predictor=networks.predictor,
+    classifier=networks.classifier,
+    cross_entropy_weight=config.loss.cross_entropy_weight,
     target=config.method.target,
     target_momentum=_target_momentum(config, total_steps),
     **optimizer_at(config_numbers['learning_rate']),
@@ -189,6 +191,7 @@ def _create_state(config, parts, key=None, backbone_variables=None):
     prototype_statistics=parts.prototype_rule.statistics(initial),
     backbone_variables=backbone_variables,
     predictor=parts.predictor,
+    classifier=parts.classifier,
     has_target=parts.target == 'moving_average',
   )
 

@@ -45,12 +45,14 @@ class Networks:
     backbone: Backbone from images to features.
     projection_head: Flax module from features to embeddings.
     predictor: Flax module from embeddings to predictions, or None.
+    classifier: Flax module from features to logits, or None.
     dtype: Dtype of the computation.
   """
 
   backbone: adapters.Checked
   projection_head: nn.Module
   predictor: nn.Module | None
+  classifier: nn.Module | None
   dtype: Any
 
 
@@ -97,12 +99,16 @@ def networks(
       hidden_dim=config.method.predictor_hidden_dim,
       **shared,
     )
+  classifier = None
+  if config.loss.cross_entropy_weight:
+    classifier = heads.LinearHead(config.data.num_classes)
   if backbone is None:
     backbone = _named_backbone(model, shared)
   return Networks(
     adapters.adapt(backbone, f'backbone {model.name}'),
     projection_head,
     predictor,
+    classifier,
     dtype,
   )
 
@@ -131,7 +137,8 @@ def uses_labels(config: ml_collections.ConfigDict) -> bool:
   """Returns True if a run may train on labels, as a user's own loss may."""
   name = config.loss.contrastive
   is_free = name == 'none' or (name in LOSSES and name != 'supcon')
-  return bool(config.loss.clop_weight) or not is_free
+  weights = config.loss.clop_weight, config.loss.cross_entropy_weight
+  return any(weights) or not is_free
 
 
 def contrastive_loss(
@@ -152,10 +159,10 @@ def contrastive_loss(
   """
   choice = config.loss
   if choice.contrastive == 'none':
-    if not choice.clop_weight:
+    if not choice.clop_weight and not choice.cross_entropy_weight:
       raise ValueError(
-        "config.loss.contrastive is 'none' and config.loss.clop_weight is 0: "
-        'nothing is left to train on'
+        "config.loss.contrastive is 'none', config.loss.clop_weight is 0 and "
+        'config.loss.cross_entropy_weight is 0: nothing is left to train on'
       )
     return lambda z, labels, *, axis_name: jnp.zeros((), jnp.float32)
   if contrastive is not None:

@@ -18,6 +18,7 @@ Conventions of all losses:
   tracing.
 """
 
+from clop_jax.loss.classification import cross_entropy_loss
 from clop_jax.loss.clop import DISTANCES
 from clop_jax.loss.clop import clop_loss
 from clop_jax.loss.clop import prototype_distances
@@ -39,6 +40,7 @@ __all__ = [
   'barlow_twins_loss',
   'choose_block_size',
   'clop_loss',
+  'cross_entropy_loss',
   'dcl_loss',
   'invariance_loss',
   'nt_xent_loss',

@@ -76,7 +76,8 @@ class LinearHead(nn.Module):
   num_classes: int
 
   @nn.compact
-  def __call__(self, features: jax.Array) -> jax.Array:
+  def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
+    del train  # for the signature of the other networks
     # With zeros every class is equally likely before training.
     return nn.Dense(
       self.num_classes, kernel_init=nn.initializers.zeros, dtype=jnp.float32

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 
 def value_and_grad(
-  embed: Callable[[Any, Any], tuple[jax.Array, Any]],
-  loss_of: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+  embed: Callable[[Any, Any], tuple[Any, Any]],
+  loss_of: Callable[[Any, Any], tuple[jax.Array, Any]],
   params: Any,
   batch: Any,
   *,
@@ -39,9 +39,10 @@ def value_and_grad(
   so over all devices it has the same examples for any number of devices.
 
   Args:
-    embed: Function `(params, examples) -> (embeddings [views, examples, dim],
-      batch_stats)`, where `examples` is `batch` or a part of it.
-    loss_of: Function `(embeddings [views, batch, dim], batch) -> (loss, aux)`.
+    embed: Function `(params, examples) -> (embeddings, batch_stats)`, where
+      `examples` is `batch` or a part of it and `embeddings` a tree of arrays
+      `[views, examples, dim]`.
+    loss_of: Function `(embeddings, batch) -> (loss, aux)`.
     params: Tree of floating arrays.
     batch: Tree of `[batch, ...]` arrays.
     num_micro_batches: Number of micro-batches `M`, which divides the batch. 1
@@ -52,9 +53,9 @@ def value_and_grad(
       see `clop_jax.loss`).
 
   Returns:
-    `((loss, aux), embeddings [views, batch, dim], batch_stats, gradients)`,
-    with the embeddings in the order of the batch, the mean `batch_stats` of the
-    micro-batches, and gradients accumulated in float32.
+    `((loss, aux), embeddings, batch_stats, gradients)`, with the embeddings in
+    the order of the batch, the mean `batch_stats` of the micro-batches, and
+    gradients accumulated in float32.
 
   Raises:
     ValueError: If `num_micro_batches` does not divide the batch.
@@ -99,15 +100,12 @@ def value_and_grad(
   parts = _split(batch, num_micro_batches)
   embeddings, batch_stats = lax.map(lambda part: embed(params, part), parts)
   batch_stats = jax.tree.map(lambda x: jnp.mean(x, axis=0), batch_stats)
-  num_parts, views, part_size, dim = embeddings.shape
-  embeddings = jnp.moveaxis(embeddings, 0, 2).reshape(views, -1, dim)
-
+  embeddings = jax.tree.map(_joined, embeddings)
   total, pull_back, aux = jax.vjp(
     lambda z: loss_of(z, _after(embeddings, batch)), embeddings, has_aux=True
   )
   (cotangents,) = pull_back(_after(total, jnp.ones_like(total)))
-  cotangents = cotangents.reshape(views, part_size, num_parts, dim)
-  cotangents = jnp.moveaxis(cotangents, 2, 0)
+  cotangents = jax.tree.map(lambda x: _parted(x, num_micro_batches), cotangents)
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
   if axis_name is not None:
@@ -145,6 +143,21 @@ def _split(batch, num_micro_batches):
   )
 
 
+def _joined(x):
+  """Returns `[views, batch, dim]` of `[micro-batches, views, examples, dim]`.
+
+  The inverse of `_split`, for arrays with views first.
+  """
+  x = jnp.moveaxis(x, 0, 2)
+  return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _parted(x, num_micro_batches):
+  """Returns the inverse of `_joined`."""
+  x = x.reshape(x.shape[0], -1, num_micro_batches, x.shape[-1])
+  return jnp.moveaxis(x, 2, 0)
+
+
 def _after(first, tree):
   """Returns the tree, but only after `first` has been computed.
 
@@ -153,5 +166,5 @@ def _after(first, tree):
   a running loop, and the devices then confuse it with those of the loop. (An
   optimization barrier does not exist anymore when the program runs.)
   """
-  never = first.ravel()[0] > jnp.inf
+  never = jax.tree.leaves(first)[0].ravel()[0] > jnp.inf
   return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), tree)

@@ -17,8 +17,9 @@ class TrainState:
 
   Attributes:
     step: Number of updates so far, int32 scalar.
-    params: Parameters `{'backbone': ..., 'projection_head': ...}`, float32.
-    batch_stats: Running statistics, with the same two keys.
+    params: Parameters `{'backbone': ..., 'projection_head': ...}`, float32, and
+      those of 'predictor' and 'classifier' if there is one.
+    batch_stats: Running statistics, with the same keys.
     opt_state: State of the Optax chain.
     prototypes: Prototypes `[num_classes, dim]`.
     prototype_statistics: Statistics of the rule of the prototypes, see
@@ -52,6 +53,7 @@ def create(
   prototype_statistics=None,
   backbone_variables=None,
   predictor: Any = None,
+  classifier: Any = None,
   has_target: bool = False,
 ) -> TrainState:
   """Returns the state before the first step; a pure function.
@@ -67,6 +69,7 @@ def create(
     backbone_variables: Initial `params` and `batch_stats` of the backbone; None
       for random ones.
     predictor: Flax module from embeddings to predictions, or None.
+    classifier: Flax module from features to logits, or None.
     has_target: True to keep a moving average of the networks.
   """
   backbone_key, head_key = jax.random.split(key)
@@ -91,6 +94,8 @@ def create(
       jnp.zeros((1, prototypes.shape[-1])),
       train=False,
     )
+  if classifier is not None:
+    variables['classifier'] = classifier.init(head_key, features, train=False)
   params = {k: v.get('params', {}) for k, v in variables.items()}
   return TrainState(
     step=jnp.zeros((), jnp.int32),

@@ -47,6 +47,9 @@ class Parts:
       running statistics are averaged over the devices.
     num_micro_batches: Number of micro-batches of a shard, see `grad_cache`.
     predictor: Flax module from embeddings to predictions, or None.
+    classifier: Flax module from features to logits, or None. Its cross-entropy
+      on the labelled examples is added to the loss.
+    cross_entropy_weight: Weight of that cross-entropy.
     target: 'none', 'stop_gradient' or 'moving_average', see `siamese`.
     target_momentum: Momentum of the moving average at a step.
   """
@@ -67,6 +70,8 @@ class Parts:
   bn_scope: str = 'global'
   num_micro_batches: int = 1
   predictor: Any = None
+  classifier: Any = None
+  cross_entropy_weight: float = 0.0
   target: str = 'none'
   target_momentum: optax.Schedule | None = None
 
@@ -94,6 +99,8 @@ def train_step(
   r"""Takes one training step on two random views of each image.
 
   .. math:: L = L_{contrastive}(Z) + \lambda\, L_{CLOP}(Z, y, C)
+
+  and, with a classifier, its weighted cross-entropy.
 
   The function sees one shard of the batch. `parallel.map_step` maps it over the
   devices. It also runs under `jax.pmap` (with `pmean_gradients=True`) and, with
@@ -123,16 +130,16 @@ def train_step(
   Raises:
     ValueError: If `parts.num_micro_batches` does not divide the shard's batch.
   """
-  value, embeddings, batch_stats, gradients = grad_cache.value_and_grad(
-    lambda params, examples: _embed(parts, state, key, params, examples),
-    lambda z, examples: _losses(parts, state, z, examples, axis_name),
+  value, outputs, batch_stats, gradients = grad_cache.value_and_grad(
+    lambda params, examples: _outputs(parts, state, key, params, examples),
+    lambda out, examples: _losses(parts, state, out, examples, axis_name),
     state.params,
     batch,
     num_micro_batches=parts.num_micro_batches,
     axis_name=None if pmean_gradients else axis_name,
   )
-  total, (contrastive_loss, clop_loss, clop_labels) = value
-  embeddings = embeddings[:2]  # without predictions and targets
+  total, (losses, clop_labels) = value
+  embeddings = outputs['embeddings']
   if pmean_gradients:
     gradients = lax.pmean(gradients, axis_name)
   if axis_name is not None:
@@ -171,8 +178,7 @@ def train_step(
     )
   metrics = {
     'loss': total,
-    'contrastive_loss': contrastive_loss,
-    'clop_loss': clop_loss,
+    **losses,
     'learning_rate': jnp.asarray(parts.schedule(state.step), jnp.float32),
   }
   if parts.pseudo_labels is not None:
@@ -206,11 +212,11 @@ def train_step(
 _NORMS = ('gradient_norm', 'update_norm', 'parameter_norm')
 
 
-def _embed(parts, state, key, params, examples):
-  """Returns embeddings of random views, and batch_stats.
+def _outputs(parts, state, key, params, examples):
+  """Returns what the networks make of random views, and batch_stats.
 
-  The embeddings are `[2, batch, dim]`. Predictions and targets of a moving
-  average follow as two more views each.
+  The outputs are `[2, batch, ...]`: embeddings and, if there are any,
+  predictions, targets of the moving average, and logits.
   """
   with jax.named_scope('augmentation'):
     keys = augment.example_keys(key, state.step, examples['index'])
@@ -225,7 +231,7 @@ def _embed(parts, state, key, params, examples):
   keys = train_state.keys_of_views(keys, num_views)
 
   def apply_networks(params):
-    _, embeddings, batch_stats = train_state.apply_networks(
+    return train_state.apply_networks(
       parts.backbone,
       parts.projection_head,
       params,
@@ -234,52 +240,60 @@ def _embed(parts, state, key, params, examples):
       train=True,
       keys=keys,
     )
-    return embeddings, batch_stats
 
   with jax.named_scope('networks'):
-    embeddings, batch_stats = apply_networks(params)
-    outputs = [embeddings]
-    if parts.predictor is not None:
-      predictions, batch_stats['predictor'] = train_state.apply_network(
-        parts.predictor,
-        'predictor',
-        params,
-        state.batch_stats,
-        embeddings,
-        train=True,
-      )
-      outputs.append(predictions)
+    features, embeddings, batch_stats = apply_networks(params)
+    outputs = {'embeddings': embeddings}
+
+    def add(name, network, network_name, x):
+      if network is not None:
+        outputs[name], batch_stats[network_name] = train_state.apply_network(
+          network, network_name, params, state.batch_stats, x, train=True
+        )
+
+    add('predictions', parts.predictor, 'predictor', embeddings)
+    add('logits', parts.classifier, 'classifier', features)
     if parts.target == 'moving_average':
       # In training mode, too: it normalizes over the batch.
-      outputs.append(apply_networks(state.target)[0])
-  outputs = [x.reshape(num_views, batch_size, -1) for x in outputs]
-  return jnp.concatenate(outputs), batch_stats
+      outputs['targets'] = apply_networks(state.target)[1]
+  outputs = {
+    name: x.reshape(num_views, batch_size, -1) for name, x in outputs.items()
+  }
+  return outputs, batch_stats
 
 
 @jax.named_scope('losses')
-def _losses(parts, state, embeddings, examples, axis_name):
-  """Returns the total loss, its two terms and the labels of the CLOP term."""
+def _losses(parts, state, outputs, examples, axis_name):
+  """Returns the total loss, its terms by name and the labels of CLOP."""
   labels = examples['label']
-  contrastive_loss = _contrastive_loss(parts, embeddings, labels, axis_name)
-  embeddings = embeddings[:2]
+  embeddings = outputs['embeddings']
+  terms = {
+    'contrastive_loss': _contrastive_loss(parts, outputs, labels, axis_name)
+  }
+  clop_labels = labels
   if parts.pseudo_labels is not None:
-    labels = parts.pseudo_labels(
+    clop_labels = parts.pseudo_labels(
       embeddings, labels, state.prototypes, state.step
     )
-  clop_loss = parts.clop(
-    embeddings, labels, state.prototypes, axis_name=axis_name
+  terms['clop_loss'] = parts.clop(
+    embeddings, clop_labels, state.prototypes, axis_name=axis_name
   )
   weight = parts.clop_weight * parts.prototype_rule.clop_factor(state.step)
-  total = contrastive_loss + weight * clop_loss
-  return total, (contrastive_loss, clop_loss, labels)
+  total = terms['contrastive_loss'] + weight * terms['clop_loss']
+  if parts.classifier is not None:
+    terms['cross_entropy'] = loss.cross_entropy_loss(
+      outputs['logits'], labels, axis_name=axis_name
+    )
+    total += parts.cross_entropy_weight * terms['cross_entropy']
+  return total, (terms, clop_labels)
 
 
 def _contrastive_loss(parts, outputs, labels, axis_name):
+  embeddings = outputs['embeddings']
   if parts.predictor is None and parts.target == 'none':
-    return parts.contrastive(outputs, labels, axis_name=axis_name)
-  embeddings = outputs[:2]
-  predictions = embeddings if parts.predictor is None else outputs[2:4]
-  targets = outputs[-2:] if parts.target == 'moving_average' else embeddings
+    return parts.contrastive(embeddings, labels, axis_name=axis_name)
+  predictions = outputs.get('predictions', embeddings)
+  targets = outputs.get('targets', embeddings)
   if parts.target != 'none':
     targets = lax.stop_gradient(targets)
   return siamese.asymmetric_loss(

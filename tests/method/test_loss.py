@@ -63,6 +63,7 @@ CASES = {
     t=5.0,
   ),
   'spectral': case('spectral_contrastive', 3.0, mu=3.0),
+  'cross_entropy': case('cross_entropy', labelled=True),
   'sigmoid': case('sigmoid', 0.5, -1.0, temperature=0.5, bias=-1.0),
 }
 
@@ -315,7 +316,9 @@ def test_very_long_and_short_embeddings_keep_their_direction(scale):
   expected = values_and_gradients(embeddings(), LABELS)
   for name in CASES:
     # These do not normalize.
-    if not name.startswith(('vicreg', 'barlow_twins', 'w_mse')):
+    if not name.startswith(
+      ('vicreg', 'barlow_twins', 'w_mse', 'cross_entropy')
+    ):
       value = float(expected[name][0])
       assert results[name][0] == pytest.approx(value, rel=1e-4), name
 
@@ -372,6 +375,8 @@ clop = functools.partial(loss.clop_loss, Z, Y, np.eye(3))
     (lambda: loss.w_mse_loss(Z, epsilon=1.5), r'epsilon.*1\.5'),
     (lambda: loss.sigmoid_loss(Z, temperature=0), 'temperature.* 0'),
     (lambda: loss.sigmoid_loss(Z, bias=np.nan), 'bias.*nan'),
+    (lambda: loss.cross_entropy_loss(Z[0], Y), r'logits .*\(4, 3\)'),
+    (lambda: loss.cross_entropy_loss(Z, Y + 3), 'labels .*3.* 3'),
     (lambda: loss.invariance_loss(Z[:1]), r'embeddings .*2 .*\(1, 4, 3\)'),
     (lambda: loss.spectral_contrastive_loss(Z, mu=0), 'mu.* 0'),
     (

@@ -54,6 +54,7 @@ LOSSES = {
   'invariance': unlabelled(loss.invariance_loss),
   'alignment and uniformity': unlabelled(loss.alignment_uniformity_loss),
   'spectral': unlabelled(loss.spectral_contrastive_loss),
+  'cross_entropy': loss.cross_entropy_loss,
   'sigmoid': unlabelled(loss.sigmoid_loss),
 }
 

@@ -64,6 +64,7 @@ rows(
   (Z, Y),
   supcon=('supcon_loss', {}),
   supcon_in=('supcon_loss', {'variant': 'in'}),
+  cross_entropy=('cross_entropy_loss', {}),
   supcon_blocked=('supcon_loss', {'block_size': 10}),
 )
 rows(loss, (Z,), nt_xent_blocked=('nt_xent_loss', {'block_size': 10}))

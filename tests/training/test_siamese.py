@@ -1,4 +1,4 @@
-"""Steps with a predictor and a target, as in SimSiam and BYOL."""
+"""Steps with a predictor, a target or a classifier."""
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +135,68 @@ def test_the_step_follows_the_equations(target, devices):
 def test_wrong_targets_are_named(changes, match):
   with pytest.raises(ValueError, match=match):
     training(**changes)
+
+
+@pytest.mark.parametrize(('devices', 'parts'), [(1, 1), (1, 4), (8, 1)])
+def test_a_classifier_adds_the_cross_entropy_of_the_labelled(devices, parts):
+  small.need_devices(devices)
+  head = heads.ProjectionHead(dim=6, hidden_dim=8, use_bn=False)
+  # Without batch statistics, which would be those of a micro-batch.
+  backbone = small.Pixels(10)
+  classifier = heads.LinearHead(3)
+  create, step = small.training(
+    backbone,
+    head,
+    learning_rate=RATE,
+    momentum=0.0,
+    recipe=RECIPE,
+    contrastive=invariance,
+    clop_weight=0.0,
+    classifier=classifier,
+    cross_entropy_weight=0.5,
+    num_micro_batches=parts,
+  )
+  state = create(prototypes=jnp.eye(3, 6), classifier=classifier)
+  kernel = jax.random.normal(KEY, (10, 3))
+  state.params['classifier']['Dense_0']['kernel'] = kernel
+  given = batch()
+  given['label'][:5] = [0, 2, 1, 1, 0]
+
+  def expected(params):
+    keys = augment.example_keys(KEY, state.step, given['index'])
+    views = augment.two_views(keys, given['image'], RECIPE)
+    features = backbone.apply(
+      {'params': params['backbone']}, views.reshape(-1, 8, 8, 1), train=True
+    )
+    z = head.apply(
+      {'params': params['projection_head']}, features, train=True
+    ).reshape(2, 16, 6)
+    dense = params['classifier']['Dense_0']
+    logits = features @ dense['kernel'] + dense['bias']
+    logs = jax.nn.log_softmax(logits).reshape(2, 16, 3)
+    labels = given['label'][:5]
+    entropy = -jnp.mean(logs[:, np.arange(5), labels])
+    z /= jnp.linalg.norm(z, axis=-1, keepdims=True)
+    return jnp.mean(1 - jnp.sum(z[0] * z[1], -1)) + 0.5 * entropy, entropy
+
+  (total, entropy), gradients = jax.value_and_grad(expected, has_aux=True)(
+    state.params
+  )
+  mesh = parallel.make_mesh(jax.devices()[:devices])
+  mapped = parallel.map_step(step, mesh, batch_axes=(None, 0, None))
+  after, metrics = mapped(
+    parallel.replicate(mesh, jax.tree.map(jnp.copy, state)), given, KEY
+  )
+  np.testing.assert_allclose(metrics['loss'], total, rtol=1e-5)
+  np.testing.assert_allclose(metrics['cross_entropy'], entropy, rtol=1e-5)
+  jax.tree.map(
+    lambda new, old, gradient: np.testing.assert_allclose(
+      new, old - RATE * gradient, atol=2e-5
+    ),
+    after.params,
+    state.params,
+    gradients,
+  )
 
 
 def test_the_step_lowers_on_every_platform():
