@@ -72,6 +72,68 @@ def test_nt_xent_equals_ours_in_value_and_gradient(form, temperature):
   )
 
 
+def lightly(name, module='lightly.loss', **keywords):
+  """A loss of lightly as a function of the embeddings of both views."""
+  module = getattr(pytest.importorskip(module), name)(**keywords)
+  return lambda z: module(z[0], z[1])
+
+
+def whitened_by_lightly():
+  module = pytest.importorskip('lightly.loss.wmse_loss').WMSELoss(
+    embedding_dim=DIM, w_size=32
+  )
+  module.train()
+  whiten = module.whitening
+
+  def loss_of(z):
+    # The whole batch of each view, not random parts of it.
+    return module.loss_f(whiten(z[0]), whiten(z[1]))
+
+  return loss_of
+
+
+def sigmoid_of_open_clip():
+  module = pytest.importorskip('open_clip.loss').SigLipLoss()
+
+  def loss_of(z):
+    first, second = torch.nn.functional.normalize(z, dim=-1)
+    return module(first, second, logit_scale=1 / 0.1, logit_bias=-10.0)
+
+  return loss_of
+
+
+PUBLISHED = {
+  'invariance': (
+    lambda z: loss.invariance_loss(z) - 1,
+    lambda: lightly('NegativeCosineSimilarity'),
+  ),
+  'alignment and uniformity': (
+    lambda z: loss.alignment_uniformity_loss(z, t=1.5),
+    lambda: lightly('HypersphereLoss', 'lightly.loss.hypersphere_loss', t=1.5),
+  ),
+  'w_mse': (
+    lambda z: loss.w_mse_loss(z, epsilon=0.0),
+    whitened_by_lightly,
+  ),
+  'sigmoid': (loss.sigmoid_loss, sigmoid_of_open_clip),
+  'dcl': (
+    lambda z: loss.dcl_loss(z, temperature=0.1),
+    lambda: lightly('DCLLoss', temperature=0.1),
+  ),
+  'nt_xent': (
+    lambda z: loss.nt_xent_loss(z, temperature=0.2),
+    lambda: lightly('NTXentLoss', temperature=0.2),
+  ),
+  'vicreg': (loss.vicreg_loss, lambda: lightly('VICRegLoss')),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_a_loss_equals_that_of_a_published_package(name):
+  ours, theirs = PUBLISHED[name]
+  assert_same_loss_and_gradient(ours, theirs(), embeddings(batch=32))
+
+
 @pytest.mark.parametrize('views', [1, 2])
 @pytest.mark.parametrize(
   'labels', [[0, 1, 2, 3, 0, 1, 2, 3, 0], [-1, 3, -1, 0, -1, 2, 2, -1, -1]]
