@@ -4,6 +4,7 @@ import importlib.util
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from clop_jax import defaults
 from clop_jax.data import augment
 from clop_jax.data import loader
 from clop_jax.experiment import build
+from clop_jax.experiment import components
 from clop_jax.runtime import parallel
 from tests import small
 
@@ -62,6 +64,22 @@ def test_config_traces_a_whole_step(path):
   )
   new_state, metrics = jax.eval_shape(step, state, batch, jax.random.key(0))
   assert new_state.step.shape == metrics['loss'].shape == ()
+
+
+def test_imagenet_has_a_recipe_for_vits():
+  module, _ = load(small.ROOT / 'configs' / 'imagenet2012.py')
+  config = module.get_config('vit_s')
+  defaults.check(config)
+  assert (config.model.name, config.optimizer.name) == ('vit_s', 'adamw')
+  assert config.optimizer.warmup_epochs == 40
+  networks = components.networks(config)
+  shapes = jax.eval_shape(
+    networks.backbone.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3))
+  )
+  # ViT-S/16 has 22 million parameters without a classifier.
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == 21_665_664
+  with pytest.raises(ValueError, match=r"colon.*'vit_x'"):
+    module.get_config('vit_x')
 
 
 @pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
