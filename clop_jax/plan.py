@@ -44,7 +44,13 @@ _UNLABELLED = {'stl10': 100_000}
 # Seconds between two consecutive kernels.
 _LAUNCH = {'cuda': 2e-6, 'tpu': 0.0}
 # The compiler cannot time its choices without the device.
-_COMPILER_OPTIONS = {'cuda': {'xla_gpu_autotune_level': 0}}
+_COMPILER_OPTIONS = {
+  'cuda': {
+    'xla_gpu_autotune_level': 0,
+    # Without a device to try tile sizes on, Triton fails at some products.
+    'xla_gpu_enable_triton_gemm': False,
+  }
+}
 
 
 @dataclasses.dataclass(frozen=True)

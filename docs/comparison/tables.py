@@ -1,0 +1,201 @@
+"""Prints the tables of docs/comparison.md and draws its figure.
+
+python -m docs.comparison.tables --out=runs/comparison \
+  --figure=docs/comparison.png
+
+reads what `docs.comparison.studies` has written.
+"""
+
+import argparse
+import json
+import pathlib
+
+import matplotlib
+
+matplotlib.use('agg')
+
+from matplotlib import lines
+from matplotlib import pyplot as plt
+import pandas as pd
+
+RATE, WEIGHT = 'optimizer.learning_rate', 'loss.clop_weight'
+# Order and title of the methods.
+TITLES = {
+  'invariance': 'invariance only',
+  'simsiam': 'SimSiam',
+  'byol': 'BYOL',
+  'alignment_uniformity': 'alignment + uniformity',
+  'nt_xent': 'NT-Xent',
+  'dcl': 'DCL',
+  'spectral': 'spectral',
+  'sigmoid': 'sigmoid',
+  'vicreg': 'VICReg',
+  'barlow_twins': 'Barlow Twins',
+  'w_mse': 'W-MSE',
+  'supcon': 'SupCon (a tenth labelled)',
+  'nt_xent+ce': 'NT-Xent + cross-entropy',
+}
+METRICS = {
+  'linear_top1': ('Linear accuracy, %', 100),
+  'knn_top1': ('kNN accuracy, %', 100),
+  'effective_rank': ('Effective rank of the embeddings', 1),
+  'prototype_cosine': ('Cosine to the own prototype', 1),
+}
+# Okabe and Ito's colours.
+LOSS, GAIN, GREY = '#D55E00', '#0072B2', '#777777'
+
+
+def read(folder: pathlib.Path) -> pd.DataFrame:
+  """Returns all cells of one data set, with a column `method`.
+
+  Diverged cells count with the accuracy of chance and effective rank 0.
+  """
+  frames = []
+  for path in sorted(folder.glob('*/results.csv')):
+    frame = pd.read_csv(path)
+    if 'loss.contrastive' not in frame:
+      frame['loss.contrastive'] = path.parent.name
+    frames.append(frame.rename(columns={'loss.contrastive': 'method'}))
+  cells = pd.concat(frames, ignore_index=True)
+  config = json.loads(cells['config'].dropna().iloc[0])
+  classes = config['data']['num_classes'] or 100
+  diverged = cells['status'] == 'diverged'
+  cells.loc[diverged, ['linear_top1', 'knn_top1']] = 1 / classes
+  cells.loc[diverged, ['effective_rank', 'prototype_cosine']] = 0
+  cells['diverged'] = diverged
+  # The rule of the warning during training, `watch.collapse_share`.
+  cells['collapsed'] = cells['effective_rank'] < classes / 2
+  return cells
+
+
+def pair(group: pd.DataFrame, metric: str, digits: int, factor: float) -> str:
+  """Returns `alone -> CLOP`, means over the seeds."""
+  texts = []
+  for weight in (0, 1):
+    part = group[group[WEIGHT] == weight]
+    text = f'{factor * part[metric].mean():.{digits}f}'
+    if metric == 'effective_rank' and part['collapsed'].sum() * 2 > len(part):
+      text += '*'
+    if part['diverged'].any():
+      text += f' ({part["diverged"].sum()} diverged)'
+    texts.append(text)
+  return ' -> '.join(texts)
+
+
+def gain(group: pd.DataFrame) -> tuple[float, float]:
+  """Returns mean and standard error over seeds of CLOP's gain, in points."""
+  wide = group.pivot_table(index='seed', columns=WEIGHT, values='linear_top1')
+  difference = 100 * (wide[1] - wide[0])
+  return difference.mean(), difference.std() / len(difference) ** 0.5
+
+
+def table(header: list[str], rows: list[list[str]]) -> None:
+  """Prints a table."""
+  print('| ' + ' | '.join(header) + ' |')
+  print('|' + '---|' * len(header))
+  for row in rows:
+    print('| ' + ' | '.join(row) + ' |')
+
+
+def print_tables(name: str, cells: pd.DataFrame) -> None:
+  """Prints one table for each metric."""
+  rates = sorted(cells[RATE].unique())
+  header = ['method', *(f'rate {rate:g}' for rate in rates)]
+  groups = dict(list(cells.groupby(['method', RATE])))
+  for metric, (title, factor) in METRICS.items():
+    print(f'\n### {name}: {title.lower()}\n')
+    digits = 2 if metric == 'prototype_cosine' else 1
+    table(
+      header,
+      [
+        [
+          TITLES[method],
+          *(
+            pair(groups[method, rate], metric, digits, factor) for rate in rates
+          ),
+        ]
+        for method in TITLES
+      ],
+    )
+  print(f"\n### {name}: CLOP's gain of linear accuracy, points\n")
+  rows = []
+  for method in TITLES:
+    row = [TITLES[method]]
+    for rate in rates:
+      mean, error = gain(groups[method, rate])
+      row.append(f'{mean:+.1f} ± {error:.1f}')
+    rows.append(row)
+  table(header, rows)
+
+
+def draw(sets: dict[str, pd.DataFrame], path: str) -> None:
+  """Draws an arrow from alone to CLOP for each method, rate and data set."""
+  rates = sorted(next(iter(sets.values()))[RATE].unique())
+  figure, axes = plt.subplots(
+    len(sets),
+    len(rates),
+    figsize=(10.4, 4.2 * len(sets)),
+    sharey=True,
+    sharex='row',
+    layout='constrained',
+    squeeze=False,
+  )
+  for row, (name, cells) in zip(axes, sets.items(), strict=True):
+    for ax, rate in zip(row, rates, strict=True):
+      _panel(ax, cells[cells[RATE] == rate])
+      ax.set_title(f'{name}, learning rate {rate:g}', fontsize=10)
+      ax.set_xlabel('linear accuracy, %')
+  legend = [
+    lines.Line2D([], [], color=GREY, marker='o', ls='', label='alone'),
+    lines.Line2D(
+      [],
+      [],
+      color=GREY,
+      marker='o',
+      mfc='none',
+      ls='',
+      label='alone, collapsed',
+    ),
+    lines.Line2D([], [], color=GAIN, label='with CLOP: better'),
+    lines.Line2D([], [], color=LOSS, label='with CLOP: worse'),
+  ]
+  figure.legend(handles=legend, loc='outside upper center', ncols=4)
+  figure.savefig(path, dpi=130)
+  print(f'\nwritten: {path}')
+
+
+def _panel(ax, cells):
+  for place, method in enumerate(reversed(TITLES)):
+    own = cells[cells['method'] == method]
+    alone, clop = (own[own[WEIGHT] == weight] for weight in (0, 1))
+    start, end = (100 * part['linear_top1'].mean() for part in (alone, clop))
+    colour = GAIN if end >= start else LOSS
+    ax.annotate(
+      '',
+      xy=(end, place),
+      xytext=(start, place),
+      arrowprops={'arrowstyle': '-|>', 'color': colour, 'lw': 1.6},
+    )
+    collapsed = alone['collapsed'].sum() * 2 > len(alone)
+    face = 'none' if collapsed else GREY
+    ax.plot(start, place, 'o', color=GREY, mfc=face, ms=5)
+  ax.set_yticks(range(len(TITLES)), [*reversed(TITLES.values())], fontsize=9)
+  ax.grid(axis='x', lw=0.4)
+
+
+def main() -> None:
+  """The command."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--out', required=True, help='Folder of all studies.')
+  parser.add_argument('--figure', help='File to draw to.')
+  options = parser.parse_args()
+  folders = sorted(p for p in pathlib.Path(options.out).iterdir() if p.is_dir())
+  sets = {folder.name: read(folder) for folder in folders}
+  for name, cells in sets.items():
+    print_tables(name, cells)
+  if options.figure:
+    draw(sets, options.figure)
+
+
+if __name__ == '__main__':
+  main()
