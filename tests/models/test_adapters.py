@@ -2,11 +2,14 @@ from flax import linen as nn
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
 from clop_jax.models import adapters
 from clop_jax.models import vit
+from clop_jax.runtime import parallel
+from tests import small
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 6, 6, 1)).astype(np.float32)
 KEYS = jax.random.split(jax.random.key(1), 4)
@@ -83,6 +86,40 @@ def test_a_module_with_keys_gets_one_for_each_image():
   features, _ = network.apply(variables, IMAGES, True, KEYS)
   part, _ = network.apply(variables, IMAGES[2:], True, KEYS[2:])
   np.testing.assert_allclose(part, features[2:], rtol=1e-5, atol=1e-6)
+
+
+class GlobalNNX(nnx.Module):
+  def __init__(self, rngs):
+    self.dense = nnx.Linear(36, 5, rngs=rngs)
+    self.bn = nnx.BatchNorm(5, axis_name=parallel.DATA_AXIS, rngs=rngs)
+
+  def __call__(self, images):
+    return self.bn(self.dense(images.reshape(len(images), -1)))
+
+
+@pytest.mark.parametrize('module', [small.Dense(5), adapters.NNX(GlobalNNX)])
+def test_batch_normalization_with_an_axis_name_is_global(module):
+  small.need_devices(8)
+  network = adapters.adapt(module)
+  images = np.random.default_rng(0).normal(size=(16, 6, 6, 1))
+  images = np.float32(images + np.arange(16)[:, None, None, None])
+  variables = network.init(jax.random.key(0), images[:1])
+
+  def on(devices):
+    return jax.jit(
+      jax.shard_map(
+        lambda variables, images: network.apply(variables, images, True),
+        mesh=parallel.make_mesh(jax.devices()[:devices]),
+        in_specs=(P(), P(parallel.DATA_AXIS)),
+        out_specs=(P(parallel.DATA_AXIS), P()),
+      )
+    )(variables, images)
+
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4),
+    on(8),
+    on(1),
+  )
 
 
 class Plain:
