@@ -42,6 +42,7 @@ class Recorded:
     config.model.name = 'tests.small:Dense'
     config.train.batch_size, config.train.num_epochs = 24, 1
     config.augment.size = config.data.image_size = 8
+    config.augment.jitter_probability = 0.0  # takes long to compile
     arguments['devices'] = jax.devices()[:1]  # compiles faster than for eight
     self.function(config.lock(), workdir, watched=False, **arguments)
 
@@ -81,7 +82,9 @@ def test_citation_has_the_version_of_the_package():
 
 def test_paths_in_the_checklists_exist():
   text = (small.ROOT / 'CONTRIBUTING.md').read_text()
-  paths = re.findall(r'`((?:clop_jax|configs|docs|launch|tests)/[\w./]+)`', text)
+  paths = re.findall(
+    r'`((?:clop_jax|configs|docs|launch|tests)/[\w./]+)`', text
+  )
   assert len(paths) > 30
   for path in paths:
     assert (small.ROOT / path).exists(), path
