@@ -13,7 +13,6 @@ from absl import flags
 from clop_jax import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PATH = ROOT / 'docs' / 'commands.md'
 COMMAND = 'python docs/make_command_reference.py'
 
 # Each command and the page that describes it.
@@ -46,8 +45,8 @@ Every command except `plan` joins the processes that run the same command, see
 """
 
 
-def reference() -> str:
-  """Returns the text of docs/commands.md."""
+def reference() -> dict[str, str]:
+  """Returns the text of docs/commands.md by its path in docs/."""
   blocks = [_HEAD]
   blocks.append(
     '\n'.join(
@@ -72,7 +71,8 @@ def reference() -> str:
     _PROCESSES,
     _table(_defined(lambda: cli._define_common_flags(True))),
   ]
-  return '\n\n'.join(block.strip() for block in blocks) + '\n'
+  text = '\n\n'.join(block.strip() for block in blocks) + '\n'
+  return {'commands.md': text}
 
 
 def _module(name):
@@ -127,5 +127,6 @@ def _meaning(flag):
 
 
 if __name__ == '__main__':
-  PATH.write_text(reference())
-  print(f'written: {PATH.relative_to(ROOT)}')
+  for name, text in reference().items():
+    (ROOT / 'docs' / name).write_text(text)
+    print(f'written: docs/{name}')

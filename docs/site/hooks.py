@@ -43,6 +43,11 @@ FOLDERS = [
   'runtime',
 ]
 
+# `\max_k` and `\max_{...}`; the letters of arg max are joined by a hard space.
+_LIMITS = re.compile(
+  r'(\\max|\\min|\\operatorname\{arg.m..\})_(\{[^{}]+\}|\w)', re.ASCII
+)
+
 
 def on_config(config):
   """Sets the folder of the sources and the modules of the API."""
@@ -63,7 +68,7 @@ def _modules(folder):
 
 
 def _api_nav():
-  groups = dict(API) | {f'{folder}/': _modules(folder) for folder in FOLDERS}
+  groups = dict(API) | {folder: _modules(folder) for folder in FOLDERS}
   return ['api/index.md'] + [
     {group: [{module: _page(module)} for module in modules]}
     for group, modules in groups.items()
@@ -140,7 +145,7 @@ def _losses(module):
       page = source if source in API['Method'] else 'loss'
       if page == module:
         names += [alias.name for alias in node.names]
-  return names
+  return sorted(names, key=lambda name: name != 'clop_loss')
 
 
 def _options(**options):
@@ -194,6 +199,9 @@ def on_page_content(content, page, config, files):
     content,
     flags=re.S,
   )
+  # Values such as `76.7 -> 77.3` and `76.7 ± 3.6` stay on one line.
+  content = re.sub(r'(?<=\d) -&gt; (?=-?\d)', '&nbsp;→&nbsp;', content)
+  content = re.sub(r' ± (?=\d)', '&nbsp;±&nbsp;', content)
   if page.file.src_uri.startswith('api/'):
     content = re.sub(
       r'docs/([\w/]+\.md)', lambda x: _link(x, page, files), content
@@ -202,10 +210,20 @@ def on_page_content(content, page, config, files):
 
 
 def _mathml(match):
-  kind = 'inline' if match[1] == 'span' else 'block'
   text = html.unescape(match[2]).strip()
-  math = converter.convert(text, display=kind)
-  return math if kind == 'inline' else f'<div class="equation">{math}</div>'
+  # latex2mathml has no \arg, and puts limits beside their operator.
+  text = re.sub(
+    r'\\arg\s*\\(max|min)', '\\\\operatorname{arg\N{NO-BREAK SPACE}\\1}', text
+  )
+  if match[1] == 'span':
+    return converter.convert(text)
+  text = _LIMITS.sub(r'\\underset{\2}{\1}', text)
+  # Parts may wrap on a narrow screen.
+  parts = [x for x in re.split(r'\\qquad', text) if x.strip()]
+  if any(part.count('{') != part.count('}') for part in parts):
+    parts = [text]
+  parts = ''.join(converter.convert(x, display='block') for x in parts)
+  return f'<div class="equation">{parts}</div>'
 
 
 def _link(match, page, files):
