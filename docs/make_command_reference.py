@@ -85,8 +85,9 @@ def _docstring(name):
 
 
 def _linked(text):
-  # File names are code, so that Markdown leaves their underscores.
-  return re.sub(r'docs/(\w+\.md)', r'[\1](\1)', text.replace('*', '\\*'))
+  titles = {page: title for title, page in GUIDES.values()}
+  text = text.replace('*', '\\*')
+  return re.sub(r'docs/(\w+\.md)', lambda x: f'[{titles[x[1]]}]({x[1]})', text)
 
 
 def _defined(define_flags):

@@ -7,6 +7,7 @@ scripts nor fonts for them.
 
 import ast
 import html
+import os
 import pathlib
 import re
 
@@ -165,14 +166,32 @@ def _example_page(path):
 
 def on_page_markdown(markdown, page, config, files):
   """Rewrites what only works on GitHub."""
-  # The front page of the repository is not part of the site.
-  markdown = re.sub(
-    r'\]\(\.\./README\.md(#[\w-]*)?\)', '](README.md)', markdown
+  markdown = re.sub(r'```mermaid\n(.*?)```', _imports, markdown, flags=re.S)
+  source = page.file.src_uri
+  path = ROOT / source if source == 'CONTRIBUTING.md' else DOCS / source
+  folders = path.parent, (DOCS / source).parent
+  return re.sub(
+    r'(?<!!)\[([^\]]*)\]\(([^)#:\s]+)(#[\w-]*)?\)',
+    lambda match: _site_link(*match.groups(''), *folders),
+    markdown,
   )
-  if page.file.src_uri == 'CONTRIBUTING.md':
-    markdown = markdown.replace('](docs/', '](')
-    markdown = re.sub(r'```mermaid\n(.*?)```', _imports, markdown, flags=re.S)
-  return re.sub(r'(\]\(examples/\w+)\.py\)', r'\1.md)', markdown)
+
+
+def _site_link(text, link, anchor, folder, page_folder):
+  """Returns a link of a file in `folder` as one of a page in `page_folder`.
+
+  Only the text remains of links to folders, and to files that the site lacks.
+  """
+  target = pathlib.Path(os.path.normpath(folder / link))
+  if target == ROOT / 'README.md':
+    target, anchor = DOCS / 'README.md', ''
+  elif target == ROOT / 'CONTRIBUTING.md':
+    target = DOCS / 'CONTRIBUTING.md'
+  elif target.suffix == '.py' and target.parent == EXAMPLES:
+    target = target.with_suffix('.md')
+  if target.is_dir() or not target.is_relative_to(DOCS):
+    return text
+  return f'[{text}]({os.path.relpath(target, page_folder)}{anchor})'
 
 
 def _imports(match):
@@ -182,7 +201,7 @@ def _imports(match):
     names = []
     for node in edge:
       name, _, label = node.strip().rstrip(']').partition('[')
-      labels[name] = label.strip('"') or labels[name]
+      labels[name] = label.strip('"') or labels.get(name, name)
       names.append(name)
     edges.setdefault(names[0], []).append(names[1])
   rows = ['| folder | imports from |', '|---|---|']
