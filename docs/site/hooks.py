@@ -235,14 +235,22 @@ def _mathml(match):
     r'\\arg\s*\\(max|min)', '\\\\operatorname{arg\N{NO-BREAK SPACE}\\1}', text
   )
   if match[1] == 'span':
-    return converter.convert(text)
+    return _convert(text, 'inline')
   text = _LIMITS.sub(r'\\underset{\2}{\1}', text)
   # Parts may wrap on a narrow screen.
   parts = [x for x in re.split(r'\\qquad', text) if x.strip()]
   if any(part.count('{') != part.count('}') for part in parts):
     parts = [text]
-  parts = ''.join(converter.convert(x, display='block') for x in parts)
+  parts = ''.join(_convert(x, 'block') for x in parts)
   return f'<div class="equation">{parts}</div>'
+
+
+def _convert(text, display):
+  math = converter.convert(text, display=display)
+  # As \lVert is no fence to latex2mathml, it would stretch over the whole row.
+  return math.replace(
+    '<mo>&#x02016;</mo>', '<mo fence="false" stretchy="false">&#x02016;</mo>'
+  )
 
 
 def _link(match, page, files):
