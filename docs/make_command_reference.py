@@ -17,7 +17,7 @@ COMMAND = 'python docs/make_command_reference.py'
 
 # Each command and the page that describes it.
 GUIDES = {
-  'train': ('Getting started', 'getting_started.md'),
+  'train': ('Training', 'training.md'),
   'evaluate': ('Evaluation', 'evaluation.md'),
   'embed': ('Embedding', 'embed.md'),
   'export': ('Export', 'export.md'),
