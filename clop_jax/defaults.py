@@ -15,7 +15,7 @@ whole, options = fields.whole, fields.options
 _PIXELS = 4096
 _BATCH = 2**20
 
-# Text above the table of a group in docs/config.md, or above one of its fields.
+# Text above the table of a group in docs/config/, or above one of its fields.
 NOTES = {
   'data.unlabelled_classes': (
     'These fields choose the training labels. They apply in this order, see '

@@ -1,9 +1,9 @@
 r"""Writes features and embeddings of images into one file.
 
 python -m clop_jax.embed --workdir=runs/digits --out=digits.npz
-python -m clop_jax.embed --workdir=runs/digits --source=PHOTOS \\
+python -m clop_jax.embed --workdir=runs/digits --source=PHOTOS \
   --out=photos.parquet
-python -m clop_jax.embed --workdir=runs/digits --source=cifar10 --split=test \\
+python -m clop_jax.embed --workdir=runs/digits --source=cifar10 --split=test \
   --out=cifar10.npz --what=features
 
 Images are read, embedded and written batch by batch, so memory does not grow

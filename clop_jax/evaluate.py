@@ -3,9 +3,9 @@ r"""Evaluates checkpoints of one or more runs.
 python -m clop_jax.evaluate --workdir=runs/digits
 python -m clop_jax.evaluate --workdir=runs/a --workdir=runs/b --figure=ab.png
 python -m clop_jax.evaluate --workdir=runs/digits --checkpoint=all
-python -m clop_jax.evaluate --workdir='runs/*' --mode=linear,knn,finetune \\
+python -m clop_jax.evaluate --workdir='runs/*' --mode=linear,knn,finetune \
   --label_fraction=0.01,0.1,0.5,1 --table=few_labels.csv
-python -m clop_jax.evaluate --workdir=runs/digits --data=folder \\
+python -m clop_jax.evaluate --workdir=runs/digits --data=folder \
   --data_dir=PHOTOS --mode=linear,finetune --config.eval.finetune_epochs=10
 
 Prints one table. The evaluation of the run's own data with all labels is

@@ -1,6 +1,6 @@
 """Declarations of config fields: type, range, unit and meaning in one place.
 
-Config checks, their errors, `--help` and docs/config.md all read the
+Config checks, their errors, `--help` and docs/config/ all read the
 declarations in `defaults`.
 """
 

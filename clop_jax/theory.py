@@ -212,7 +212,8 @@ def critical_learning_rate(
     2.25
 
   Reference:
-    CLOP, arXiv 2403.18699, whose bound is sqrt(2) + O(1/k): docs/theory.md.
+    CLOP, arXiv 2403.18699, whose bound is sqrt(2) + O(1/k):
+    docs/theory/published_bound.md.
   """
   _check(model, clop_weight, temperature, correlation)
   _check_sizes(num_classes, dim, clop_weight)

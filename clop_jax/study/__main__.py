@@ -1,4 +1,4 @@
-"""Trains and evaluates every cell of a grid, and writes a table and a report.
+r"""Trains and evaluates every cell of a grid, and writes a table and a report.
 
 python -m clop_jax.study --config=configs/digits.py --workdir=runs/study \
   --grid optimizer.learning_rate=0.001,0.01,0.1,1,10 \

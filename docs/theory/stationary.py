@@ -1,4 +1,4 @@
-"""Stationary points of docs/theory.md and their curvature."""
+"""Stationary points of docs/theory/collapsed_points.md and their curvature."""
 
 from collections.abc import Callable
 import math

@@ -1,5 +1,5 @@
 # ruff: noqa: D103
-"""Prints the tables of docs/theory.md and draws its figure.
+"""Prints the tables of docs/theory.md and docs/theory/, and draws its figure.
 
 python -m docs.theory.tables --figure=docs/theory.png
 

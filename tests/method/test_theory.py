@@ -408,7 +408,9 @@ def test_docs_theory_has_the_tables_of_its_script(make, monkeypatch):
   monkeypatch.setattr(stationary, 'hessian_spectrum', lambda *_: 0.0)
   monkeypatch.setattr(tables, 'table', lambda *table: rows.extend(table[2]))
   make()
-  page = (small.ROOT / 'docs' / 'theory.md').read_text()
+  docs = small.ROOT / 'docs'
+  paths = [docs / 'theory.md', *docs.glob('theory/*.md')]
+  page = ''.join(path.read_text() for path in paths)
   for row in rows:
     # The last column of `hessians` is rounding.
     cells = row[:-1] if make is tables.hessians else row

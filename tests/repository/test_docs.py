@@ -1,4 +1,4 @@
-"""The documentation is correct: links, commands, fields and code.
+"""The documentation is correct: links, commands, fields, code and its site.
 
 The Python blocks of a file run in one namespace, in a folder with the run
 `runs/digits`. A `text` block after one is its output. A block that cannot run
@@ -11,20 +11,22 @@ import importlib
 import importlib.util
 import io
 import itertools
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 import types
-import warnings
 
 from absl import flags
 import jax
-import pdoc.__main__
 import pytest
 
 from clop_jax import cli
 from clop_jax import defaults
+from clop_jax import loss
 from clop_jax.study import grid
 from tests import small
 from tests.repository import test_architecture
@@ -196,6 +198,7 @@ def test_fields_in_the_text_exist(name):
   known = {*defaults.FIELDS, *groups}
   text = read(name)
   for field in re.findall(r'--config\.([a-z][\w.]*\w)', text):
+    field = field.removesuffix('.FIELD')
     group = defaults.FIELDS.get(field.rpartition('.')[0])
     assert field in known or (group and group.kind is dict), field
   for code in inline_code(text):
@@ -267,16 +270,20 @@ def test_python_blocks_run_and_print_their_output(name, run, monkeypatch):
 # Pages that must match something else
 
 
-def test_config_reference_is_up_to_date():
-  script = runpy.run_path(str(ROOT / 'docs' / 'make_config_reference.py'))
-  assert read('docs/config.md') == script['reference'](), (
-    f'docs/config.md is out of date; run: {script["COMMAND"]}'
-  )
+@pytest.mark.parametrize('subject', ['config', 'command'])
+def test_generated_reference_is_up_to_date(subject):
+  script = runpy.run_path(str(ROOT / 'docs' / f'make_{subject}_reference.py'))
+  for name, text in script['reference']().items():
+    assert read(f'docs/{name}') == text, (
+      f'docs/{name} is out of date; run: {script["COMMAND"]}'
+    )
 
 
 def test_figures_in_the_advice_were_measured():
   measured = ''.join(
-    read(f'docs/{name}.md') for name in ('results', 'study_tables', 'theory')
+    read(name)
+    for name in FILES
+    if re.match(r'docs/(results|study_tables|theory)\b', name)
   )
   advice = re.sub(r'\]\(.*?\)', '', prose(read('docs/choosing.md')))
   advice = re.sub(r'`[^`]*`', '', advice)
@@ -301,32 +308,85 @@ def test_public_functions_have_an_example(name):
     assert '>>> print(' in function.__doc__ or '>>> loss.' in function.__doc__
 
 
-def test_api_reference_builds_without_warnings(tmp_path):
-  (words,) = [
-    words
-    for name in FILES
-    for _, words in commands(name)
-    if words[:3] == ['python', '-m', 'pdoc']
+# The site
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+  """Returns the text of each page of the site by its address."""
+  folder = tmp_path_factory.mktemp('site')
+  words = [
+    *('-m', 'mkdocs', 'build', '--strict', '--quiet'),
+    *('-f', 'docs/mkdocs.yml', '-d', str(folder)),
   ]
-  modules = [module for module, _ in test_architecture.modules()]
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # those of libraries at import
-    for module in modules:
-      importlib.import_module(f'clop_jax.{module}')
-    warnings.simplefilter('error')
-    pdoc.__main__.cli(
-      [str(tmp_path) if x == 'docs/api' else x for x in words[3:]]
-    )
-  for module in modules:
-    # The losses stand on one page.
-    module = re.sub(r'^loss\..*', 'loss', module)
-    page = tmp_path / 'clop_jax' / f'{module.replace(".", "/")}.html'
-    assert page.exists() or module.endswith('__main__'), module
-    if module == 'loss':
-      # A line of a formula that starts like a list would become one.
-      formulas = re.findall(r'\$\$(.*?)\$\$', page.read_text(), re.DOTALL)
-      assert len(formulas) >= 12
-      assert not [x for x in formulas if '<' in x]
+  # Plugins use what later versions of libraries deprecate.
+  environment = os.environ | {'NO_MKDOCS_2_WARNING': '1', 'PYTHONWARNINGS': ''}
+  result = subprocess.run(
+    [sys.executable, *words],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  return {
+    str(path.parent.relative_to(folder)): path.read_text()
+    for path in folder.rglob('index.html')
+  }
+
+
+def article(html):
+  return re.search(r'<article.*?</article>', html, re.DOTALL)[0]
+
+
+def test_site_has_a_page_for_each_source_and_module(site):
+  for name in FILES:
+    page = re.sub(r'^docs/|(README)?\.md$', '', name).strip('/')
+    assert (page or '.') in site, name
+  for module, _ in test_architecture.modules():
+    folder, _, name = module.rpartition('.')
+    # These have no page of their own; `loss` has all of its functions.
+    if name.startswith('__') or folder == 'loss' or not folder:
+      continue
+    assert f'api/{module.replace(".", "/")}' in site, module
+  for name in loss.__all__:
+    pages = [page for page in site if page.startswith('api/loss')]
+    assert any(f'id="clop_jax.loss.{name}"' in site[page] for page in pages)
+
+
+def test_site_loads_nothing_from_the_network(site):
+  tags = r'<(?:script|link|img|iframe|source|object)\b[^>]*>'
+  for page, html in site.items():
+    for tag in re.findall(tags, html):
+      assert not re.search(r'(?:src|href|data)=.?(?:https?:)?//', tag), page
+    assert '@import' not in html and '.mermaid' not in html, page
+
+
+def test_pages_of_the_site_are_short(site):
+  for page, html in site.items():
+    text = re.sub(r'<math.*?</math>|<[^>]+>', ' ', article(html), flags=re.S)
+    words = [word for word in text.split() if re.search(r'\w', word)]
+    assert len(words) <= 2500, f'{page} has {len(words)} words'
+
+
+def test_equations_of_the_site_are_rendered(site):
+  # No TeX is left, neither as text nor as the name of an unknown command.
+  for page, html in site.items():
+    text = re.sub(r'<(pre|code)\b.*?</\1>', '', article(html), flags=re.S)
+    assert not re.search(r'\$\$|\\[a-zA-Z(\[]|\.\. math|merror', text), page
+  counts = {'api/loss': 3, 'api/loss/contrastive': 3, 'api/prototypes': 6}
+  for page, count in (counts | {'method': 18, 'theory': 10}).items():
+    assert site[page].count('<math') >= count, page
+
+
+def test_images_of_the_site_have_alternative_texts(site):
+  images = [x for html in site.values() for x in re.findall('<img[^>]*>', html)]
+  assert len(images) >= 2
+  for image in images:
+    assert re.search(r'alt="[^"]{10,}"', image), image
+
+
+# Pages that must match code
 
 
 def messages():
