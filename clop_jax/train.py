@@ -328,7 +328,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     'profile',
     None,
-    'Record N steps in WORKDIR/profile, and print where their time goes.',
+    'Record N steps for TensorBoard or Perfetto, and print the path.',
     lower_bound=1,
   )
   flags.DEFINE_enum(

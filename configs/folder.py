@@ -1,8 +1,8 @@
 r"""SimCLR with CLOP on a folder of your own images.
 
-python -m clop_jax.preview --config=configs/folder.py \\
+python -m clop_jax.preview --config=configs/folder.py \
   --config.data.data_dir=DIR
-python -m clop_jax.train --config=configs/folder.py --workdir=runs/folder \\
+python -m clop_jax.train --config=configs/folder.py --workdir=runs/folder \
   --config.data.data_dir=DIR
 python -m clop_jax.evaluate --workdir=runs/folder
 

@@ -1,7 +1,7 @@
 r"""SimCLR with CLOP on ImageNet (224x224, 1,000 classes), as in the paper.
 
 python -m clop_jax.prepare --name=imagenet2012 --data_dir=DIR
-python -m clop_jax.train --config=configs/imagenet2012.py --workdir=runs/in1k \\
+python -m clop_jax.train --config=configs/imagenet2012.py --workdir=runs/in1k \
   --config.data.data_dir=DIR
 python -m clop_jax.evaluate --workdir=runs/in1k
 

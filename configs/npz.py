@@ -1,6 +1,6 @@
 r"""SimCLR with CLOP on an npz file, here glyphs100 (32x32, grey).
 
-python -m clop_jax.train --config=configs/npz.py --workdir=runs/glyphs \\
+python -m clop_jax.train --config=configs/npz.py --workdir=runs/glyphs \
   --config.data.data_dir=glyphs100.npz
 python -m clop_jax.evaluate --workdir=runs/glyphs
 

@@ -1,13 +1,13 @@
 """Prints the tables of docs/comparison.md and draws its figure.
 
-python -m docs.comparison.tables --out=runs/comparison \
+python -m docs.comparison.tables --studies=runs/comparison \
   --figure=docs/comparison.png
 
-reads what `docs.comparison.studies` has written.
+With `--studies` it first collects what `docs.comparison.studies` has written
+in docs/comparison/results.csv.
 """
 
 import argparse
-import json
 import pathlib
 
 import matplotlib
@@ -18,6 +18,8 @@ from matplotlib import lines
 from matplotlib import pyplot as plt
 import pandas as pd
 
+RESULTS = pathlib.Path(__file__).with_name('results.csv')
+CLASSES = {'digits': 10, 'glyphs100': 100, 'cifar100': 100}
 RATE, WEIGHT = 'optimizer.learning_rate', 'loss.clop_weight'
 # Order and title of the methods.
 TITLES = {
@@ -45,27 +47,35 @@ METRICS = {
 LOSS, GAIN, GREY = '#D55E00', '#0072B2', '#777777'
 
 
-def read(folder: pathlib.Path) -> pd.DataFrame:
-  """Returns all cells of one data set, with a column `method`.
-
-  Diverged cells count with the accuracy of chance and effective rank 0.
-  """
+def collect(studies: pathlib.Path) -> pd.DataFrame:
+  """Returns the cells of all studies: one row for each run."""
   frames = []
-  for path in sorted(folder.glob('*/results.csv')):
+  for path in sorted(studies.glob('*/*/results.csv')):
     frame = pd.read_csv(path)
     if 'loss.contrastive' not in frame:
       frame['loss.contrastive'] = path.parent.name
+    frame.insert(0, 'data', path.parents[1].name)
     frames.append(frame.rename(columns={'loss.contrastive': 'method'}))
   cells = pd.concat(frames, ignore_index=True)
-  config = json.loads(cells['config'].dropna().iloc[0])
-  classes = config['data']['num_classes'] or 100
+  columns = ['data', 'method', RATE, WEIGHT, 'seed', 'status', *METRICS]
+  return cells[[*columns, 'train_seconds', 'evaluate_seconds']]
+
+
+def read(path: pathlib.Path = RESULTS) -> dict[str, pd.DataFrame]:
+  """Returns the cells of each data set.
+
+  Diverged cells count with the accuracy of chance and effective rank 0.
+  """
+  cells = pd.read_csv(path)
+  classes = cells['data'].map(CLASSES)
   diverged = cells['status'] == 'diverged'
-  cells.loc[diverged, ['linear_top1', 'knn_top1']] = 1 / classes
-  cells.loc[diverged, ['effective_rank', 'prototype_cosine']] = 0
+  for metric in ('linear_top1', 'knn_top1'):
+    cells.loc[diverged, metric] = 1 / classes[diverged]
+  cells.loc[diverged, ['effective_rank', 'prototype_cosine']] = 0.0
   cells['diverged'] = diverged
   # The rule of the warning during training, `watch.collapse_share`.
   cells['collapsed'] = cells['effective_rank'] < classes / 2
-  return cells
+  return dict(list(cells.groupby('data')))
 
 
 def pair(group: pd.DataFrame, metric: str, digits: int, factor: float) -> str:
@@ -100,6 +110,7 @@ def table(header: list[str], rows: list[list[str]]) -> None:
 def print_tables(name: str, cells: pd.DataFrame) -> None:
   """Prints one table for each metric."""
   rates = sorted(cells[RATE].unique())
+  methods = [m for m in TITLES if m in set(cells['method'])]
   header = ['method', *(f'rate {rate:g}' for rate in rates)]
   groups = dict(list(cells.groupby(['method', RATE])))
   for metric, (title, factor) in METRICS.items():
@@ -114,12 +125,12 @@ def print_tables(name: str, cells: pd.DataFrame) -> None:
             pair(groups[method, rate], metric, digits, factor) for rate in rates
           ),
         ]
-        for method in TITLES
+        for method in methods
       ],
     )
   print(f"\n### {name}: CLOP's gain of linear accuracy, points\n")
   rows = []
-  for method in TITLES:
+  for method in methods:
     row = [TITLES[method]]
     for rate in rates:
       mean, error = gain(groups[method, rate])
@@ -167,6 +178,8 @@ def draw(sets: dict[str, pd.DataFrame], path: str) -> None:
 def _panel(ax, cells):
   for place, method in enumerate(reversed(TITLES)):
     own = cells[cells['method'] == method]
+    if own.empty:
+      continue
     alone, clop = (own[own[WEIGHT] == weight] for weight in (0, 1))
     start, end = (100 * part['linear_top1'].mean() for part in (alone, clop))
     colour = GAIN if end >= start else LOSS
@@ -186,11 +199,13 @@ def _panel(ax, cells):
 def main() -> None:
   """The command."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--out', required=True, help='Folder of all studies.')
+  parser.add_argument('--studies', help='Folder of the studies to collect.')
   parser.add_argument('--figure', help='File to draw to.')
   options = parser.parse_args()
-  folders = sorted(p for p in pathlib.Path(options.out).iterdir() if p.is_dir())
-  sets = {folder.name: read(folder) for folder in folders}
+  if options.studies:
+    cells = collect(pathlib.Path(options.studies))
+    cells.round(4).to_csv(RESULTS, index=False)
+  sets = read()
   for name, cells in sets.items():
     print_tables(name, cells)
   if options.figure:
