@@ -190,8 +190,11 @@ def _create_state(config, parts, key=None, backbone_variables=None):
     prototypes=initial,
     prototype_statistics=parts.prototype_rule.statistics(initial),
     backbone_variables=backbone_variables,
-    predictor=parts.predictor,
-    classifier=parts.classifier,
+    others={
+      name: network
+      for name in ('predictor', 'classifier')
+      if (network := getattr(parts, name)) is not None
+    },
     has_target=parts.target == 'moving_average',
   )
 

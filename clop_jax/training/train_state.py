@@ -1,5 +1,6 @@
 """The training state, and the networks applied to images."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -52,8 +53,7 @@ def create(
   prototypes: jax.Array,
   prototype_statistics=None,
   backbone_variables=None,
-  predictor: Any = None,
-  classifier: Any = None,
+  others: Mapping[str, Any] | None = None,
   has_target: bool = False,
 ) -> TrainState:
   """Returns the state before the first step; a pure function.
@@ -68,8 +68,8 @@ def create(
     prototype_statistics: Initial statistics, see `TrainState`.
     backbone_variables: Initial `params` and `batch_stats` of the backbone; None
       for random ones.
-    predictor: Flax module from embeddings to predictions, or None.
-    classifier: Flax module from features to logits, or None.
+    others: Flax modules of embeddings ('predictor') and of features
+      ('classifier').
     has_target: True to keep a moving average of the networks.
   """
   backbone_key, head_key = jax.random.split(key)
@@ -88,14 +88,13 @@ def create(
       k: jax.tree.map(jnp.copy, v.get('params', {}))
       for k, v in variables.items()
     }
-  if predictor is not None:
-    variables['predictor'] = predictor.init(
-      jax.random.fold_in(head_key, 1),
-      jnp.zeros((1, prototypes.shape[-1])),
-      train=False,
+  for name, module in (others or {}).items():
+    inputs = features
+    if name == 'predictor':
+      inputs = jnp.zeros((1, prototypes.shape[-1]))  # embeddings
+    variables[name] = module.init(
+      jax.random.fold_in(head_key, 1), inputs, train=False
     )
-  if classifier is not None:
-    variables['classifier'] = classifier.init(head_key, features, train=False)
   params = {k: v.get('params', {}) for k, v in variables.items()}
   return TrainState(
     step=jnp.zeros((), jnp.int32),

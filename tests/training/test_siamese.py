@@ -52,7 +52,7 @@ def training(target, axis_name=parallel.DATA_AXIS, **changes):
   )
   state = create(
     prototypes=prototypes.orthonormal_prototypes(jax.random.key(1), 3, 6),
-    predictor=PREDICTOR,
+    others={'predictor': PREDICTOR},
     has_target=target == 'moving_average',
   )
   return state, step
@@ -156,7 +156,7 @@ def test_a_classifier_adds_the_cross_entropy_of_the_labelled(devices, parts):
     cross_entropy_weight=0.5,
     num_micro_batches=parts,
   )
-  state = create(prototypes=jnp.eye(3, 6), classifier=classifier)
+  state = create(prototypes=jnp.eye(3, 6), others={'classifier': classifier})
   kernel = jax.random.normal(KEY, (10, 3))
   state.params['classifier']['Dense_0']['kernel'] = kernel
   given = batch()
