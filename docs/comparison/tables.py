@@ -44,7 +44,8 @@ METRICS = {
   'prototype_cosine': ('Cosine to the own prototype', 1),
 }
 # Okabe and Ito's colours.
-LOSS, GAIN, GREY = '#D55E00', '#0072B2', '#777777'
+ALONE, CLOP, GREY = '#D55E00', '#0072B2', '#999999'
+DRAWN = ('linear_top1', 'effective_rank')
 
 
 def collect(studies: pathlib.Path) -> pd.DataFrame:
@@ -140,58 +141,55 @@ def print_tables(name: str, cells: pd.DataFrame) -> None:
 
 
 def draw(sets: dict[str, pd.DataFrame], path: str) -> None:
-  """Draws an arrow from alone to CLOP for each method, rate and data set."""
+  """Draws each method alone and with CLOP, for each rate and data set."""
   rates = sorted(next(iter(sets.values()))[RATE].unique())
+  rows = [(name, metric) for name in sets for metric in DRAWN]
   figure, axes = plt.subplots(
-    len(sets),
+    len(rows),
     len(rates),
-    figsize=(10.4, 4.2 * len(sets)),
+    figsize=(10.4, 3.3 * len(rows)),
     sharey=True,
     sharex='row',
     layout='constrained',
     squeeze=False,
   )
-  for row, (name, cells) in zip(axes, sets.items(), strict=True):
+  for row, (name, metric) in zip(axes, rows, strict=True):
     for ax, rate in zip(row, rates, strict=True):
-      _panel(ax, cells[cells[RATE] == rate])
+      cells = sets[name]
+      _panel(ax, cells[cells[RATE] == rate], metric)
       ax.set_title(f'{name}, learning rate {rate:g}', fontsize=10)
-      ax.set_xlabel('linear accuracy, %')
+      ax.set_xlabel(METRICS[metric][0])
+      if metric == 'effective_rank':
+        ax.set_xscale('log')
+        ax.axvline(CLASSES[name] / 2, color='black', lw=0.8, ls=':')
   legend = [
-    lines.Line2D([], [], color=GREY, marker='o', ls='', label='alone'),
+    lines.Line2D([], [], color=ALONE, marker='o', ls='', label='alone'),
+    lines.Line2D([], [], color=CLOP, marker='D', ls='', label='with CLOP'),
     lines.Line2D(
-      [],
-      [],
-      color=GREY,
-      marker='o',
-      mfc='none',
-      ls='',
-      label='alone, collapsed',
+      [], [], color='black', lw=0.8, ls=':', label='half the number of classes'
     ),
-    lines.Line2D([], [], color=GAIN, label='with CLOP: better'),
-    lines.Line2D([], [], color=LOSS, label='with CLOP: worse'),
   ]
-  figure.legend(handles=legend, loc='outside upper center', ncols=4)
+  figure.legend(handles=legend, loc='outside upper center', ncols=3)
   figure.savefig(path, dpi=130)
   print(f'\nwritten: {path}')
 
 
-def _panel(ax, cells):
+def _panel(ax, cells, metric):
+  factor = METRICS[metric][1]
   for place, method in enumerate(reversed(TITLES)):
     own = cells[cells['method'] == method]
-    if own.empty:
+    by_weight = own.groupby(WEIGHT)
+    word = 'diverged' if own['diverged'].any() else 'at chance'
+    chance = 1 / own['data'].map(CLASSES).max()
+    if by_weight['linear_top1'].mean().max() < 2 * chance:
+      ax.text(
+        0.02, place, word, transform=ax.get_yaxis_transform(), va='center'
+      )
       continue
-    alone, clop = (own[own[WEIGHT] == weight] for weight in (0, 1))
-    start, end = (100 * part['linear_top1'].mean() for part in (alone, clop))
-    colour = GAIN if end >= start else LOSS
-    ax.annotate(
-      '',
-      xy=(end, place),
-      xytext=(start, place),
-      arrowprops={'arrowstyle': '-|>', 'color': colour, 'lw': 1.6},
-    )
-    collapsed = alone['collapsed'].sum() * 2 > len(alone)
-    face = 'none' if collapsed else GREY
-    ax.plot(start, place, 'o', color=GREY, mfc=face, ms=5)
+    values = factor * by_weight[metric].mean()
+    ax.plot(values, [place] * len(values), color=GREY, lw=1, zorder=1)
+    for weight, colour, marker in ((0, ALONE, 'o'), (1, CLOP, 'D')):
+      ax.plot(values.get(weight), place, marker, color=colour, ms=5)
   ax.set_yticks(range(len(TITLES)), [*reversed(TITLES.values())], fontsize=9)
   ax.grid(axis='x', lw=0.4)
 
