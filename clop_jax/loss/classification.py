@@ -39,8 +39,12 @@ def cross_entropy_loss(
   views, batch, num_classes = logits.shape
   labels = arguments.labels('labels', labels, (batch,), num_classes)
   # A gather would clamp a label that is too large to another class.
-  chosen = jax.nn.one_hot(jnp.maximum(labels, 0), num_classes)
-  own = jnp.where(labels < num_classes, jnp.sum(logits * chosen, -1), jnp.nan)
+  labels = labels[None]
+  chosen = jax.nn.one_hot(
+    jnp.maximum(labels, 0), num_classes, dtype=jnp.float32
+  )
+  own = jnp.sum(logits * chosen, axis=-1)
+  own = jnp.where(labels < num_classes, own, jnp.nan)
   entropies = jax.nn.logsumexp(logits, axis=-1) - own
   weights = jnp.broadcast_to((labels >= 0).astype(jnp.float32), (views, batch))
   # A product, not a selection, so that a NaN shows even where its weight is 0.
