@@ -38,15 +38,13 @@ def cross_entropy_loss(
   logits = arguments.views('logits', arguments.floating('logits', logits))
   views, batch, num_classes = logits.shape
   labels = arguments.labels('labels', labels, (batch,), num_classes)
-  # A gather would clamp a label that is too large to another class.
-  labels = labels[None]
-  chosen = jax.nn.one_hot(
-    jnp.maximum(labels, 0), num_classes, dtype=jnp.float32
-  )
-  own = jnp.sum(logits * chosen, axis=-1)
-  own = jnp.where(labels < num_classes, own, jnp.nan)
+  own = jnp.take_along_axis(
+    logits, jnp.maximum(labels, 0)[None, :, None], axis=-1, mode='fill'
+  )[..., 0]  # NaN beyond the classes
   entropies = jax.nn.logsumexp(logits, axis=-1) - own
-  weights = jnp.broadcast_to((labels >= 0).astype(jnp.float32), (views, batch))
+  weights = jnp.broadcast_to(
+    (labels >= 0).astype(jnp.float32)[None], (views, batch)
+  )
   # A product, not a selection, so that a NaN shows even where its weight is 0.
   total = jnp.sum(entropies * weights)
   return shared.mean(total, jnp.sum(weights), axis_name)

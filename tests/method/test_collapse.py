@@ -394,6 +394,18 @@ def test_classes_without_examples_are_nan_and_left_out():
     )
 
 
+@pytest.mark.parametrize('missing', [None, 1, 2])
+def test_principal_angles_take_each_class_own_rows_if_labels_are_known(missing):
+  # Those of the other tests are traced.
+  z, y = problem()
+  y = np.where(y == missing, -1, y)
+  np.testing.assert_allclose(
+    collapse.principal_angles(z, y, K, subspace_dim=2),
+    np_angles(z.astype(np.float64), y, 2),
+    atol=2e-3,
+  )
+
+
 @pytest.mark.parametrize('dim', [2, 3, 20])
 def test_within_between_ratio_with_fewer_and_more_dimensions_than_classes(dim):
   z, y = problem(dim=dim, seed=2)
